@@ -1,0 +1,51 @@
+"""Sparse fine-tuning of large language models in JAX.
+
+The names here are the library's core: they need only JAX and Optax, and work on any pytree of parameters.
+Models, data, training and checkpoints are in the submodules.
+"""
+
+from spiel_jax.growth import AccumulatedGradients, Growth, MomentApproximation
+from spiel_jax.optim import scale_by_aged_adam, scale_by_sparse_sm3
+from spiel_jax.schedules import Phase, Reselection, constant, cosine, linear
+from spiel_jax.sparse import (
+    SparseDelta,
+    SparseLinear,
+    base_entries,
+    gather,
+    merge,
+    propose,
+    sparse_linear,
+    unmerge,
+)
+from spiel_jax.targets import Rule, Target, find_targets, zeros
+from spiel_jax.transform import SpielState, deltas, spiel, spiel_ag, spiel_ma
+
+__all__ = [
+    "AccumulatedGradients",
+    "Growth",
+    "MomentApproximation",
+    "Phase",
+    "Reselection",
+    "Rule",
+    "SparseDelta",
+    "SparseLinear",
+    "SpielState",
+    "Target",
+    "base_entries",
+    "constant",
+    "cosine",
+    "deltas",
+    "find_targets",
+    "gather",
+    "linear",
+    "merge",
+    "propose",
+    "scale_by_aged_adam",
+    "scale_by_sparse_sm3",
+    "sparse_linear",
+    "spiel",
+    "spiel_ag",
+    "spiel_ma",
+    "unmerge",
+    "zeros",
+]

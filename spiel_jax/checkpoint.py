@@ -1,0 +1,235 @@
+"""Orbax checkpoints of a run: what was trained and all that is needed to continue. Never the base model.
+
+A checkpoint holds the deltas (readable alone: ``restore_deltas``), the optimizer's state, and as JSON the
+step, the position in the data, the config, the targets and a fingerprint of the base weights. Positions are
+saved in the order of their slots, so that a continued run is the uninterrupted one bit for bit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from orbax.checkpoint import v1 as ocp
+
+from spiel_jax.sparse import SparseDelta
+from spiel_jax.targets import Target
+from spiel_jax.training import TrainState
+
+FOLDER = "checkpoints"
+"""Name of the folder of checkpoints in a run's folder."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or not of this run."""
+
+
+def _target_json(target: Target) -> dict[str, Any]:
+    return {
+        "shape": list(target.shape),
+        "count": target.count,
+        "stack": list(target.stack),
+        "grid": list(target.grid),
+        "layers": None if target.layers is None else list(target.layers),
+    }
+
+
+def _target(stored: Mapping[str, Any]) -> Target:
+    rows, columns = stored["shape"]
+    grid_rows, grid_columns = stored["grid"]
+    layers = stored["layers"]
+    return Target(
+        (rows, columns),
+        stored["count"],
+        tuple(stored["stack"]),
+        (grid_rows, grid_columns),
+        None if layers is None else tuple(layers),
+    )
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """A state as named parts; the positions are in "deltas" and nowhere else."""
+    active = optax.tree.get(state.opt_state, "active")
+    if active is None:
+        return {"trainable": state.trainable, "optimizer": state.opt_state}
+    deltas = {
+        name: {"indices": delta.indices, "values": state.trainable[name]} for name, delta in active.items()
+    }
+    return {"deltas": deltas, "optimizer": optax.tree.set(state.opt_state, active={})}
+
+
+def _state(items: Mapping[str, Any], like: TrainState) -> TrainState:
+    active = optax.tree.get(like.opt_state, "active")
+    if active is None:
+        return replace(like, trainable=items["trainable"], opt_state=items["optimizer"])
+    positions = {
+        name: replace(delta, indices=items["deltas"][name]["indices"]) for name, delta in active.items()
+    }
+    return replace(
+        like,
+        trainable={name: items["deltas"][name]["values"] for name in active},
+        opt_state=optax.tree.set(items["optimizer"], active=positions),
+    )
+
+
+class Checkpoints:
+    """The checkpoints of one run, saved in the background and committed atomically.
+
+    Args:
+        directory: The run's folder; checkpoints go to its "checkpoints" folder.
+        keep: How many of the latest are kept.
+    """
+
+    def __init__(self, directory: str | Path, keep: int = 2):
+        policies = ocp.training.preservation_policies
+        self._checkpointer = ocp.training.Checkpointer(
+            Path(directory).absolute() / FOLDER,
+            preservation_policy=policies.LatestN(keep),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._checkpointer.close()
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest whole checkpoint; None if there is none."""
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
+
+    def save(
+        self, step: int, state: TrainState, targets: Mapping[str, Target], facts: Mapping[str, Any]
+    ) -> None:
+        """Starts saving; a save that is still in progress is waited for first.
+
+        Args:
+            step: Optimizer steps done.
+            state: The state after them.
+            targets: What is adapted; empty for full fine-tuning.
+            facts: JSON-like: config, data position, fingerprint, ...
+        """
+        # The next step reuses these buffers, and on a CPU the background save reads them in place.
+        items = jax.tree.map(jnp.copy, _items(state))
+        stored = {name: _target_json(target) for name, target in targets.items()}
+        self._checkpointer.save_checkpointables_async(
+            step, items, custom_metadata={**facts, "step": step, "targets": stored}
+        )
+
+    def facts(self, step: int | None = None) -> dict[str, Any]:
+        """The JSON part of a checkpoint; of the newest without ``step``.
+
+        Raises:
+            CheckpointError: If there is no such checkpoint.
+        """
+        return _facts(self._checkpointer, step)
+
+    def restore(self, like: TrainState, step: int | None = None) -> TrainState:
+        """What was trained and the optimizer's state, in the structure and sharding of ``like``.
+
+        ``params`` and ``base`` are those of ``like``: the caller merges.
+
+        Raises:
+            CheckpointError: If there is no such checkpoint, or it does not fit ``like``.
+        """
+        step = _existing(self._checkpointer, step)
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _items(like)
+        )
+        try:
+            return _state(self._checkpointer.load_checkpointables(step, abstract), like)
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise CheckpointError(f"checkpoint {step} does not fit this run: {error}") from error
+
+    def wait(self) -> None:
+        """Waits until everything is saved."""
+        self._checkpointer.wait()
+
+
+def _existing(checkpointer: Any, step: int | None) -> int:
+    steps = [found.step for found in checkpointer.checkpoints]
+    if not steps:
+        raise CheckpointError(f"no checkpoint in {checkpointer.directory}")
+    if step is None:
+        return max(steps)
+    if step not in steps:
+        raise CheckpointError(f"no checkpoint {step} in {checkpointer.directory}: there are {steps}")
+    return step
+
+
+def _facts(checkpointer: Any, step: int | None) -> dict[str, Any]:
+    return dict(checkpointer.checkpointables_metadata(_existing(checkpointer, step)).custom_metadata)
+
+
+def _open(directory: str | Path) -> Any:
+    folder = Path(directory).expanduser().absolute() / FOLDER
+    if not folder.is_dir():
+        raise CheckpointError(f"{directory} is no folder of a run: it has no {FOLDER!r} in it")
+    return ocp.training.Checkpointer(folder)
+
+
+def read_facts(directory: str | Path, step: int | None = None) -> dict[str, Any]:
+    """The JSON part of a run's checkpoint: step, config, targets, fingerprint of the base, ...
+
+    Args:
+        directory: The run's folder (``--workdir``).
+        step: Which checkpoint; None for the newest.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint.
+    """
+    with _open(directory) as checkpointer:
+        return _facts(checkpointer, step)
+
+
+def restore_deltas(directory: str | Path, step: int | None = None) -> dict[str, SparseDelta]:
+    """The deltas of a run's checkpoint, sorted by position; nothing else is read.
+
+    Args:
+        directory: The run's folder (``--workdir``).
+        step: Which checkpoint; None for the newest.
+
+    Returns:
+        Target name to ``SparseDelta``: give it to ``merge`` with the base parameters.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint, or it holds no deltas (full fine-tuning).
+    """
+    with _open(directory) as checkpointer:
+        targets = {name: _target(stored) for name, stored in _facts(checkpointer, step)["targets"].items()}
+        if not targets:
+            raise CheckpointError(f"{directory} holds no sparse deltas: it was trained in full")
+        abstract = {
+            name: {
+                "indices": jax.ShapeDtypeStruct((*t.lead, t.block_count), jnp.int32),
+                "values": jax.ShapeDtypeStruct((*t.lead, t.block_count), jnp.float32),
+            }
+            for name, t in targets.items()
+        }
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(lambda s: s.update(sharding=sharding), abstract)
+        found = checkpointer.load_checkpointables(_existing(checkpointer, step), {"deltas": abstract})
+    return {name: target.delta(**found["deltas"][name]).sort() for name, target in targets.items()}
+
+
+def restore_trainable(directory: str | Path, step: int | None = None) -> Any:
+    """The trained parameters of a full fine-tuning checkpoint.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint, or it holds sparse deltas.
+    """
+    with _open(directory) as checkpointer:
+        if _facts(checkpointer, step)["targets"]:
+            raise CheckpointError(f"{directory} holds sparse deltas: read them with restore_deltas")
+        return checkpointer.load_checkpointables(_existing(checkpointer, step), {"trainable": None})[
+            "trainable"
+        ]

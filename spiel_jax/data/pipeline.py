@@ -1,0 +1,310 @@
+"""From sources to batches: ``load_data`` is the entry.
+
+Batches are dicts of arrays [B, S], described at `packing.fill_row`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import grain
+import numpy as np
+
+from spiel_jax.data import mixture
+from spiel_jax.data.chat import Encoder
+from spiel_jax.data.examples import Examples, SourceReport, SourceSpec, read_examples
+from spiel_jax.data.packing import Plan, empty_row, fill_row, plan_rows
+from spiel_jax.data.rows import EmptyDataset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What to train and evaluate on.
+
+    An epoch has as many examples as the sources hold together. Without weights it is each of them
+    once; with weights, sources with more weight repeat, reshuffled, and the others are seen in
+    part, to be continued in the next epoch.
+
+    Attributes:
+      sources: where training examples come from.
+      heldout: what is kept for evaluation: a number of examples (int) or a share of them (float)
+        out of ``sources``, chosen by ``seed``; or sources of their own.
+      sequence_length: slots of a row.
+      packing: put several examples into a row, else one example per row.
+      truncate: examples too long for a row are cut at their ``end`` (an example of which nothing to
+        learn is left is dropped), or dropped (``skip``).
+      on_malformed: ``error`` refuses a malformed row, ``skip`` leaves it out; counted and logged.
+      style: how rows with a prompt and a completion are written: ``chat``, ``plain`` or ``auto``
+        (see `chat.Encoder`).
+      seed: determines the held-out examples and every epoch's order.
+
+    Raises:
+      ValueError: an option is not one of those allowed.
+    """
+
+    sources: tuple[SourceSpec, ...]
+    heldout: int | float | tuple[SourceSpec, ...] = 0
+    sequence_length: int = 2048
+    packing: bool = True
+    truncate: str = "end"
+    on_malformed: str = "error"
+    style: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self):
+        _check_sources("sources", self.sources)
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError(
+                "weights are relative to each other: give one to every source or to none; without: "
+                + ", ".join(source.path for source in self.sources if source.weight is None)
+            )
+        if isinstance(self.heldout, bool) or not isinstance(self.heldout, int | float | tuple):
+            raise ValueError(
+                f"heldout must be a number of examples, a share of them or a tuple of sources, "
+                f"not {self.heldout!r}"
+            )
+        if isinstance(self.heldout, tuple):
+            _check_sources("heldout", self.heldout)
+        elif isinstance(self.heldout, float) and not 0 < self.heldout < 1:
+            raise ValueError(f"heldout as a share must be above 0 and below 1, not {self.heldout}")
+        elif self.heldout < 0:
+            raise ValueError(f"heldout must not be negative: {self.heldout}")
+        for field, allowed in (("truncate", ("end", "skip")), ("on_malformed", ("error", "skip"))):
+            if getattr(self, field) not in allowed:
+                raise ValueError(
+                    f"unknown {field} {getattr(self, field)!r}: expected one of {', '.join(allowed)}"
+                )
+        if not isinstance(self.sequence_length, int) or self.sequence_length < 1:
+            raise ValueError(f"sequence_length must be an int from 1, not {self.sequence_length!r}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be an int from 0 to 2**63 - 1, not {self.seed!r}")
+
+
+def _check_sources(field: str, sources: object):
+    if not isinstance(sources, tuple) or not all(isinstance(s, SourceSpec) for s in sources):
+        raise ValueError(f"{field} must be a tuple of SourceSpec, not {sources!r}")
+    if not sources:
+        raise ValueError(f"{field} is empty: give at least one SourceSpec")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was loaded.
+
+    Attributes:
+      sources: the account of each training source, before any are held out.
+      heldout_sources: the account of each source of held-out examples, where they have their own.
+      examples: examples of an epoch of training (distinct ones, if the sources have no weights).
+      tokens: tokens of an epoch.
+      supervised_tokens: those of them that are learnt.
+      rows: rows of the first epoch.
+      fill: the share of these rows' slots that hold a token.
+      heldout_examples: examples held out.
+      heldout_rows: rows of the held-out examples, before any are added to complete a batch.
+    """
+
+    sources: tuple[SourceReport, ...]
+    heldout_sources: tuple[SourceReport, ...]
+    examples: int
+    tokens: int
+    supervised_tokens: int
+    rows: int
+    fill: float
+    heldout_examples: int
+    heldout_rows: int
+
+
+class _Rows:
+    """The rows of several epochs as one random-access source for Grain."""
+
+    def __init__(self, examples: Examples, plans: Sequence[Plan]):
+        self._examples = examples
+        self._plans = plans
+        self._starts = np.cumsum([0, *map(len, plans)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Batch:
+        epoch = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return fill_row(self._examples, self._plans[epoch], index - int(self._starts[epoch]))
+
+
+class Data:
+    """Tokenized examples, and the batches made from them. Made by `load_data`.
+
+    Attributes:
+      config: what was asked for.
+      report: what was found.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        train: Examples,
+        sizes: Sequence[int],
+        heldout: Examples,
+        reports: tuple[tuple[SourceReport, ...], tuple[SourceReport, ...]],
+    ):
+        self.config = config
+        self._train = train
+        self._sizes = sizes
+        weights = [source.weight for source in config.sources if source.weight is not None]
+        self._counts = mixture.epoch_counts(sizes, weights or None)
+        self._plans: list[Plan] = []
+        self._heldout = heldout
+        self._heldout_plan = self._plan(np.arange(len(heldout)), heldout)
+        first = self._epoch_plan(0)
+        learnt = np.add.reduceat(train.supervised, train.offsets[:-1], dtype=np.int64)
+        self.report = Report(
+            sources=reports[0],
+            heldout_sources=reports[1],
+            examples=len(first.examples),
+            tokens=int(train.lengths[first.examples].sum()),
+            supervised_tokens=int(learnt[first.examples].sum()),
+            rows=len(first),
+            fill=first.fill,
+            heldout_examples=len(heldout),
+            heldout_rows=len(self._heldout_plan),
+        )
+
+    def _plan(self, order: np.ndarray, examples: Examples) -> Plan:
+        config = self.config
+        return plan_rows(order, examples.lengths, config.sequence_length, packing=config.packing)
+
+    def _epoch_plan(self, epoch: int) -> Plan:
+        for e in range(len(self._plans), epoch + 1):
+            order = mixture.epoch_order(self._sizes, self._counts, self.config.seed, e)
+            self._plans.append(self._plan(order, self._train))
+        return self._plans[epoch]
+
+    def rows(self, epoch: int) -> int:
+        """The number of rows of an epoch (epochs pack a little differently)."""
+        return len(self._epoch_plan(epoch))
+
+    def train_dataset(
+        self, batch_size: int, *, epochs: int | None = None, steps: int | None = None
+    ) -> grain.MapDataset[Batch]:
+        """The batches of training as a random-access dataset; ``len`` of it is their number.
+
+        The rows of all epochs follow each other without a gap, so a batch may hold the last rows
+        of an epoch and the first of the next. Only at the very end are up to ``batch_size - 1``
+        rows dropped, which do not fill a batch.
+
+        Args:
+          batch_size: rows of a batch.
+          epochs: how many epochs, or
+          steps: how many batches, over as many epochs as they need.
+
+        Raises:
+          ValueError: not exactly one of epochs and steps, one below 1, or not enough rows for one
+            batch.
+        """
+        if (epochs is None) == (steps is None):
+            raise ValueError(f"give either epochs or steps, not epochs={epochs}, steps={steps}")
+        for name, value in (("batch_size", batch_size), ("epochs", epochs), ("steps", steps)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if epochs is None:
+            assert steps is not None
+            epochs, rows = 1, self.rows(0)
+            while rows < steps * batch_size:
+                rows += self.rows(epochs)
+                epochs += 1
+        plans = [self._epoch_plan(epoch) for epoch in range(epochs)]
+        rows = _Rows(self._train, plans)
+        if len(rows) < batch_size:
+            raise ValueError(
+                f"{len(rows)} rows in {epochs} epochs do not fill one batch of {batch_size}: lower "
+                "batch_size or sequence_length, or train for more epochs"
+            )
+        batches = grain.MapDataset.source(rows).batch(batch_size, drop_remainder=True)
+        return batches if steps is None else batches[:steps]
+
+    def train_iterator(
+        self, batch_size: int, *, epochs: int | None = None, steps: int | None = None
+    ) -> grain.DatasetIterator[Batch]:
+        """Iterates over `train_dataset`, one thread ahead.
+
+        ``get_state()`` gives the position as a small dict, ``set_state`` continues from one: the
+        batches that follow are those of the uninterrupted run, bit for bit.
+        """
+        # Rows are made by copying: one thread is plenty, and a deep buffer would only cost memory.
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        dataset = self.train_dataset(batch_size, epochs=epochs, steps=steps)
+        return iter(dataset.to_iter_dataset(options))
+
+    def heldout_batches(self, batch_size: int) -> list[Batch]:
+        """The held-out examples in whole batches; rows of padding complete the last one.
+
+        Packed like the training rows and always in the same order. Empty if nothing is held out.
+
+        Raises:
+          ValueError: batch_size is below 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        plan = self._heldout_plan
+        rows = [fill_row(self._heldout, plan, row) for row in range(len(plan))]
+        rows += [empty_row(plan.sequence_length)] * (-len(rows) % batch_size)
+        return [
+            {key: np.stack([row[key] for row in rows[i : i + batch_size]]) for key in rows[i]}
+            for i in range(0, len(rows), batch_size)
+        ]
+
+
+def load_data(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> Data:
+    """Reads, tokenizes and splits the data.
+
+    Args:
+      config: what to read, and how.
+      tokenizer: a fast tokenizer, with the chat template of the model (Tülu's is used when it has
+        none: see `chat.chat_template`).
+
+    Raises:
+      DataError: a source cannot be read; `MalformedRow`: a row is malformed, and refused;
+        `EmptyDataset`: a source, or what holding out leaves of it, has no examples.
+      ValueError: the tokenizer cannot be used, or weights leave a source without an example.
+    """
+    encoder = Encoder(tokenizer, config.style)
+
+    def read(sources: tuple[SourceSpec, ...]) -> tuple[list[Examples], tuple[SourceReport, ...]]:
+        parts, reports = [], []
+        for source in sources:
+            examples, report = read_examples(
+                source,
+                encoder,
+                max_tokens=config.sequence_length + 1,  # the last token is only a target
+                truncate=config.truncate,
+                on_malformed=config.on_malformed,
+            )
+            if not len(examples):
+                raise EmptyDataset(f"no examples: {report}")
+            parts.append(examples)
+            reports.append(report)
+        return parts, tuple(reports)
+
+    parts, reports = read(config.sources)
+    sizes = np.array([len(part) for part in parts])
+    everything = Examples.of([example for part in parts for example in part])
+    if isinstance(config.heldout, tuple):
+        heldout_parts, heldout_reports = read(config.heldout)
+        heldout = Examples.of([example for part in heldout_parts for example in part])
+        return Data(config, everything, sizes.tolist(), heldout, (reports, heldout_reports))
+
+    count = config.heldout
+    if isinstance(count, float):
+        count = max(1, round(count * len(everything)))
+    chosen = mixture.heldout_mask(len(everything), count, config.seed)
+    left = [int((~part).sum()) for part in np.split(chosen, np.cumsum(sizes)[:-1])]
+    for report, size in zip(reports, left, strict=True):
+        if not size:
+            raise EmptyDataset(f"holding out {count} examples leaves none to train on: {report}")
+    train = everything.select(np.flatnonzero(~chosen))
+    return Data(config, train, left, everything.select(np.flatnonzero(chosen)), (reports, ()))

@@ -1,0 +1,307 @@
+"""Growth criteria: where new entries would help.
+
+A criterion keeps its own statistics, apart from those of the inner optimizer, so that any criterion works
+around any optimizer. ``spiel`` calls ``observe`` on every step; on a reselection it asks, matrix by matrix
+(or block by block), how many entries are ``available`` and which ``incoming`` ones rank highest; then
+``seed`` may set fields of the inner optimizer's state at the grown entries.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spiel_jax.optim import absorbed, sm3_init, sm3_observe, state_dtype
+from spiel_jax.selection import isin, largest, top_products
+from spiel_jax.sparse import SparseDelta
+from spiel_jax.targets import Target
+
+Flag = bool | jax.Array
+"""True or false, known to the host or traced."""
+
+
+class Observation(NamedTuple):
+    """What a step shows to a growth criterion.
+
+    Attributes:
+        active: Target name to the active positions (values None), those in force during the step.
+        grads: Target name to the gradient at the active positions, as the inner optimizer sees it.
+        candidates: Target name to candidate positions and this step's gradients there; None if not given.
+        proposes: Whether the candidates are newly proposed.
+        estimates: Whether they are observed again.
+        inner: State of the inner optimizer after its update.
+    """
+
+    active: Mapping[str, SparseDelta]
+    grads: Mapping[str, jax.Array]
+    candidates: Mapping[str, SparseDelta] | None
+    proposes: Flag
+    estimates: Flag
+    inner: Any
+
+
+class Growth(Protocol):
+    """Protocol of a growth criterion. Statistics are a dict: target name to a pytree.
+
+    The leaves of the statistics have the leading axes of the target's values ([*stack, ...]), so that one
+    matrix's statistics are one slice of them.
+    """
+
+    @property
+    def uses_candidates(self) -> bool:
+        """Whether ``update`` must be given candidates on proposing and estimating steps."""
+        ...
+
+    def init(self, targets: Mapping[str, Target], values: Mapping[str, jax.Array]) -> dict[str, Any]:
+        """Statistics before the first step."""
+        ...
+
+    def observe(self, stats: dict[str, Any], seen: Observation) -> dict[str, Any]:
+        """Statistics after a step."""
+        ...
+
+    def available(self, stats: Any, indices: jax.Array, target: Target) -> jax.Array | int:
+        """How many entries of one matrix could be grown, given its active positions [k]."""
+        ...
+
+    def incoming(
+        self, stats: Any, indices: jax.Array, dropped: jax.Array, n: jax.Array, target: Target
+    ) -> jax.Array:
+        """Positions [slots] of the n entries to grow, and ``target.block_size`` in unused slots.
+
+        A position that is active and not dropped must not be among them.
+        """
+        ...
+
+    def seed(self, stats: Any, source: jax.Array) -> dict[str, jax.Array]:
+        """Fields of the inner state of grown entries: name to [k]. May be empty.
+
+        ``source`` [k] is the slot of ``incoming`` that each replaced slot took; what is returned for the
+        other slots is not used.
+        """
+        ...
+
+    def clear(self, stats: dict[str, Any], targets: Mapping[str, Target]) -> dict[str, Any]:
+        """Statistics after a reselection."""
+        ...
+
+
+class CandidateStats(NamedTuple):
+    """Statistics of ``AccumulatedGradients`` for one target; c candidates per matrix."""
+
+    indices: jax.Array  # int32 [..., c]; the block's size marks an unused slot
+    grad_sum: jax.Array  # [..., c]
+    grad_sq_sum: jax.Array  # [..., c]
+    samples: jax.Array  # int32 [...]: gradients summed, the same for all matrices
+    steps: jax.Array  # int32 [...]: optimizer steps they came from
+
+
+def _choose(flag: Flag, new: Any, old: Any) -> Any:
+    if isinstance(flag, bool):
+        return new if flag else old
+    return jax.tree.map(lambda n, o: jnp.where(flag, n, o), new, old)
+
+
+class AccumulatedGradients(NamedTuple):
+    """SpIEL-AG: the gradients of a few candidates, accumulated over an estimation phase.
+
+    The first step of a phase proposes the entries of largest gradient magnitude; their gradients are
+    summed over the phase, and those of largest ``|sum|`` grow. The moments of a grown entry are seeded
+    from its sums, as if the optimizer had seen a constant gradient for as many steps.
+
+    Attributes:
+        b1: Decay rate of the inner optimizer's first moment, for seeding ``mu``.
+        b2: Decay rate of its second moment, for seeding ``nu``.
+        ratio: Candidates per active entry, c / k. At a replacement rate of 1 with c = k the accumulated
+            gradients cannot change the choice; a larger c lets them, at 12 bytes per candidate.
+        per_micro_batch: As the original implementation has it: candidate gradients come per micro-batch
+            (of loss / G) with a leading axis [G], each is a sample, and seeds are G times smaller than the
+            step's mean gradient.
+        late_age: As the original has it: the age of a grown entry is one short at its next step.
+        propose_active: As the original has it: active entries may be candidates. Read by what proposes.
+
+    References:
+        SpIEL, section 3.2 and algorithm 1.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.999
+    ratio: float = 1.0
+    per_micro_batch: bool = False
+    late_age: bool = False
+    propose_active: bool = False
+
+    @property
+    def uses_candidates(self) -> bool:
+        """Candidates must be given to ``update`` on proposing and estimating steps."""
+        return True
+
+    def count(self, target: Target) -> int:
+        """Candidates of one matrix (or block)."""
+        return min(max(1, round(self.ratio * target.block_count)), target.block_size)
+
+    def init(
+        self, targets: Mapping[str, Target], values: Mapping[str, jax.Array]
+    ) -> dict[str, CandidateStats]:
+        """No candidates."""
+        stats = {}
+        for name, target in targets.items():
+            shape = (*target.lead, self.count(target))
+            none = jnp.full(shape, target.block_size, jnp.int32)
+            dtype = state_dtype(values[name].dtype) if name in values else jnp.float32
+            zeros, number = jnp.zeros(shape, dtype), jnp.zeros(target.lead, jnp.int32)
+            stats[name] = CandidateStats(none, zeros, zeros, number, number)
+        return stats
+
+    def observe(self, stats: dict[str, CandidateStats], seen: Observation) -> dict[str, CandidateStats]:
+        """Starts afresh on a proposing step, adds on an estimating one."""
+        if seen.proposes is False and seen.estimates is False:
+            return stats
+        if seen.candidates is None:
+            raise ValueError(
+                "SpIEL-AG needs candidates= (positions and this step's gradients) on proposing and "
+                "estimating steps; give phase= where the host knows that this step is neither"
+            )
+        return {name: self._observe(old, seen.candidates[name], seen) for name, old in stats.items()}
+
+    def _observe(self, old: CandidateStats, candidates: SparseDelta, seen: Observation) -> CandidateStats:
+        grads = candidates.values.astype(old.grad_sum.dtype)
+        if not self.per_micro_batch:
+            grads = grads[None]
+        sums, squares = jnp.sum(grads, 0), jnp.sum(jnp.square(grads), 0)
+        zeros, one = jnp.zeros_like(old.samples), jnp.ones_like(old.samples)
+        first = CandidateStats(candidates.indices, sums, squares, zeros + grads.shape[0], one)
+        again = CandidateStats(
+            old.indices,
+            old.grad_sum + sums,
+            old.grad_sq_sum + squares,
+            old.samples + grads.shape[0],
+            old.steps + 1,
+        )
+        return _choose(seen.proposes, first, _choose(seen.estimates, again, old))
+
+    def available(self, stats: CandidateStats, indices: jax.Array, target: Target) -> jax.Array:
+        """Candidates that are not active; or enough for any n where active ones may be candidates.
+
+        Where k candidates or more may include active entries, as in the original, at most k - n of them
+        are kept when n are dropped, so that n are always left.
+        """
+        size = target.block_size
+        known = jnp.sum(stats.indices < size, dtype=jnp.int32)
+        inactive = (stats.indices < size) & ~isin(stats.indices, indices, size)
+        return jnp.where(known >= indices.size, indices.size, jnp.sum(inactive, dtype=jnp.int32))
+
+    def incoming(
+        self,
+        stats: CandidateStats,
+        indices: jax.Array,
+        dropped: jax.Array,
+        n: jax.Array,
+        target: Target,
+    ) -> jax.Array:
+        """The n candidates of largest summed gradient that are not kept."""
+        size = target.block_size
+        kept = isin(stats.indices, jnp.where(dropped, size, indices), size)
+        valid = (stats.indices < size) & ~kept
+        scores = jnp.where(valid, jnp.abs(stats.grad_sum), jnp.nan)
+        chosen = largest(scores, stats.indices, n)
+        return jnp.where(chosen, stats.indices, size)
+
+    def seed(self, stats: CandidateStats, source: jax.Array) -> dict[str, jax.Array]:
+        """Moments and age as if the mean gradient had been seen for the phase's steps (algorithm 1)."""
+        samples = jnp.maximum(stats.samples, 1).astype(stats.grad_sum.dtype)
+        mean = stats.grad_sum.at[source].get(mode="fill", fill_value=0) / samples
+        square = stats.grad_sq_sum.at[source].get(mode="fill", fill_value=0) / samples
+        age = jnp.broadcast_to(stats.steps, mean.shape)
+        return {
+            "mu": mean * absorbed(self.b1, age, mean.dtype),
+            "nu": square * absorbed(self.b2, age, mean.dtype),
+            "age": age - 1 if self.late_age else age,
+        }
+
+    def clear(
+        self, stats: dict[str, CandidateStats], targets: Mapping[str, Target]
+    ) -> dict[str, CandidateStats]:
+        """Forgets the candidates, so that none outlives the active set it was proposed for."""
+        return {
+            name: jax.tree.map(jnp.zeros_like, old)._replace(
+                indices=jnp.full_like(old.indices, targets[name].block_size)
+            )
+            for name, old in stats.items()
+        }
+
+
+class MomentApproximation(NamedTuple):
+    """SpIEL-MA: the second moment of every entry, approximated by its row's and its column's.
+
+    The accumulators are those of sparse SM3: m + n numbers per matrix and O(k) work per step; growth needs
+    no extra gradient. An entry ranks by ``combine(row, column)``, whose matrix is never formed.
+
+    Attributes:
+        combine: ``jnp.multiply`` (the paper's choice) or ``jnp.minimum`` (the bound that SM3 itself uses).
+        shared: Take the accumulators from the inner optimizer's state (fields ``row_moments`` and
+            ``column_moments``, as ``scale_by_sparse_sm3`` has them) instead of keeping its own.
+
+    References:
+        SpIEL, section 3.3 and algorithm 2; Anil et al., `Memory-Efficient Adaptive Optimization
+        <https://arxiv.org/abs/1901.11150>`_.
+    """
+
+    combine: Callable[[jax.Array, jax.Array], jax.Array] = jnp.multiply
+    shared: bool = False
+
+    @property
+    def uses_candidates(self) -> bool:
+        """The accumulators say it all."""
+        return False
+
+    def init(
+        self, targets: Mapping[str, Target], values: Mapping[str, jax.Array]
+    ) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """Zero accumulators: target name to ([..., R], [..., C])."""
+        zero = sm3_init(targets, values)
+        return {name: (zero.row_moments[name], zero.column_moments[name]) for name in targets}
+
+    def observe(
+        self, stats: dict[str, tuple[jax.Array, jax.Array]], seen: Observation
+    ) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """Raises the accumulators by the gradients of the active entries."""
+        if self.shared:
+            rows = optax.tree.get(seen.inner, "row_moments")
+            columns = optax.tree.get(seen.inner, "column_moments")
+            if rows is None or columns is None:
+                raise ValueError(
+                    "shared accumulators: the inner optimizer keeps none; build it from "
+                    "scale_by_sparse_sm3, or use MomentApproximation(shared=False)"
+                )
+            return {name: (rows[name], columns[name]) for name in stats}
+        return {
+            name: sm3_observe(row, column, seen.active[name], seen.grads[name])[:2]
+            for name, (row, column) in stats.items()
+        }
+
+    def available(self, stats: Any, indices: jax.Array, target: Target) -> int:
+        """All entries that are not active."""
+        return target.block_size - indices.size
+
+    def incoming(
+        self,
+        stats: tuple[jax.Array, jax.Array],
+        indices: jax.Array,
+        dropped: jax.Array,
+        n: jax.Array,
+        target: Target,
+    ) -> jax.Array:
+        """The n entries of largest score that are not active; dropped ones count as active."""
+        row, column = stats
+        return top_products(row, column, n, indices.size, indices, self.combine)
+
+    def seed(self, stats: Any, source: jax.Array) -> dict[str, jax.Array]:
+        """Nothing: the accumulators know the grown entries already."""
+        return {}
+
+    def clear(self, stats: dict[str, Any], targets: Mapping[str, Target]) -> dict[str, Any]:
+        """Keeps the accumulators."""
+        return stats

@@ -1,0 +1,26 @@
+"""Models: decoders of the Llama family in Flax NNX."""
+
+from spiel_jax.models.cache import KVCache, init_cache
+from spiel_jax.models.config import ModelConfig
+from spiel_jax.models.decoder import (
+    CausalLM,
+    abstract_params,
+    bind,
+    init_params,
+    layer_names,
+)
+from spiel_jax.models.layers import Adapter
+from spiel_jax.models.rope import RopeScaling
+
+__all__ = [
+    "Adapter",
+    "CausalLM",
+    "KVCache",
+    "ModelConfig",
+    "RopeScaling",
+    "abstract_params",
+    "bind",
+    "init_cache",
+    "init_params",
+    "layer_names",
+]

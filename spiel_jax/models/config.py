@@ -1,0 +1,410 @@
+"""The shape of a decoder: read from a Hugging Face config.json or a GGUF file, or a preset."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self, get_args
+
+import numpy as np
+
+from spiel_jax.models.rope import RopeKind, RopeScaling, inverse_frequencies
+
+_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything that determines a model's shapes and arithmetic; hashable.
+
+    Attributes:
+        vocab_size: V, rows of the embedding.
+        hidden_size: D.
+        intermediate_size: Width of the gated MLP.
+        num_layers: L.
+        num_heads: H, query heads.
+        num_kv_heads: K, key and value heads; divides H.
+        head_dim: Size of a head; even. H * head_dim need not equal D.
+        max_positions: Context length in tokens. Information only: nothing is truncated to it.
+        rms_norm_eps: Added to the mean square in every norm.
+        rope_theta: Base of the rotary wavelengths.
+        rope_scaling: Stretch of the rotary wavelengths, or None.
+        tie_embeddings: The head is the embedding table; there is no ``lm_head.weight``.
+        attention_bias: q_proj, k_proj and v_proj have a bias.
+        output_bias: o_proj has a bias.
+        qk_norm: Queries and keys are normalised per head before RoPE (Qwen3).
+        sliding_window: A token sees itself and the ``sliding_window - 1`` before it; None: all.
+        sliding_layers: Which layers have the window, one flag per layer; None: every layer.
+        initializer_range: Standard deviation of freshly initialised weights.
+
+    Raises:
+        ValueError: If the numbers contradict each other.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+    attention_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.type is int and getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name} must be at least 1, got {getattr(self, field.name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")
+        if self.sliding_layers is not None:
+            if self.sliding_window is None:
+                raise ValueError("sliding_layers needs a sliding_window")
+            if len(self.sliding_layers) != self.num_layers:
+                flags = len(self.sliding_layers)
+                raise ValueError(f"sliding_layers has {flags} flags for {self.num_layers} layers")
+            if len(set(self.sliding_layers)) == 1:  # equal models have to compare equal
+                raise ValueError(
+                    "sliding_layers is for models that mix: leave it None when every layer has the "
+                    "window, and sliding_window too when none has"
+                )
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """Read the contents of a Hugging Face ``config.json``.
+
+        Args:
+            config: The parsed file. Both ways of writing RoPE are read: ``rope_parameters``
+                (Transformers 5), and ``rope_theta`` with ``rope_scaling``.
+
+        Raises:
+            ValueError: If a key is missing or asks for what is not supported; it is named.
+        """
+        model_type = config.get("model_type")
+        _one_of("model_type", model_type, _MODEL_TYPES)
+        _one_of("hidden_act", config.get("hidden_act", "silu"), ("silu",))
+        if config.get("quantization_config"):
+            method = config["quantization_config"].get("quant_method")
+            raise ValueError(f"quantised checkpoints are not supported: quantization_config {method!r}")
+        if config.get("mlp_bias"):
+            raise ValueError("mlp_bias is not supported: expected false")
+
+        hidden_size, num_heads = (
+            config_value(config, "hidden_size"),
+            config_value(config, "num_attention_heads"),
+        )
+        num_layers = config_value(config, "num_hidden_layers")
+        head_dim = config.get("head_dim") or (128 if model_type == "qwen3" else hidden_size // num_heads)
+        bias = bool(config.get("attention_bias", False)) and model_type in ("llama", "qwen3")
+        window, sliding_layers = _hf_window(config, num_layers)
+        theta, scaling = _hf_rope(config)
+        return cls(
+            vocab_size=config_value(config, "vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=config_value(config, "intermediate_size"),
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=config.get("num_key_value_heads") or num_heads,
+            head_dim=head_dim,
+            max_positions=config_value(config, "max_position_embeddings"),
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=bias or model_type == "qwen2",
+            output_bias=bias,
+            qk_norm=model_type == "qwen3",
+            sliding_window=window,
+            sliding_layers=sliding_layers,
+            initializer_range=float(config.get("initializer_range", 0.02)),
+        )
+
+    @classmethod
+    def from_gguf(
+        cls, metadata: Mapping[str, Any], *, tied: bool, rope_factors: np.ndarray | None = None
+    ) -> Self:
+        """Read the metadata of a GGUF file.
+
+        Args:
+            metadata: Plain Python values by GGUF key, such as ``llama.block_count``.
+            tied: Whether the file lacks the tensor ``output.weight``.
+            rope_factors: The tensor ``rope_freqs.weight`` [head_dim / 2] when the file has it: that
+                is where GGUF keeps the llama3 scaling, of which the metadata says nothing.
+
+        Raises:
+            ValueError: If a key is missing or asks for what is not supported; it is named.
+        """
+        architecture = metadata.get("general.architecture")
+        _one_of("general.architecture", architecture, _GGUF_ARCHITECTURES)
+
+        def read(key: str) -> Any:
+            return config_value(metadata, f"{architecture}.{key}")
+
+        def find(key: str, default: Any) -> Any:
+            return metadata.get(f"{architecture}.{key}", default)
+
+        if find("expert_count", 0):
+            raise ValueError(f"mixtures of experts are not supported: {architecture}.expert_count")
+        num_heads, hidden_size = read("attention.head_count"), read("embedding_length")
+        num_kv_heads = find("attention.head_count_kv", num_heads)
+        for name, value in (("head_count", num_heads), ("head_count_kv", num_kv_heads)):
+            if isinstance(value, Sequence):
+                raise ValueError(f"heads that vary by layer are not supported: {name} {list(value)}")
+        head_dim = find("attention.key_length", hidden_size // num_heads)
+        for key in ("attention.value_length", "rope.dimension_count"):
+            if find(key, head_dim) != head_dim:
+                raise ValueError(f"{architecture}.{key} must equal the head size {head_dim}, got {read(key)}")
+        if "tokenizer.ggml.tokens" in metadata:
+            vocab_size = find("vocab_size", len(metadata["tokenizer.ggml.tokens"]))
+        else:
+            vocab_size = read("vocab_size")
+
+        theta = _decimal(find("rope.freq_base", 10_000.0))
+        kind = find("rope.scaling.type", "none")
+        _one_of("rope type", kind, ("none", "linear"))
+        scaling = RopeScaling("linear", _decimal(read("rope.scaling.factor"))) if kind == "linear" else None
+        if rope_factors is not None:
+            if scaling is not None:
+                raise ValueError("rope_freqs.weight and linear rope scaling exclude each other")
+            scaling = _llama3_scaling(np.asarray(rope_factors), head_dim, theta)
+        return cls(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=read("feed_forward_length"),
+            num_layers=read("block_count"),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            max_positions=read("context_length"),
+            rms_norm_eps=_decimal(read("attention.layer_norm_rms_epsilon")),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_embeddings=tied,
+            attention_bias=architecture == "qwen2",
+            qk_norm=architecture == "qwen3",
+            sliding_window=find("attention.sliding_window", None) or None,
+        )
+
+    @classmethod
+    def llama2_7b(cls) -> Self:
+        """Llama 2 7B."""
+        return cls(**_llama2(4096, 11_008, 32, 32, 32))
+
+    @classmethod
+    def llama2_13b(cls) -> Self:
+        """Llama 2 13B."""
+        return cls(**_llama2(5120, 13_824, 40, 40, 40))
+
+    @classmethod
+    def llama2_70b(cls) -> Self:
+        """Llama 2 70B."""
+        return cls(**_llama2(8192, 28_672, 80, 64, 8))
+
+    @classmethod
+    def tinyllama_1_1b(cls) -> Self:
+        """TinyLlama 1.1B."""
+        return cls(**_llama2(2048, 5632, 22, 32, 4, context=2048))
+
+    @classmethod
+    def llama3_8b(cls) -> Self:
+        """Llama 3 8B."""
+        return cls(**_llama3(4096, 14_336, 32, 32, 8))
+
+    @classmethod
+    def llama3_1_8b(cls) -> Self:
+        """Llama 3.1 8B."""
+        return cls(**_llama3(4096, 14_336, 32, 32, 8, stretch=8.0))
+
+    @classmethod
+    def llama3_2_1b(cls) -> Self:
+        """Llama 3.2 1B."""
+        return cls(**_llama3(2048, 8192, 16, 32, 8, stretch=32.0), tie_embeddings=True)
+
+    @classmethod
+    def llama3_2_3b(cls) -> Self:
+        """Llama 3.2 3B."""
+        return cls(**_llama3(3072, 8192, 28, 24, 8, stretch=32.0), tie_embeddings=True)
+
+    @classmethod
+    def mistral_7b(cls) -> Self:
+        """Mistral 7B v0.1."""
+        return cls(**_llama2(4096, 14_336, 32, 32, 8, context=32_768), sliding_window=4096)
+
+    @classmethod
+    def qwen2_5_0_5b(cls) -> Self:
+        """Qwen2.5 0.5B."""
+        return cls(**_qwen(896, 4864, 24, 14, 2), attention_bias=True, max_positions=32_768)
+
+    @classmethod
+    def qwen2_5_1_5b(cls) -> Self:
+        """Qwen2.5 1.5B."""
+        return cls(**_qwen(1536, 8960, 28, 12, 2), attention_bias=True, max_positions=32_768)
+
+    @classmethod
+    def qwen2_5_3b(cls) -> Self:
+        """Qwen2.5 3B."""
+        return cls(**_qwen(2048, 11_008, 36, 16, 2), attention_bias=True, max_positions=32_768)
+
+    @classmethod
+    def qwen3_0_6b(cls) -> Self:
+        """Qwen3 0.6B."""
+        return cls(**_qwen(1024, 3072, 28, 16, 8, 128), qk_norm=True, max_positions=40_960)
+
+    @classmethod
+    def qwen3_1_7b(cls) -> Self:
+        """Qwen3 1.7B."""
+        return cls(**_qwen(2048, 6144, 28, 16, 8, 128), qk_norm=True, max_positions=40_960)
+
+    @classmethod
+    def qwen3_4b(cls) -> Self:
+        """Qwen3 4B."""
+        return cls(**_qwen(2560, 9728, 36, 32, 8, 128), qk_norm=True, max_positions=40_960)
+
+    @classmethod
+    def smollm2_135m(cls) -> Self:
+        """SmolLM2 135M."""
+        return cls(**_smollm2(576, 1536, 30, 9, 3), rope_theta=1e5, initializer_range=1 / 24)
+
+    @classmethod
+    def smollm2_360m(cls) -> Self:
+        """SmolLM2 360M."""
+        return cls(**_smollm2(960, 2560, 32, 15, 5), rope_theta=1e5)
+
+    @classmethod
+    def smollm2_1_7b(cls) -> Self:
+        """SmolLM2 1.7B."""
+        return cls(**_smollm2(2048, 8192, 24, 32, 32), rope_theta=1.3e5)
+
+
+def config_value(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a key that has to be there; raises ValueError naming it otherwise."""
+    if config.get(key) is None:
+        raise ValueError(f"the model's configuration lacks {key!r}")
+    return config[key]
+
+
+def _one_of(what: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"unknown {what} {value!r}: expected one of {', '.join(allowed)}")
+
+
+def _decimal(value: float) -> float:
+    """The short decimal number that was stored as a float32: 9.99999975e-06 is 1e-05."""
+    return float(np.format_float_scientific(np.float32(value)))
+
+
+def _hf_window(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, tuple[bool, ...] | None]:
+    """``sliding_window`` and ``sliding_layers`` by the rules of each Hugging Face model."""
+    if config["model_type"] == "llama":
+        return None, None
+    if config["model_type"] == "mistral":
+        return config.get("sliding_window", 4096), None
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    types = config.get("layer_types")
+    if types is None:
+        first = config.get("max_window_layers", 28)
+        flags = tuple(window is not None and layer >= first for layer in range(num_layers))
+    else:
+        for layer_type in types:
+            _one_of("layer type", layer_type, ("full_attention", "sliding_attention"))
+        flags = tuple(layer_type == "sliding_attention" for layer_type in types)
+        if any(flags) and window is None:
+            raise ValueError("layer_types has sliding_attention, but there is no sliding_window")
+    if not any(flags):
+        return None, None
+    return window, None if all(flags) else flags
+
+
+def _hf_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """``rope_theta`` and ``rope_scaling``; the newer ``rope_parameters`` holds both."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise ValueError(f"rope parameters that vary by layer are not supported: {sorted(rope)}")
+    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise ValueError(f"partial_rotary_factor must be 1, got {partial}")
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    _one_of("rope type", kind, ("default", *get_args(RopeKind)))
+    if kind == "default":
+        return theta, None
+    factor = float(config_value(rope, "factor"))
+    if kind == "linear":
+        return theta, RopeScaling(kind, factor)
+    return theta, RopeScaling(
+        kind,
+        factor,
+        float(config_value(rope, "low_freq_factor")),
+        float(config_value(rope, "high_freq_factor")),
+        rope.get("original_max_position_embeddings") or config.get("max_position_embeddings"),
+    )
+
+
+def _llama3_scaling(factors: np.ndarray, head_dim: int, theta: float) -> RopeScaling:
+    """The llama3 scaling that a GGUF file stores as divisors of the frequencies."""
+    scaling = RopeScaling("llama3", _decimal(factors.max()), 1.0, 4.0, 8192)  # all published ones
+    plain = inverse_frequencies(head_dim, theta)
+    expected = plain / inverse_frequencies(head_dim, theta, scaling)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
+        raise ValueError(f"rope_freqs.weight is not the llama3 scaling of factor {scaling.factor}")
+    return scaling
+
+
+def _sizes(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, head_dim: int = 0
+) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim or hidden // heads,
+    }
+
+
+def _llama2(*sizes: int, context: int = 4096) -> dict[str, Any]:
+    return {**_sizes(*sizes), "vocab_size": 32_000, "max_positions": context}
+
+
+def _llama3(*sizes: int, stretch: float | None = None) -> dict[str, Any]:
+    return {
+        **_sizes(*sizes),
+        "vocab_size": 128_256,
+        "max_positions": 131_072 if stretch else 8192,
+        "rope_theta": 500_000.0,
+        "rope_scaling": RopeScaling("llama3", stretch, 1.0, 4.0, 8192) if stretch else None,
+    }
+
+
+def _qwen(*sizes: int) -> dict[str, Any]:
+    return {
+        **_sizes(*sizes),
+        "vocab_size": 151_936,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_embeddings": True,
+    }
+
+
+def _smollm2(*sizes: int) -> dict[str, Any]:
+    return {
+        **_sizes(*sizes),
+        "vocab_size": 49_152,
+        "max_positions": 8192,
+        "tie_embeddings": True,
+    }

@@ -1,0 +1,387 @@
+"""Decoders of the Llama family (Llama, Mistral, Qwen2, Qwen3, SmolLM2), layers stacked and scanned.
+
+The parameters of a model are a flat dict from name to array. A name is the Hugging Face one,
+without the layer number where layers are stacked: ``model.layers.mlp.up_proj.weight`` is
+[L, out, in].
+
+Example:
+    >>> config = ModelConfig.smollm2_135m()
+    >>> params = init_params(config, jax.random.key(0), jnp.bfloat16)
+    >>> logits = bind(config, params)(jnp.array([[1, 2, 3]]))  # [1, 3, V] float32
+"""
+
+import functools
+import zlib
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from spiel_jax.linear import linear
+from spiel_jax.models.cache import KVCache
+from spiel_jax.models.config import ModelConfig
+from spiel_jax.models.layers import PROJECTION, Adapter, Embedding, Linear, RMSNorm
+from spiel_jax.models.rope import inverse_frequencies, rotate, rotation
+
+Remat = Literal["none", "dots", "full"]
+LAYERS = "model.layers."
+"""Prefix of the names of stacked parameters."""
+
+ADAPTED = tuple(
+    f"{LAYERS}{name}.weight"
+    for name in (
+        *(f"self_attn.{part}_proj" for part in "qkvo"),
+        *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+    )
+)
+"""Names of the weights that take an adapter: every linear inside the blocks."""
+
+
+class Attention(nnx.Module):
+    """Grouped-query causal self-attention."""
+
+    def __init__(self, config: ModelConfig, *, stack: tuple[int, ...], dtype: DTypeLike):
+        declare = functools.partial(Linear, stack=stack, dtype=dtype)
+        width, kv_width = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+        self.q_proj = declare(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = declare(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = declare(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = declare(width, config.hidden_size, bias=config.output_bias)
+        norm = functools.partial(RMSNorm, config.head_dim, eps=config.rms_norm_eps, stack=stack, dtype=dtype)
+        self.q_norm = norm() if config.qk_norm else None
+        self.k_norm = norm() if config.qk_norm else None
+        self.head_dim = config.head_dim
+        self.sliding_window = config.sliding_window
+
+    def __call__(
+        self,
+        x: jax.Array,
+        turn: tuple[jax.Array, jax.Array],
+        mask: jax.Array | None,
+        adapters: Mapping[str, Adapter],
+        cache: KVCache | None,
+        layer: jax.Array,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Attend; see ``DecoderLayer``."""
+
+        def heads(projection: Linear, name: str, norm: RMSNorm | None) -> jax.Array:
+            y = projection(x, adapters.get(f"self_attn.{name}.weight"))
+            y = y.reshape(*y.shape[:-1], -1, self.head_dim)  # [B, S, heads, head_dim]
+            return y if norm is None else norm(y)
+
+        queries = rotate(heads(self.q_proj, "q_proj", self.q_norm), *turn)
+        keys = rotate(heads(self.k_proj, "k_proj", self.k_norm), *turn)
+        values = heads(self.v_proj, "v_proj", None)
+        if cache is not None:
+            cache, keys, values = cache.write(layer, keys, values)
+        if mask is None:  # leave it to the implementation to skip what is not visible
+            window = None if self.sliding_window is None else (self.sliding_window - 1, 0)
+            seen = jax.nn.dot_product_attention(
+                queries, keys, values, is_causal=True, local_window_size=window
+            )
+        else:
+            seen = jax.nn.dot_product_attention(queries, keys, values, mask=mask)
+        seen = seen.reshape(*seen.shape[:-2], -1)  # [B, S, H * head_dim]
+        return self.o_proj(seen, adapters.get("self_attn.o_proj.weight")), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, *, stack: tuple[int, ...], dtype: DTypeLike):
+        declare = functools.partial(Linear, stack=stack, dtype=dtype)
+        self.gate_proj = declare(config.hidden_size, config.intermediate_size)
+        self.up_proj = declare(config.hidden_size, config.intermediate_size)
+        self.down_proj = declare(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: jax.Array, adapters: Mapping[str, Adapter]) -> jax.Array:
+        """[B, S, D] to [B, S, D]."""
+        gate = self.gate_proj(x, adapters.get("mlp.gate_proj.weight"))
+        up = self.up_proj(x, adapters.get("mlp.up_proj.weight"))
+        return self.down_proj(jax.nn.silu(gate) * up, adapters.get("mlp.down_proj.weight"))
+
+
+class DecoderLayer(nnx.Module):
+    """A block: attention and MLP, each normalised before and added to its input."""
+
+    def __init__(self, config: ModelConfig, *, stack: tuple[int, ...], dtype: DTypeLike):
+        norm = functools.partial(
+            RMSNorm, config.hidden_size, eps=config.rms_norm_eps, stack=stack, dtype=dtype
+        )
+        self.input_layernorm = norm()
+        self.self_attn = Attention(config, stack=stack, dtype=dtype)
+        self.post_attention_layernorm = norm()
+        self.mlp = MLP(config, stack=stack, dtype=dtype)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        turn: tuple[jax.Array, jax.Array],
+        mask: jax.Array | None,
+        adapters: Mapping[str, Adapter],
+        cache: KVCache | None,
+        layer: jax.Array,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Apply one layer.
+
+        Args:
+            x: [B, S, D].
+            turn: Cosine and sine of the positions, from ``rotation``.
+            mask: [B or 1, 1, S, T] bool, True where a key is visible; None: causal, windowed.
+            adapters: This layer's, by name within the layer.
+            cache: With the slots of these tokens claimed, or None.
+            layer: [] int32, the place in the cache.
+        """
+        y, cache = self.self_attn(self.input_layernorm(x), turn, mask, adapters, cache, layer)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x), adapters), cache
+
+
+class Decoder(nnx.Module):
+    """What Hugging Face keeps under the prefix ``model.``."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike):
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = DecoderLayer(config, stack=(config.num_layers,), dtype=dtype)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+
+
+class CausalLM(nnx.Module):
+    """A decoder with its language-model head.
+
+    Args:
+        config: The model's shape.
+        rngs: Source of the initial parameters; None declares their shapes only.
+        param_dtype: Of the parameters, and so of the activations.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        self.config = config
+        self.model = Decoder(config, dtype=param_dtype)
+        self.lm_head = (
+            None
+            if config.tie_embeddings
+            else Linear(config.hidden_size, config.vocab_size, dtype=param_dtype)
+        )
+        if rngs is not None:
+            nnx.update(self, _as_state(init_params(config, rngs.params(), param_dtype)))
+
+    @property
+    def head(self) -> jax.Array:
+        """The head's weight [V, D]: the embedding table when tied."""
+        owner = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return owner.weight[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Logits [..., V] in float32 of final hidden states [..., D]; never rounded to bfloat16."""
+        return linear(hidden.astype(jnp.float32), self.head)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        adapters: Mapping[str, Adapter] | None = None,
+        remat: Remat = "full",
+    ) -> jax.Array:
+        """Logits [B, S, V] in float32 of tokens [B, S]; see ``hidden``."""
+        hidden, _ = self.hidden(
+            tokens, positions=positions, segment_ids=segment_ids, adapters=adapters, remat=remat
+        )
+        return self.logits(hidden)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        adapters: Mapping[str, Adapter] | None = None,
+        cache: KVCache | None = None,
+        remat: Remat = "full",
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Hidden states after the final norm.
+
+        Args:
+            tokens: [B, S] integers.
+            positions: [B or 1, S] integers for RoPE; None: how many tokens of the segment precede.
+            segment_ids: [B, S] integers; a token sees itself and the earlier tokens of its own
+                segment. 0 is padding. None: every row is one segment.
+            adapters: By parameter name, such as ``model.layers.self_attn.q_proj.weight``; their
+                leaves have the leading axis L.
+            cache: The tokens before these, which fill its next S slots. Past its end: NaN.
+            remat: What the backward pass finds stored of a layer: "none" everything it needs,
+                "dots" the outputs of the linears, "full" the layer's input.
+
+        Returns:
+            [B, S, D] in the dtype of the embedding, and the new cache (None without a cache).
+
+        Raises:
+            ValueError: If an adapter's key or ``remat`` is unknown, or the tokens do not fit the
+                cache.
+        """
+        adapters = adapters or {}
+        if unknown := sorted(set(adapters) - set(ADAPTED)):
+            raise ValueError(f"unknown adapters {unknown}: expected some of {', '.join(ADAPTED)}")
+        adapters = {name.removeprefix(LAYERS): adapter for name, adapter in adapters.items()}
+
+        config = self.config
+        if cache is not None:
+            if segment_ids is None:
+                segment_ids = jnp.ones(tokens.shape, jnp.int32)
+            cache = cache.advance(segment_ids)
+        elif segment_ids is None and config.sliding_layers is not None:
+            segment_ids = jnp.ones((1, tokens.shape[1]), jnp.int32)
+
+        masks = None  # without and with the window, [B or 1, 1, S, T]
+        if segment_ids is not None:
+            keys = segment_ids if cache is None else cache.segment_ids
+            offset = 0 if cache is None else cache.length - tokens.shape[1]
+            full = near = visible(segment_ids, keys, offset)
+            if config.sliding_window is not None:
+                near = full & within(config.sliding_window, tokens.shape[1], keys.shape[1], offset)
+            masks = full, near
+        if positions is None and masks is not None:
+            positions = jnp.sum(masks[0][:, 0], axis=-1, dtype=jnp.int32) - 1
+        elif positions is None:
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        turn = rotation(positions, frequencies)
+        graphdef, state = nnx.split(self.model.layers)
+
+        def body(carry: tuple, inputs: tuple) -> tuple:
+            x, cache = carry
+            state, adapters, layer, slides = inputs
+            mask = None
+            if masks is not None:
+                mask = masks[1] if slides is None else jnp.where(slides, masks[1], masks[0])
+            return nnx.merge(graphdef, state)(x, turn, mask, adapters, cache, layer), None
+
+        layers = jnp.arange(config.num_layers, dtype=jnp.int32)
+        slides = None if config.sliding_layers is None else jnp.array(config.sliding_layers)
+        carry = (self.model.embed_tokens(tokens), cache)
+        inputs = (state, adapters, layers, slides)
+        (x, cache), _ = jax.lax.scan(_rematerialised(body, remat), carry, inputs)
+        x = self.model.norm(x)
+        if cache is not None:  # a full cache would otherwise overwrite its last slots unnoticed
+            x = jnp.where(cache.length <= cache.segment_ids.shape[1], x, jnp.nan)
+        return x, cache
+
+
+def visible(queries: jax.Array, keys: jax.Array, offset: int | jax.Array = 0) -> jax.Array:
+    """Which keys a query sees: those of its segment that are not after it.
+
+    Args:
+        queries: Segment ids [B, S].
+        keys: Segment ids [B, T].
+        offset: The slot of the first query among the keys.
+
+    Returns:
+        [B, 1, S, T] bool; the unit axis is that of the heads.
+    """
+    causal = _distance(queries.shape[1], keys.shape[1], offset) >= 0
+    return causal & (queries[:, None, :, None] == keys[:, None, None, :])
+
+
+def within(window: int, queries: int, keys: int, offset: int | jax.Array = 0) -> jax.Array:
+    """Which keys are fewer than ``window`` slots before a query: [1, 1, queries, keys] bool."""
+    return _distance(queries, keys, offset) < window
+
+
+def _distance(queries: int, keys: int, offset: int | jax.Array) -> jax.Array:
+    """Slots from a key forward to a query, [1, 1, queries, keys] int32."""
+    query = jnp.arange(queries, dtype=jnp.int32) + offset
+    return (query[:, None] - jnp.arange(keys, dtype=jnp.int32)[None, :])[None, None]
+
+
+def _rematerialised(body: Callable, remat: Remat) -> Callable:
+    if remat == "none":
+        return body
+    if remat == "full":
+        return jax.checkpoint(body, prevent_cse=False)
+    if remat == "dots":
+        # by name, since the products themselves are hidden in custom rules
+        policy = jax.checkpoint_policies.save_only_these_names(PROJECTION)
+        return jax.checkpoint(body, prevent_cse=False, policy=policy)
+    raise ValueError(f"unknown remat {remat!r}: expected one of {', '.join(get_args(Remat))}")
+
+
+@functools.lru_cache
+def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, Mapping[str, tuple[int, ...]]]:
+    """The graph of a model, and the shapes of its parameters by name."""
+    graphdef, state = nnx.split(CausalLM(config))
+    shapes = {".".join(map(str, path)): leaf.get_value().shape for path, leaf in nnx.to_flat_state(state)}
+    return graphdef, MappingProxyType(shapes)
+
+
+def _as_state(params: Mapping[str, jax.Array]) -> nnx.State:
+    return nnx.from_flat_state([(tuple(name.split(".")), params[name]) for name in sorted(params)])
+
+
+def abstract_params(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+    """Names, shapes and dtype of a model's parameters; allocates nothing."""
+    shapes = _structure(config)[1]
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+
+
+def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.float32) -> dict[str, jax.Array]:
+    """Fresh parameters as Hugging Face initialises them: normal weights, norms 1, biases 0.
+
+    Each tensor depends on the key and its own name only.
+
+    Args:
+        config: The model's shape.
+        key: A JAX random key.
+        dtype: Of the result; drawn in float32.
+    """
+
+    def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
+        if name.endswith("norm.weight"):
+            return jnp.ones(shape, dtype)
+        if name.endswith(".bias"):
+            return jnp.zeros(shape, dtype)
+        own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        return (config.initializer_range * jax.random.normal(own, shape, jnp.float32)).astype(dtype)
+
+    return {name: draw(name, shape) for name, shape in _structure(config)[1].items()}
+
+
+def bind(config: ModelConfig, params: Mapping[str, jax.Array]) -> CausalLM:
+    """The model with these parameters; cheap, and usable while tracing.
+
+    Raises:
+        ValueError: If a parameter is missing, unknown or of the wrong shape; it is named.
+    """
+    graphdef, shapes = _structure(config)
+    if missing := sorted(set(shapes) - set(params)):
+        raise ValueError(f"missing parameters: {', '.join(missing)}")
+    if unknown := sorted(set(params) - set(shapes)):
+        raise ValueError(f"unknown parameters: {', '.join(unknown)}")
+    for name, shape in shapes.items():
+        if params[name].shape != shape:
+            raise ValueError(f"{name} has shape {params[name].shape}, expected {shape}")
+    return nnx.merge(graphdef, _as_state(params))
+
+
+def layer_names(name: str, num_layers: int) -> list[str]:
+    """Hugging Face names of a parameter, layer by layer.
+
+    >>> layer_names("model.layers.mlp.up_proj.weight", 2)
+    ['model.layers.0.mlp.up_proj.weight', 'model.layers.1.mlp.up_proj.weight']
+
+    A parameter outside the layers has one name, its own.
+    """
+    if not name.startswith(LAYERS):
+        return [name]
+    return [f"{LAYERS}{layer}.{name.removeprefix(LAYERS)}" for layer in range(num_layers)]

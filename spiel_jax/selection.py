@@ -1,0 +1,360 @@
+"""Exact selection over active and dense entries, without sorting anything dense.
+
+Every function works on one matrix (or one block of it): positions are flat and row-major, int32, and
+``size`` (the number of entries, one past the last position) marks an unused slot. Ties are broken towards
+the lowest position, so a result never depends on the order of the slots. The number ``n`` of entries to
+choose may be traced; the number of slots that hold the answer is static.
+
+The k-th largest magnitude is found by bisection on the bit pattern of the floats: the bits of non-negative
+IEEE floats, read as integers, are ordered as the floats are, so 31 counts (63 in float64) decide exactly.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_BLOCK = 32  # entries per block of the two-level compaction
+_SAMPLE = 61  # one entry in so many is sampled for the first bound; prime, so that it visits all columns
+_SLACK = 1.15  # room for entries above the sampled bound, relative to the entries asked for
+
+
+def _bits_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.dtype(jnp.int64 if jnp.dtype(dtype) == jnp.float64 else jnp.int32)
+
+
+def _bisect(enough: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> jax.Array:
+    """Largest integer t in [low, high] with ``enough(t)``, a predicate that is true up to some t."""
+
+    def narrow(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2 + (high - low) % 2
+        good = enough(middle)
+        return jnp.where(good, middle, low), jnp.where(good, high, middle - 1)
+
+    return lax.while_loop(lambda bounds: bounds[0] < bounds[1], narrow, (low, high))[0]
+
+
+def _count(condition: jax.Array) -> jax.Array:
+    return jnp.sum(condition, dtype=jnp.int32)
+
+
+def kth_largest(magnitudes: jax.Array, n: jax.Array | int) -> jax.Array:
+    """The n-th largest of non-negative floats; NaN entries are left out.
+
+    Args:
+        magnitudes: Non-negative floats of any shape; NaN marks an entry that cannot be chosen.
+        n: How many entries are wanted, at least 1; may be traced.
+
+    Returns:
+        Scalar of the dtype of ``magnitudes``: the largest t with ``count(magnitudes >= t) >= n``, and 0
+        where fewer than n entries are not NaN.
+    """
+    bits = _bits_dtype(magnitudes.dtype)
+    infinity = lax.bitcast_convert_type(jnp.array(jnp.inf, magnitudes.dtype), bits)
+
+    def enough(t: jax.Array) -> jax.Array:
+        threshold = lax.bitcast_convert_type(t, magnitudes.dtype)
+        return _count(magnitudes >= threshold) >= n
+
+    t = _bisect(enough, jnp.zeros((), bits), infinity)
+    return lax.bitcast_convert_type(t, magnitudes.dtype)
+
+
+def largest(scores: jax.Array, positions: jax.Array, n: jax.Array | int) -> jax.Array:
+    """Marks the n entries of largest score; equal scores: lowest position first.
+
+    Args:
+        scores: [K] non-negative floats; NaN marks a slot that cannot be chosen.
+        positions: [K] int32, distinct where the score is not NaN, non-negative.
+        n: How many to mark; may be traced. Fewer are marked where fewer are not NaN.
+
+    Returns:
+        [K] bool.
+
+    Example:
+        >>> largest(jnp.array([3.0, 1.0, 3.0, 2.0]), jnp.array([9, 4, 2, 7]), 1)
+        Array([False, False,  True, False], dtype=bool)
+    """
+    threshold = kth_largest(scores, jnp.maximum(n, 1))
+    above = scores > threshold
+    tied = scores == threshold
+    # Among the ties, the lowest positions: again a bisection, on the positions themselves.
+    missing = jnp.maximum(n - _count(above), 0)
+    reach = jnp.max(jnp.where(tied, positions, -1), initial=-1)
+    last = _bisect(lambda t: _count(tied & (positions < t)) <= missing, jnp.zeros_like(reach), reach + 1)
+    return above | (tied & (positions < last))
+
+
+def drop(values: jax.Array, indices: jax.Array, n: jax.Array | int) -> jax.Array:
+    """Marks the n active entries that moved least: those of smallest ``|value|`` (paper, section 3.1).
+
+    Args:
+        values: [K] deltas.
+        indices: [K] int32 positions.
+        n: How many to drop, at most K; may be traced.
+
+    Returns:
+        [K] bool, true for a dropped slot.
+
+    Example:
+        >>> drop(jnp.array([0.3, -0.1, 0.2]), jnp.array([0, 5, 7]), 1)
+        Array([False,  True, False], dtype=bool)
+    """
+    # The n smallest are what the K - n largest leave. Ties must fall to the lowest position among the
+    # dropped, so the order of positions is mirrored for the kept.
+    moved = jnp.where(jnp.isnan(values), jnp.inf, jnp.abs(values))  # exactly n, whatever the values
+    kept = largest(moved, jnp.max(indices, initial=0) - indices, values.size - n)
+    return ~kept
+
+
+def isin(positions: jax.Array, members: jax.Array, size: int) -> jax.Array:
+    """Whether each of ``positions`` [K] is one of ``members`` [M], through a set of size / 8 bytes.
+
+    Args:
+        positions: [K] int32; one that is not below ``size`` is no member.
+        members: [M] int32, distinct; those not below ``size`` are ignored.
+        size: Number of entries of the matrix.
+
+    Returns:
+        [K] bool.
+    """
+    words = jnp.zeros((size // 32 + 1,), jnp.uint32)
+    bit = jnp.left_shift(jnp.uint32(1), (members % 32).astype(jnp.uint32))
+    word = jnp.where(members < size, members // 32, words.size)
+    words = words.at[word].add(bit, mode="drop")  # members are distinct: adding their bits is "or"
+    found = words.at[positions // 32].get(mode="fill", fill_value=0)
+    found = jnp.right_shift(found, (positions % 32).astype(jnp.uint32)) & 1
+    return (found == 1) & (positions < size)
+
+
+def compact(mask: jax.Array, payload: jax.Array, slots: int, fill: int) -> jax.Array:
+    """The entries of ``payload`` [K] where ``mask`` [K], in order, in the first of ``slots`` slots."""
+    rank = jnp.cumsum(mask, dtype=jnp.int32) - 1
+    empty = jnp.full((slots,), fill, payload.dtype)
+    return empty.at[jnp.where(mask, rank, slots)].set(payload, mode="drop")
+
+
+class Replacement(NamedTuple):
+    """What a reselection did to the slots of one matrix.
+
+    Attributes:
+        indices: [K] int32, the positions after it; a kept entry stays in its slot.
+        replaced: [K] bool, the slots that hold a new position.
+        source: [K] int32, for a replaced slot the slot of ``incoming`` that it took.
+    """
+
+    indices: jax.Array
+    replaced: jax.Array
+    source: jax.Array
+
+
+def replace(indices: jax.Array, dropped: jax.Array, incoming: jax.Array, size: int) -> Replacement:
+    """Puts grown positions into the slots of dropped ones.
+
+    An entry that is both dropped and grown is left entirely alone. The others are paired in the order of
+    their slots.
+
+    Args:
+        indices: [K] int32, active positions.
+        dropped: [K] bool.
+        incoming: [C] int32, grown positions, as many as are dropped; ``size`` in unused slots.
+        size: Number of entries of the matrix.
+
+    Returns:
+        A ``Replacement``.
+    """
+    leaving = dropped & ~isin(indices, incoming, size)
+    entering = (incoming < size) & ~isin(incoming, jnp.where(dropped, indices, size), size)
+    count = indices.size
+    order = compact(entering, jnp.arange(incoming.size, dtype=jnp.int32), count, incoming.size)
+    rank = jnp.cumsum(leaving, dtype=jnp.int32) - 1
+    source = jnp.where(leaving, order[jnp.maximum(rank, 0)], incoming.size)
+    new = incoming.at[source].get(mode="fill", fill_value=size)
+    return Replacement(jnp.where(leaving, new, indices), leaving, source)
+
+
+def _compact_dense(chosen: Callable[[jax.Array], jax.Array], flat: jax.Array, slots: int):
+    """Ascending positions at which ``chosen(flat)`` holds, in ``slots`` slots, ``flat.size`` as filler.
+
+    Counts per block of 32 entries first, so that only [size / 32] and [slots] integers are materialised.
+    """
+    size = flat.size
+    blocks = flat.reshape(-1, _BLOCK)
+    counts = jnp.sum(chosen(blocks), axis=1, dtype=jnp.int32)
+    ends = jnp.cumsum(counts)
+    starts = ends - counts
+    # block of each slot: mark the first slot of every non-empty block, then spread by a running maximum
+    marks = jnp.zeros((slots,), jnp.int32)
+    marks = marks.at[jnp.where(counts > 0, starts, slots)].set(
+        jnp.arange(blocks.shape[0], dtype=jnp.int32), mode="drop"
+    )
+    block = lax.cummax(marks)
+    rank = jnp.arange(slots, dtype=jnp.int32) - starts[block]
+
+    def scan_column(column: jax.Array, carry: tuple[jax.Array, jax.Array]):
+        seen, offset = carry
+        here = flat.at[block * _BLOCK + column].get(mode="promise_in_bounds")
+        seen = seen + chosen(here).astype(jnp.int32)
+        return seen, offset + (seen <= rank)
+
+    zeros = jnp.zeros((slots,), jnp.int32)
+    _, offset = lax.fori_loop(0, _BLOCK, scan_column, (zeros, zeros), unroll=8)
+    live = jnp.arange(slots, dtype=jnp.int32) < ends[-1]
+    return jnp.where(live, block * _BLOCK + offset, size)
+
+
+def _top_exact(flat: jax.Array, k: int) -> jax.Array:
+    """Positions of the k largest magnitudes by bisection over all entries: always right, 31 passes."""
+    threshold = kth_largest(jnp.abs(flat), k)
+    above = _count(jnp.abs(flat) > threshold)
+    strictly = _compact_dense(lambda x: jnp.abs(x) > threshold, flat, k)
+    ties = _compact_dense(lambda x: jnp.abs(x) == threshold, flat, k)
+    slot = jnp.arange(k, dtype=jnp.int32)
+    joined = jnp.where(slot < above, strictly, ties[jnp.maximum(slot - above, 0)])
+    return jnp.sort(joined)
+
+
+def top_magnitudes(dense: jax.Array, k: int, exclude: jax.Array | None = None) -> jax.Array:
+    """Positions of the k entries of largest magnitude, exactly; ties: lowest position first.
+
+    A bound from a sample of the entries cuts the matrix down to little more than k of them, and the exact
+    bisection runs on those; where the bound turns out too high or too low (a count tells), the bisection
+    runs on all entries. No dense temporary, nothing dense is sorted.
+
+    Args:
+        dense: Floats of any shape. NaN entries are never chosen.
+        k: How many, static.
+        exclude: [A] positions that must not be chosen (the active ones), or None.
+
+    Returns:
+        [k] int32, ascending; ``dense.size`` in the last slots where fewer than k entries can be chosen.
+
+    Raises:
+        ValueError: If ``dense`` has too many entries for int32 positions.
+
+    Example:
+        >>> top_magnitudes(jnp.array([[1.0, -4.0], [3.0, 2.0]]), 2, exclude=jnp.array([1]))
+        Array([2, 3], dtype=int32)
+    """
+    size = dense.size
+    if size > jnp.iinfo(jnp.int32).max:
+        raise ValueError(f"{size} entries do not fit int32 positions: use a finer block grid")
+    flat = dense.reshape(-1)
+    if exclude is not None:
+        flat = flat.at[exclude].set(jnp.nan, mode="drop")
+    if size % _BLOCK:
+        flat = jnp.pad(flat, (0, -size % _BLOCK), constant_values=jnp.nan)
+    if k == 0:
+        return jnp.zeros((0,), jnp.int32)
+
+    room = int(k * _SLACK) + _BLOCK
+    sample = jnp.abs(flat[::_SAMPLE])
+    wanted = (k + room) / 2 / flat.size * sample.size
+    if room >= size // 2 or wanted < 32:  # too small a matrix for a sample to tell anything
+        return jnp.minimum(_top_exact(flat, k), size)
+
+    bound = kth_largest(sample, int(wanted))
+    count = _count(jnp.abs(flat) >= bound)
+
+    def few() -> jax.Array:
+        positions = _compact_dense(lambda x: jnp.abs(x) >= bound, flat, room)
+        entries = jnp.abs(flat.at[positions].get(mode="fill", fill_value=jnp.nan))
+        chosen = largest(entries, positions, k)
+        return compact(chosen, positions, k, size)
+
+    fits = (count >= k) & (count <= room)
+    return jnp.minimum(lax.cond(fits, few, lambda: _top_exact(flat, k)), size)
+
+
+def top_products(
+    row: jax.Array,
+    column: jax.Array,
+    n: jax.Array | int,
+    slots: int,
+    exclude: jax.Array,
+    combine: Callable[[jax.Array, jax.Array], jax.Array] = jnp.multiply,
+) -> jax.Array:
+    """Positions of the n largest ``row[i] * column[j]`` outside ``exclude``; ties: lowest position first.
+
+    The [R, C] matrix of products is never formed. With the columns sorted, the products of a row that
+    reach a threshold are a prefix, because rounding is monotone; so one count takes R binary searches.
+    The threshold is bisected on such counts (less the excluded ones), then the prefixes are enumerated.
+    Of the products equal to the threshold only the rows up to the one in which n is reached are listed,
+    so that the list has at most ``slots + A + C`` entries, however many ties there are.
+
+    Args:
+        row: [R] non-negative finite floats.
+        column: [C] non-negative finite floats, same dtype.
+        n: How many, at most ``slots`` and at most R * C - A; may be traced.
+        slots: Static size of the answer.
+        exclude: [A] distinct positions that must not be chosen.
+        combine: The score of (i, j) from ``row[i]`` and ``column[j]``: monotone in both, such as
+            ``jnp.multiply`` (the paper's choice) or ``jnp.minimum`` (SM3's own bound).
+
+    Returns:
+        [slots] int32: n positions in no particular order, then R * C in the unused slots.
+
+    Example:
+        >>> top_products(jnp.array([1.0, 2.0]), jnp.array([3.0, 1.0]), 1, 1, jnp.array([2]))
+        Array([0], dtype=int32)
+    """
+    rows, columns = row.size, column.size
+    size = rows * columns
+    order = jnp.argsort(-column, stable=True).astype(jnp.int32)
+    ordered = column[order]
+    steps = columns.bit_length()
+
+    def prefix(reaches: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """[R] number of leading columns, in descending order, whose score ``reaches`` the threshold."""
+        length = jnp.zeros((rows,), jnp.int32)
+        for step in reversed(range(steps)):
+            longer = length + (1 << step)
+            score = combine(row, ordered[jnp.minimum(longer, columns) - 1])
+            length = jnp.where((longer <= columns) & reaches(score), longer, length)
+        return length
+
+    bits = _bits_dtype(row.dtype)
+    exclude_row = exclude // columns
+    excluded = combine(row[exclude_row], column[exclude % columns])  # [A]
+
+    def enough(t: jax.Array) -> jax.Array:
+        threshold = lax.bitcast_convert_type(t, row.dtype)
+        reached = jnp.sum(prefix(lambda score: score >= threshold), dtype=jnp.int32)
+        return reached - _count(excluded >= threshold) >= n
+
+    highest = lax.bitcast_convert_type(jnp.array(jnp.inf, row.dtype), bits)
+    threshold = lax.bitcast_convert_type(_bisect(enough, jnp.zeros((), bits), highest), row.dtype)
+
+    above = prefix(lambda score: score > threshold)  # [R]
+    reached = prefix(lambda score: score >= threshold)
+    chosen_above = jnp.sum(above, dtype=jnp.int32) - _count(excluded > threshold)
+    excluded_ties = jnp.zeros((rows,), jnp.int32).at[exclude_row].add(excluded == threshold)
+    ties = jnp.cumsum(reached - above - excluded_ties, dtype=jnp.int32)  # [R], up to and with the row
+    missing = n - chosen_above  # ties to take, lowest positions first
+    last_row = _count(ties < missing)  # the row in which they are complete
+    numbers = jnp.arange(rows, dtype=jnp.int32)
+    lengths = jnp.where((numbers <= last_row) & (missing > 0), reached, above)
+
+    listed = slots + exclude.size + columns
+    ends = jnp.cumsum(lengths)
+    starts = ends - lengths
+    marks = jnp.zeros((listed,), jnp.int32)
+    marks = marks.at[jnp.where(lengths > 0, starts, listed)].set(numbers, mode="drop")
+    listed_row = lax.cummax(marks)
+    slot = jnp.arange(listed, dtype=jnp.int32)
+    live = slot < ends[-1]
+    listed_column = order[jnp.clip(slot - starts[listed_row], 0, columns - 1)]
+    position = jnp.where(live, listed_row * columns + listed_column, size)
+
+    chosen = live & ~isin(position, exclude, size)
+    tied = chosen & (combine(row[listed_row], column[listed_column]) == threshold)
+    # The last row may hold more ties than are missing: cut it off by position.
+    cut = _bisect(
+        lambda t: _count(tied & (position < t)) <= missing,
+        jnp.zeros((), jnp.int32),
+        jnp.array(size, jnp.int32),
+    )
+    return compact(chosen & (~tied | (position < cut)), position, slots, size)

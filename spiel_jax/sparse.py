@@ -1,0 +1,466 @@
+"""Sparse deltas of weights: the central type, merging, and a linear that collects its sparse gradient.
+
+A weight is a matrix, or a stack of matrices on leading axes (stacked layers). Each matrix has its own
+active entries. Positions are flat and row-major inside a matrix, or inside one block of it where a block
+grid cuts the matrix up (the grid is what makes a large mesh and matrices of more than 2^31 entries work).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from spiel_jax.linear import dot, input_gradient, weight_gradient
+from spiel_jax.selection import top_magnitudes
+
+_static = partial(field, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SparseDelta:
+    """Some entries of a weight: where they are, and a number for each.
+
+    The numbers are the deltas relative to the pretrained weight, or gradients at these positions, or
+    absent (None) where only the positions matter. Slots are in no particular order: inside a run a kept
+    entry stays in its slot. Use ``sort`` for what leaves the run.
+
+    Attributes:
+        indices: int32 [*stack, k], flat positions, distinct within a matrix; [*stack, grid_rows,
+            grid_columns, k], positions within the block, where the grid is not (1, 1). A position equal
+            to the number of entries of the block marks an unused slot.
+        values: [*stack, ..., k] float, the same shape as ``indices``; or None.
+        shape: (rows, columns) of one matrix.
+        grid: (rows, columns) of the block grid.
+        layers: Which matrices of the stack are adapted, ascending; None for all of them.
+    """
+
+    indices: jax.Array
+    values: Any
+    shape: tuple[int, int] = _static()
+    grid: tuple[int, int] = _static(default=(1, 1))
+    layers: tuple[int, ...] | None = _static(default=None)
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """(rows, columns) of one block."""
+        return self.shape[0] // self.grid[0], self.shape[1] // self.grid[1]
+
+    @property
+    def block_axes(self) -> int:
+        """Number of axes of ``indices`` that belong to one matrix: 1, or 3 with a block grid."""
+        return 1 if self.grid == (1, 1) else 3
+
+    def with_values(self, values: jax.Array | None) -> "SparseDelta":
+        """The same positions with other values."""
+        return replace(self, values=values)
+
+    def sort(self) -> "SparseDelta":
+        """The same entries with ascending positions."""
+        order = jnp.argsort(self.indices, axis=-1)
+        take = partial(jnp.take_along_axis, indices=order, axis=-1)
+        return replace(
+            self,
+            indices=take(self.indices),
+            values=None if self.values is None else take(self.values),
+        )
+
+    def coordinates(self) -> tuple[jax.Array, jax.Array]:
+        """Row and column in the matrix of each entry, int32, shaped like ``indices``.
+
+        Unused slots get a row past the last one, so that a scatter can drop and a gather can fill them.
+        """
+        block_rows, block_columns = self.block
+        rows, columns = self.indices // block_columns, self.indices % block_columns
+        if self.grid != (1, 1):
+            unused = self.indices >= block_rows * block_columns
+            grid_rows = jnp.arange(self.grid[0], dtype=jnp.int32)[:, None, None]
+            grid_columns = jnp.arange(self.grid[1], dtype=jnp.int32)[:, None]
+            rows = jnp.where(unused, self.shape[0], rows + grid_rows * block_rows)
+            columns = columns + grid_columns * block_columns
+        return rows, columns
+
+
+def parameter_name(target: str) -> str:
+    """Name of the weight that a target's name stands for: what precedes the ``@`` of a layer subset."""
+    return target.partition("@")[0]
+
+
+def path_name(path: tuple) -> str:
+    """Dotted name of a leaf of a pytree from its key path: ``("mlp", "kernel")`` is "mlp.kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def spread(parts: Sequence[SparseDelta], layers: int) -> SparseDelta:
+    """Joins deltas on different layers of one stack into one delta on all of them.
+
+    Differentiable in the values. Layers of no part have unused slots only, and so have layers whose part has
+    fewer entries than another.
+
+    Args:
+        parts: Deltas of one stacked weight with disjoint ``layers``; values may be absent in all.
+        layers: Matrices in the stack, L.
+
+    Returns:
+        A delta with indices [L, ..., k] for the largest k.
+    """
+    first = parts[0]
+    slots = max(part.indices.shape[-1] for part in parts)
+    shape = (layers, *first.indices.shape[1:-1], slots)
+    indices = jnp.full(shape, first.block[0] * first.block[1], jnp.int32)
+    values = None if first.values is None else jnp.zeros(shape, first.values.dtype)
+    for part in parts:
+        at = (jnp.array(part.layers), ..., slice(part.indices.shape[-1]))
+        indices = indices.at[at].set(part.indices)
+        values = None if values is None else values.at[at].set(part.values)
+    return replace(first, indices=indices, values=values, layers=None)
+
+
+def _per_matrix(
+    function: Callable[..., jax.Array], delta: SparseDelta, *arrays: jax.Array
+) -> Callable[[jax.Array], jax.Array]:
+    """Maps ``function(matrix, rows, columns, *arrays)`` over the stack axes of a weight."""
+    coordinates = delta.coordinates()
+
+    def apply(weight: jax.Array) -> jax.Array:
+        mapped = function
+        for _ in range(delta.indices.ndim - delta.block_axes):
+            mapped = jax.vmap(mapped)
+        return mapped(weight, *coordinates, *arrays)
+
+    return apply
+
+
+def gather(weight: jax.Array, delta: SparseDelta) -> jax.Array:
+    """Entries of ``weight`` at the positions of ``delta``; 0 in unused slots.
+
+    Args:
+        weight: [*stack, rows, columns].
+        delta: Its positions; values are not read.
+
+    Returns:
+        Shaped like ``delta.indices``, dtype of ``weight``.
+    """
+    if delta.layers is not None:
+        weight = weight[jnp.array(delta.layers)]
+    return _per_matrix(
+        lambda matrix, rows, columns: matrix.at[rows, columns].get(mode="fill", fill_value=0), delta
+    )(weight)
+
+
+def set_entries(weight: jax.Array, delta: SparseDelta, entries: jax.Array) -> jax.Array:
+    """``weight`` with the entries at the positions of ``delta`` replaced, in place where donated.
+
+    Args:
+        weight: [*stack, rows, columns].
+        delta: Positions; unused slots are skipped.
+        entries: Shaped like ``delta.indices``; cast to the dtype of ``weight``.
+
+    Returns:
+        The new weight, same shape and dtype.
+    """
+    entries = entries.astype(weight.dtype)
+    stacked = delta.indices.ndim > delta.block_axes
+    batched = _per_matrix(
+        lambda matrix, rows, columns, entries: matrix.at[rows, columns].set(
+            entries, mode="drop", unique_indices=True
+        ),
+        delta,
+        entries,
+    )
+    if delta.layers is not None or (stacked and weight.dtype.itemsize < 4):
+        # XLA's CPU backend upcasts the whole operand of a 16-bit scatter: one matrix at a time there.
+        return _set_matrix_by_matrix(weight, delta, entries)
+    return batched(weight)
+
+
+def _set_matrix_by_matrix(weight: jax.Array, delta: SparseDelta, entries: jax.Array) -> jax.Array:
+    stack = weight.shape[:-2]
+    matrices = weight.reshape(-1, *delta.shape)  # [M, rows, columns]
+    per_matrix = delta.indices.shape[delta.indices.ndim - delta.block_axes :]
+    rows, columns = (x.reshape(-1, *per_matrix) for x in delta.coordinates())
+    entries = entries.reshape(rows.shape)
+    numbers = jnp.arange(matrices.shape[0]) if delta.layers is None else jnp.array(delta.layers)
+
+    def one(slot: jax.Array, matrices: jax.Array) -> jax.Array:
+        matrix = lax.dynamic_index_in_dim(matrices, numbers[slot], keepdims=False)
+        matrix = matrix.at[rows[slot], columns[slot]].set(entries[slot], mode="drop", unique_indices=True)
+        return lax.dynamic_update_index_in_dim(matrices, matrix, numbers[slot], 0)
+
+    return lax.fori_loop(0, rows.shape[0], one, matrices).reshape(*stack, *delta.shape)
+
+
+def merged_entries(base: jax.Array, values: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """``base + values`` rounded once, to the dtype of the weight."""
+    return (base.astype(values.dtype) + values).astype(dtype)
+
+
+def _edit(params: Any, edits: Mapping[str, Callable[[jax.Array], jax.Array]]) -> Any:
+    """Applies to the named leaves of a pytree the edits of the targets on them."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    named = {path_name(path): leaf for path, leaf in leaves}
+    for target, edit in edits.items():
+        name = parameter_name(target)
+        if name not in named:
+            raise KeyError(f"no parameter {name!r}: expected one of {', '.join(named)}")
+        named[name] = edit(named[name])
+    return jax.tree_util.tree_unflatten(structure, list(named.values()))
+
+
+def merge(params: Any, deltas: Mapping[str, SparseDelta]) -> Any:
+    """Adds sparse deltas to the weights they belong to: ``W + delta`` (paper, equation 1).
+
+    Differentiable in the deltas' values (a gather of the weight's cotangent) and in ``params``. The sum is
+    formed in the dtype of the values and rounded once to the dtype of the weight.
+
+    Args:
+        params: Any pytree of arrays; weights are [*stack, rows, columns].
+        deltas: Target name to ``SparseDelta``; the name is the dotted path of the leaf.
+
+    Returns:
+        The pytree with merged weights.
+
+    Raises:
+        KeyError: If a name is no leaf of ``params``.
+
+    Example:
+        >>> delta = SparseDelta(jnp.array([1, 2]), jnp.array([0.5, -1.0]), shape=(2, 2))
+        >>> merge({"w": jnp.zeros((2, 2))}, {"w": delta})["w"]
+        Array([[ 0. ,  0.5],
+               [-1. ,  0. ]], dtype=float32)
+    """
+
+    def add(weight: jax.Array, delta: SparseDelta) -> jax.Array:
+        entries = merged_entries(gather(weight, delta), delta.values, weight.dtype)
+        return set_entries(weight, delta, entries)
+
+    return _edit(params, {name: partial(add, delta=delta) for name, delta in deltas.items()})
+
+
+def base_entries(params: Any, deltas: Mapping[str, SparseDelta]) -> dict[str, jax.Array]:
+    """The weights' entries at the positions of ``deltas``: what ``unmerge`` needs, taken before a merge.
+
+    Returns:
+        Target name to array shaped like the delta's indices, in the dtype of the weight.
+
+    Raises:
+        KeyError: If a name is no leaf of ``params``.
+    """
+    taken = {}
+
+    def take(weight: jax.Array, name: str, delta: SparseDelta) -> jax.Array:
+        taken[name] = gather(weight, delta)
+        return weight
+
+    _edit(params, {name: partial(take, name=name, delta=delta) for name, delta in deltas.items()})
+    return taken
+
+
+def unmerge(params: Any, deltas: Mapping[str, SparseDelta], base: Mapping[str, jax.Array]) -> Any:
+    """Puts the pretrained entries back, bit for bit.
+
+    Args:
+        params: Merged parameters.
+        deltas: The positions that were merged; values are not read.
+        base: The pretrained entries there, from ``base_entries``.
+
+    Returns:
+        The pytree with pretrained weights.
+
+    Raises:
+        KeyError: If a name is no leaf of ``params``.
+    """
+    return _edit(
+        params,
+        {name: partial(set_entries, delta=delta, entries=base[name]) for name, delta in deltas.items()},
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SparseLinear:
+    """A linear layer that differentiates with respect to some entries of its weight only.
+
+    Called as ``y = adapter(x, weight)`` it forms ``x @ weight.T``. Its backward pass forms the weight
+    gradient of this one product in float32, keeps the entries asked for, and lets the rest go: it never
+    leaves the layer, and is never rounded to the dtype of the weight.
+
+    Attributes:
+        active: Active entries. The cotangent of its values is the gradient there.
+        candidates: Further entries whose gradient is wanted (they are merged nowhere), or None.
+        proposal: Zeros [*stack, ..., 3, c] float32, or None. Their cotangent holds, for the c entries of
+            largest gradient magnitude that are not excluded, gradient, row and column in the block as
+            floats (exact up to 2^24); an unused slot has the number of rows as its row.
+        enabled: Bool scalar per matrix, false where the weight gradient of this layer is not wanted and
+            should not be computed; None for true.
+        merged: Static. True where ``weight`` already holds the active deltas (a resident merge); False
+            where they are scattered into it on each use.
+        propose_active: Static. Whether active entries may be proposed.
+    """
+
+    active: SparseDelta
+    candidates: SparseDelta | None = None
+    proposal: jax.Array | None = None
+    enabled: jax.Array | None = None
+    merged: bool = _static(default=True)
+    propose_active: bool = _static(default=False)
+
+    def __call__(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """[..., in] and [out, in] give [..., out], dtype of ``x``."""
+        return sparse_linear(x, weight, self)
+
+
+def _used_weight(weight: jax.Array, adapter: SparseLinear) -> jax.Array:
+    if adapter.merged:
+        return weight
+    return merge({"weight": weight}, {"weight": adapter.active})["weight"]
+
+
+@jax.custom_vjp
+def sparse_linear(x: jax.Array, weight: jax.Array, adapter: SparseLinear) -> jax.Array:
+    """``x @ weight.T`` whose only weight gradient is the one that ``adapter`` collects.
+
+    Args:
+        x: [..., in].
+        weight: [out, in]; its own cotangent is not formed (it is zero).
+        adapter: What to collect; see ``SparseLinear``.
+
+    Returns:
+        [..., out], dtype of ``x``.
+    """
+    return dot(x.astype(weight.dtype), _used_weight(weight, adapter), (-1, 1)).astype(x.dtype)
+
+
+def _sparse_linear_forward(x: jax.Array, weight: jax.Array, adapter: SparseLinear):
+    return sparse_linear(x, weight, adapter), (x, weight, adapter)
+
+
+def _collect(x: jax.Array, dy: jax.Array, adapter: SparseLinear) -> tuple:
+    """Float32 cotangents of (active values, candidate values, proposal) from one dense gradient."""
+    with jax.named_scope("weight_gradient"):
+        gradient = weight_gradient(x, dy)  # [out, in]
+    with jax.named_scope("gather_gradient"):
+        active = gather(gradient, adapter.active)
+        candidates = None if adapter.candidates is None else gather(gradient, adapter.candidates)
+    if adapter.proposal is None:
+        return active, candidates, None
+    with jax.named_scope("propose"):
+        return active, candidates, _propose(gradient, adapter)
+
+
+def _propose(gradient: jax.Array, adapter: SparseLinear) -> jax.Array:
+    """[..., 3, c]: gradient, row and column of the largest entries of each block."""
+    assert adapter.proposal is not None
+    count = adapter.proposal.shape[-1]
+    grid, (rows, columns) = adapter.active.grid, adapter.active.block
+    blocks = gradient.reshape(grid[0], rows, grid[1], columns).swapaxes(1, 2)
+    blocks = blocks.reshape(-1, rows, columns)
+    exclude = adapter.active.indices.reshape(blocks.shape[0], -1)
+
+    def one(block_and_active: tuple[jax.Array, jax.Array]) -> jax.Array:
+        block, active = block_and_active
+        positions = top_magnitudes(block, count, None if adapter.propose_active else active)
+        entries = block.reshape(-1).at[positions].get(mode="fill", fill_value=0)
+        return jnp.stack([entries, positions // columns, positions % columns]).astype(jnp.float32)
+
+    return lax.map(one, (blocks, exclude)).reshape(adapter.proposal.shape)
+
+
+def _sparse_linear_backward(residuals: tuple, dy: jax.Array) -> tuple:
+    x, weight, adapter = residuals
+    dx = input_gradient(dy, _used_weight(weight, adapter)).astype(x.dtype)
+    x, dy = x.astype(weight.dtype), dy.astype(weight.dtype)
+    if adapter.enabled is None:
+        active, candidates, proposal = _collect(x, dy, adapter)
+    else:
+        shapes = jax.eval_shape(_collect, x, dy, adapter)
+        active, candidates, proposal = lax.cond(
+            adapter.enabled,
+            _collect,
+            lambda *_: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+            x,
+            dy,
+            adapter,
+        )
+    cotangent = jax.tree.map(
+        lambda leaf: (
+            jnp.zeros_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else _no_cotangent(leaf)
+        ),
+        adapter,
+    )
+    cotangent = replace(
+        cotangent,
+        active=cotangent.active.with_values(active.astype(adapter.active.values.dtype)),
+        proposal=proposal,
+    )
+    if adapter.candidates is not None:
+        cotangent = replace(cotangent, candidates=cotangent.candidates.with_values(candidates))
+    return dx, None, cotangent
+
+
+def _no_cotangent(leaf: jax.Array) -> Any:
+    """The cotangent of an integer or boolean array."""
+    return np.zeros(leaf.shape, jax.dtypes.float0)
+
+
+sparse_linear.defvjp(_sparse_linear_forward, _sparse_linear_backward)
+
+
+def candidates_from_proposal(proposal: jax.Array, active: SparseDelta) -> SparseDelta:
+    """Candidates and their gradients from the cotangent of ``SparseLinear.proposal``.
+
+    Args:
+        proposal: [*stack, ..., 3, c] float32.
+        active: Any delta of the same weight, for its static shape and grid.
+
+    Returns:
+        A ``SparseDelta`` with indices and gradients [*stack, ..., c].
+    """
+    gradients, rows, columns = (proposal[..., i, :] for i in range(3))
+    indices = rows.astype(jnp.int32) * active.block[1] + columns.astype(jnp.int32)
+    return replace(active, indices=indices, values=gradients)
+
+
+def propose(
+    gradients: Any, deltas: Mapping[str, SparseDelta], count: Mapping[str, int]
+) -> dict[str, SparseDelta]:
+    """Candidates from dense gradients, for code that has them: the largest entries that are not active.
+
+    Args:
+        gradients: Pytree like the parameters, dense gradients.
+        deltas: Active entries by target name; values are not read.
+        count: Candidates per matrix (or block) of each target.
+
+    Returns:
+        Target name to ``SparseDelta`` of positions and gradients, [*stack, ..., c].
+
+    Raises:
+        KeyError: If a name is no leaf of ``gradients``.
+    """
+    found = {}
+
+    def find(gradient: jax.Array, name: str, delta: SparseDelta) -> jax.Array:
+        selected = gradient if delta.layers is None else gradient[jnp.array(delta.layers)]
+        stack = selected.shape[:-2]
+        slots = jnp.zeros((*delta.indices.shape[:-1], 3, count[name]), jnp.float32)
+        matrices = selected.reshape(-1, *delta.shape)
+        adapter = SparseLinear(
+            active=replace(
+                delta,
+                indices=delta.indices.reshape(-1, *delta.indices.shape[len(stack) :]),
+                values=None,
+                layers=None,
+            ),
+            proposal=slots.reshape(-1, *slots.shape[len(stack) :]),
+        )
+        proposal = lax.map(lambda item: _propose(*item), (matrices, adapter)).reshape(slots.shape)
+        found[name] = candidates_from_proposal(proposal, delta)
+        return gradient
+
+    _edit(gradients, {name: partial(find, name=name, delta=delta) for name, delta in deltas.items()})
+    return found

@@ -1,0 +1,376 @@
+r"""Sparse fine-tuning from the command line.
+
+    python -m spiel_jax.train --config=configs/smollm2_135m.py --workdir=runs/smollm2 \
+        --config.method=spiel_ma --config.optimizer.learning_rate=1e-3
+
+A folder that already holds checkpoints of the same configuration is continued from the newest.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from spiel_jax import build
+from spiel_jax.checkpoint import CheckpointError, Checkpoints
+from spiel_jax.config import (
+    Config,
+    ConfigError,
+    check_config,
+    data_config,
+    differences,
+    flatten,
+    micro_batch_size,
+)
+from spiel_jax.data import Data, DataError, load_data
+from spiel_jax.generate import reply
+from spiel_jax.metrics import Recorder, table
+from spiel_jax.models.fingerprint import differing, fingerprint
+from spiel_jax.models.loading import open_model
+from spiel_jax.objective import Params
+from spiel_jax.schedules import Phase, Reselection
+from spiel_jax.sparse import unmerge
+from spiel_jax.training import DenseTraining, Training, TrainState
+from spiel_jax.transform import deltas
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss or the gradient of a step is not finite, and the config says to stop."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to.
+
+    Attributes:
+        step: Optimizer steps done.
+        heldout: (step, held-out loss) of every evaluation of this process.
+        skipped: Steps of this process that were skipped as not finite.
+        seconds: Wall time of this process's run.
+        rows: What the printed table shows.
+    """
+
+    step: int
+    heldout: list[tuple[int, float]]
+    skipped: int
+    seconds: float
+    rows: list[tuple[str, str]]
+
+
+def check_workdir(workdir: Path, config: Config, resume: bool) -> None:
+    """Claims a folder for a run of this config, or makes sure that it is one.
+
+    Raises:
+        ConfigError: If the folder is of a run with another config; the differences are shown.
+        CheckpointError: If ``resume`` is asked for and there is nothing to continue.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        changed = differences(json.loads(path.read_text()), json.loads(json.dumps(flatten(config))))
+        if changed:
+            lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items()]
+            raise ConfigError(
+                f"{workdir} holds a run of another configuration:\n" + "\n".join(lines) + "\n"
+                "Choose another --workdir, or set these keys as they are there."
+            )
+    elif resume:
+        raise CheckpointError(f"--resume: {workdir} holds no run to continue")
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(flatten(config), indent=1))
+    temporary.replace(path)
+
+
+def heldout_loss(
+    evaluate: Callable[..., tuple[jax.Array, jax.Array]], state: TrainState, batches: list[dict]
+) -> float:
+    """Mean loss over the supervised tokens of the held-out batches."""
+    sums = [evaluate(state, batch) for batch in batches]  # dispatched without waiting for each other
+    losses, tokens = np.sum(np.array(jax.device_get(sums), np.float64), axis=0)
+    return float(losses / tokens)
+
+
+def pretrained(state: TrainState) -> Params | None:
+    """The base model's parameters, exactly; None where the method does not keep them."""
+    if not state.base:
+        return state.params or None
+    return unmerge(state.params, deltas(state.trainable, state.opt_state), state.base)
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Turns the first SIGINT or SIGTERM into a request to stop after the current step."""
+    asked = []
+
+    def ask(number: int, frame: Any) -> None:
+        asked.append(number)
+        for name, handler in before.items():
+            signal.signal(name, handler)  # a second signal means it
+
+    before = {}
+    try:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            before[name] = signal.signal(name, ask)
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        pass
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def _load_data(config: Config, tokenizer: Any) -> tuple[Data, int]:
+    """The data, and the number of steps of the run."""
+    data = load_data(data_config(config), tokenizer)
+    for source in data.report.sources + data.report.heldout_sources:
+        logging.info("%s", source)
+    if config.steps is not None:
+        return data, config.steps
+    return data, len(data.train_dataset(config.batch_size, epochs=config.epochs))
+
+
+def run(config: Config, workdir: str | Path, *, resume: bool = False, progress: bool = True) -> Summary:
+    """Trains as the config says, or continues what the folder holds.
+
+    Args:
+        config: See ``default_config``.
+        workdir: The run's folder: config, checkpoints, metrics.
+        resume: Refuse to start a new run.
+        progress: Whether to show progress bars.
+
+    Returns:
+        A ``Summary``.
+
+    Raises:
+        ConfigError: If a key has a bad value, or the folder is of another configuration.
+        CheckpointError: If a checkpoint does not fit the run, or is of another base model.
+        NonFiniteError: If a step is not finite and ``on_nonfinite`` is "stop".
+    """
+    began = time.perf_counter()
+    check_config(config)
+    workdir = Path(workdir).expanduser()
+    check_workdir(workdir, config, resume)
+
+    source = open_model(config.model.source, preset=config.model.preset)
+    named = source if config.model.tokenizer is None else open_model(config.model.tokenizer)
+    tokenizer = named.tokenizer()
+    if len(tokenizer) > source.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model only {source.config.vocab_size}"
+        )
+    data, total = _load_data(config, tokenizer)
+    heldout = data.heldout_batches(micro_batch_size(config))[: config.eval_batches]
+    adapted = build.targets(config, source.config)
+    schedule = build.reselection(config, total)
+    rate = build.learning_rate(config, total)
+    training = build.training(config, source.config, adapted, schedule, rate)
+
+    params = source.load(jnp.dtype(config.model.dtype), seed=config.seed, progress=progress)
+    base_print = fingerprint(params)
+    entries = sum(target.total for target in adapted.values())
+    size = sum(param.size for param in params.values())
+    tunable = entries or size
+    logging.info("%d tunable of %d parameters (%.2f%%)", tunable, size, 100 * tunable / size)
+
+    with (
+        Checkpoints(workdir, config.checkpoint_keep) as checkpoints,
+        _stop_on_signal() as stop_asked,
+    ):
+        if resume and checkpoints.latest is None:
+            raise CheckpointError(f"--resume: {workdir} holds no checkpoint to continue from")
+        state = jax.jit(lambda params: training.init(params), donate_argnums=0)(params)
+        del params
+        batches = data.train_iterator(config.batch_size, steps=total)
+        start = 0
+        if checkpoints.latest is not None:
+            facts = checkpoints.facts()
+            if names := differing(facts["fingerprint"], base_print):
+                raise CheckpointError(
+                    f"{workdir} was trained on another base model: these weights differ: {', '.join(names)}"
+                )
+            start = facts["step"]
+            batches.set_state(facts["data"])
+            restored = checkpoints.restore(state)
+            state = jax.jit(lambda *parts: training.attach(*parts), donate_argnums=0)(
+                state.params, restored.trainable, restored.opt_state
+            )
+            logging.info("continuing after step %d of %d", start, total)
+
+        def save(step: int, state: TrainState) -> None:
+            facts = {"config": flatten(config), "fingerprint": base_print, "data": batches.get_state()}
+            checkpoints.save(step, state, adapted, facts)
+
+        with Recorder(workdir, start, total, progress) as recorder:
+            loop = _Loop(config, training, schedule, rate, heldout, recorder, save)
+            state, step = loop.run(state, batches, start, total, stop_asked)
+            if step < total:
+                recorder.say(f"stopped after step {step} of {total}: run the same command to continue")
+        checkpoints.wait()
+
+    rows = [
+        ("steps", f"{step} of {total}"),
+        ("tunable parameters", f"{tunable:,} ({100 * tunable / size:.2f}% of {size:,})"),
+        ("train examples", f"{data.report.examples:,} ({data.report.fill:.0%} of row slots filled)"),
+        *[(f"held-out loss, step {s}", f"{loss:.4f}") for s, loss in loop.heldout_losses],
+        ("skipped steps", str(loop.skipped)),
+        ("seconds, all / training", f"{time.perf_counter() - began:.0f} / {loop.seconds:.0f}"),
+        ("peak memory", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of host"),
+        ("run folder", str(workdir)),
+    ]
+    print(table(rows, f"{config.method} on {config.model.source}"), flush=True)
+    if config.sample.prompt and step == total:
+        _show_sample(config, source.config, training, state, tokenizer)
+    return Summary(step, loop.heldout_losses, loop.skipped, time.perf_counter() - began, rows)
+
+
+@dataclass
+class _Loop:
+    """The loop over steps. Metrics are read one step late, so that the device never waits for the host."""
+
+    config: Config
+    training: Training
+    schedule: Reselection
+    rate: Callable[[int], Any]
+    heldout: list[dict]
+    recorder: Recorder
+    save: Callable[[int, TrainState], None]
+
+    def __post_init__(self):
+        self.heldout_losses: list[tuple[int, float]] = []
+        self.skipped = 0
+        self.seconds = 0.0
+        training = self.training
+        self._step = jax.jit(
+            lambda state, batch, phase, reselect: training.step(state, batch, phase=phase, reselect=reselect),
+            static_argnames=("phase", "reselect"),
+            donate_argnums=0,
+        )
+        self._evaluate = jax.jit(lambda state, batch: training.evaluate(state, batch))
+        self._unread: list[tuple[int, dict[str, jax.Array]]] = []
+        self._tokens = 0
+
+    def run(
+        self,
+        state: TrainState,
+        batches: Any,
+        start: int,
+        total: int,
+        stop_asked: Callable[[], bool],
+    ) -> tuple[TrainState, int]:
+        """Steps from ``start`` to ``total``, or until asked to stop: the state and the step reached."""
+        config = self.config
+        began = time.perf_counter()
+        if start == 0:
+            self._evaluate_now(0, state)
+        micro = micro_batch_size(config)
+        step = start
+        sparse = not isinstance(self.training, DenseTraining)
+        for step in range(start + 1, total + 1):
+            batch = next(batches)
+            grouped = {name: array.reshape(-1, micro, array.shape[-1]) for name, array in batch.items()}
+            phase = self.schedule.phase(step) if sparse and config.method == "spiel_ag" else Phase.PLAIN
+            reselect = sparse and bool(self.schedule.reselects(step))
+            state, metrics = self._step(state, grouped, phase=phase, reselect=reselect)
+            self._unread.append((step, metrics))
+            self._tokens += int(np.count_nonzero(batch["segment_ids"]))
+            if step % config.log_every == 0:
+                self._read(keep=1)
+            stopping = stop_asked()
+            if stopping or step == total or _due(step, config.checkpoint_every):
+                self._read(keep=0)
+                self.save(step, state)
+                self.recorder.restart_clock()
+            if step == total or _due(step, config.eval_every):
+                self._read(keep=0)
+                self._evaluate_now(step, state)
+            if stopping:
+                break
+        self.seconds = time.perf_counter() - began
+        return state, step
+
+    def _evaluate_now(self, step: int, state: TrainState) -> None:
+        if self.heldout:
+            loss = heldout_loss(self._evaluate, state, self.heldout)
+            self.heldout_losses.append((step, loss))
+            self.recorder.evaluation(step, loss)
+
+    def _read(self, keep: int) -> None:
+        """Records the metrics of all steps but the last ``keep``."""
+        count = len(self._unread) - keep
+        if count < 1:
+            return
+        read, self._unread = self._unread[:count], self._unread[count:]
+        tokens, self._tokens = self._tokens, 0
+        for position, (step, metrics) in enumerate(read):
+            numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            finite = bool(numbers.pop("finite"))
+            numbers["learning_rate"] = float(self.rate(step - 1))
+            if position == len(read) - 1:
+                self.recorder.step(step, numbers, tokens)
+            else:
+                self.recorder.write(step, numbers)
+            if finite:
+                continue
+            what = f"step {step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}"
+            if self.config.on_nonfinite == "stop":
+                raise NonFiniteError(
+                    f"{what}. Nothing was changed by this step; the last checkpoint is whole. Lower the "
+                    "learning rate, set config.optimizer.clip_norm, or config.on_nonfinite='skip'."
+                )
+            self.skipped += 1
+            self.recorder.say(f"{what}: skipped")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _show_sample(config: Config, model: Any, training: Training, state: TrainState, tokenizer: Any) -> None:
+    """Prints what the base and the tuned model reply to the config's prompt."""
+    print(f"\nprompt: {config.sample.prompt}")
+    for name, params in (("base", pretrained(state)), ("tuned", training.tuned(state))):
+        if params is not None:
+            text = reply(
+                model, params, tokenizer, config.sample.prompt, max_new_tokens=config.sample.max_new_tokens
+            )
+            print(f"{name:>6}: {text}", flush=True)
+
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config(), such as configs/*.py.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; default: runs/ and the name of the config file."
+)
+_RESUME = flags.DEFINE_bool("resume", False, "Continue the run in --workdir; refuse to start a new one.")
+
+
+def main(argv: list[str]) -> None:
+    """Entry point of ``python -m spiel_jax.train``."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    workdir = _WORKDIR.value or os.path.join("runs", name)
+    try:
+        run(_CONFIG.value, workdir, resume=_RESUME.value)
+    except (ConfigError, CheckpointError, DataError, NonFiniteError, FileNotFoundError, ValueError) as error:
+        logging.debug("", exc_info=True)
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.INFO)
+    flags.mark_flag_as_required("config")
+    app.run(main)
