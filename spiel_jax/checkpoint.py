@@ -215,8 +215,7 @@ def restore_deltas(directory: str | Path, step: int | None = None) -> dict[str, 
             }
             for name, t in targets.items()
         }
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(lambda s: s.update(sharding=sharding), abstract)
+        abstract = jax.tree.map(lambda s: s.update(sharding=_here()), abstract)
         found = checkpointer.load_checkpointables(_existing(checkpointer, step), {"deltas": abstract})
     return {name: target.delta(**found["deltas"][name]).sort() for name, target in targets.items()}
 

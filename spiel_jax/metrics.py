@@ -58,18 +58,19 @@ class Recorder:
         self._files[file].write(json.dumps({"step": step, **line}) + "\n")
         self._files[file].flush()
 
-    def step(self, step: int, numbers: Mapping[str, float], tokens: int) -> None:
+    def step(self, step: int, numbers: Mapping[str, float], steps: int, tokens: int) -> None:
         """Records a training step and moves the bar.
 
         Args:
             step: Its number.
             numbers: Its metrics.
-            tokens: Tokens processed since the last call.
+            steps: Steps since the last call.
+            tokens: Tokens processed in these.
         """
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self.write(step, numbers)
-        self.write(step, {"seconds": seconds, "tokens_per_second": tokens / seconds}, TIMING)
+        self.write(step, {"seconds_per_step": seconds / steps, "tokens_per_second": tokens / seconds}, TIMING)
         self._shown |= {
             "loss": f"{numbers['loss']:.3f}",
             "lr": f"{numbers['learning_rate']:.1e}",
@@ -85,7 +86,6 @@ class Recorder:
         self.write(step, {"heldout_loss": loss})
         self._shown["heldout"] = f"{loss:.3f}"
         self._bar.set_postfix(self._shown)
-        self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leaves the time since the last step out of the next one's."""

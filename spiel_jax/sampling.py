@@ -6,6 +6,7 @@ window, which counts slots, covers the right tokens.
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,24 @@ def _before_stop(row: list[int], stop: Collection[int]) -> list[int]:
     return row[: next(ends, len(row))]
 
 
+class _Generation(NamedTuple):
+    """Where the loop over new tokens is.
+
+    Attributes:
+        step: [] int32, tokens chosen so far.
+        last: [B] int32, those chosen last; not yet in the cache.
+        new: [B, new_slots] int32, all of them.
+        ended: [B] bool, whether a row has its stop token.
+        cache: Keys and values of the tokens before ``last``.
+    """
+
+    step: jax.Array
+    last: jax.Array
+    new: jax.Array
+    ended: jax.Array
+    cache: KVCache
+
+
 @partial(jax.jit, static_argnames=("config", "new_slots"))
 def _decode(
     config: ModelConfig,
@@ -159,39 +178,38 @@ def _decode(
     """
     batch, length = prompts.shape
     row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch))
-    dtype = params["model.embed_tokens.weight"].dtype
-    cache = init_cache(config, batch, length + new_slots, dtype)
+    choose = partial(_choose, temperature=temperature, top_p=top_p)
 
-    def next_tokens(
-        step: jax.Array, tokens: jax.Array, segment_ids: jax.Array | None, cache: KVCache
-    ) -> tuple[jax.Array, KVCache]:
-        """The tokens [B] that follow ``tokens`` [B, S]."""
+    def extend(state: _Generation, tokens: jax.Array, segment_ids: jax.Array | None) -> _Generation:
+        """Reads tokens [B, S] into the cache and chooses those that follow."""
         model = bind(config, params)
-        hidden, cache = model.hidden(tokens, segment_ids=segment_ids, cache=cache, remat="none")
+        hidden, cache = model.hidden(tokens, segment_ids=segment_ids, cache=state.cache, remat="none")
+        assert cache is not None
         logits = model.logits(hidden[:, -1])  # [B, V]
-        choose = partial(_choose, temperature=temperature, top_p=top_p)
-        chosen = jax.vmap(lambda logits, key: choose(logits, jax.random.fold_in(key, step)))(logits, row_keys)
+        keys = jax.vmap(lambda row: jax.random.fold_in(row, state.step))(row_keys)
         finite = jnp.isfinite(jnp.max(logits, axis=-1))
-        return jnp.where(finite, chosen, _NOT_FINITE), cache
+        last = jnp.where(finite, jax.vmap(choose)(logits, keys), _NOT_FINITE)
+        return _Generation(
+            step=state.step + 1,
+            last=last,
+            new=lax.dynamic_update_slice_in_dim(state.new, last[:, None], state.step, axis=1),
+            ended=state.ended | jnp.isin(last, stop),
+            cache=cache,
+        )
 
-    def put(step: jax.Array, tokens: jax.Array, new: jax.Array, ended: jax.Array) -> tuple:
-        new = lax.dynamic_update_slice_in_dim(new, tokens[:, None], step, axis=1)
-        return new, ended | jnp.isin(tokens, stop)
-
-    def unfinished(state: tuple) -> jax.Array:
-        step, _, _, ended, _ = state
-        return (step < limit) & ~jnp.all(ended)
-
-    def extend(state: tuple) -> tuple:
-        step, tokens, new, ended, cache = state
-        tokens, cache = next_tokens(step, tokens[:, None], None, cache)
-        return step + 1, tokens, *put(step, tokens, new, ended), cache
-
-    step = jnp.zeros((), jnp.int32)
-    tokens, cache = next_tokens(step, prompts, segment_ids, cache)
-    nothing = jnp.zeros((batch, new_slots), jnp.int32), jnp.zeros((batch,), bool)
-    first = (step + 1, tokens, *put(step, tokens, *nothing), cache)
-    return lax.while_loop(unfinished, extend, first)[2]
+    begin = _Generation(
+        step=jnp.zeros((), jnp.int32),
+        last=jnp.zeros((batch,), jnp.int32),
+        new=jnp.zeros((batch, new_slots), jnp.int32),
+        ended=jnp.zeros((batch,), bool),
+        cache=init_cache(config, batch, length + new_slots, params["model.embed_tokens.weight"].dtype),
+    )
+    end = lax.while_loop(
+        lambda state: (state.step < limit) & ~jnp.all(state.ended),
+        lambda state: extend(state, state.last[:, None], None),
+        extend(begin, prompts, segment_ids),
+    )
+    return end.new
 
 
 def _choose(

@@ -6,7 +6,8 @@ the lowest position, so a result never depends on the order of the slots. The nu
 choose may be traced; the number of slots that hold the answer is static.
 
 The k-th largest magnitude is found by bisection on the bit pattern of the floats: the bits of non-negative
-IEEE floats, read as integers, are ordered as the floats are, so 31 counts (63 in float64) decide exactly.
+IEEE floats, read as integers, are ordered as the floats are, so 31 counts (15 in bfloat16, 63 in float64)
+decide exactly.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ _SLACK = 1.15  # room for entries above the sampled bound, relative to the entri
 
 
 def _bits_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.dtype(jnp.int64 if jnp.dtype(dtype) == jnp.float64 else jnp.int32)
+    return jnp.dtype(f"int{8 * jnp.dtype(dtype).itemsize}")
 
 
 def _bisect(enough: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> jax.Array:
@@ -38,29 +39,35 @@ def _bisect(enough: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.
 
 
 def _count(condition: jax.Array) -> jax.Array:
+    if condition.size % _BLOCK == 0:
+        # XLA's CPU backend fuses short rows into their sums, but writes the operand of one long sum to
+        # memory as integers; the barrier keeps it from joining the two sums.
+        rows = jnp.sum(condition.reshape(-1, _BLOCK), axis=1, dtype=jnp.int32)
+        return jnp.sum(lax.optimization_barrier(rows), dtype=jnp.int32)
     return jnp.sum(condition, dtype=jnp.int32)
 
 
-def kth_largest(magnitudes: jax.Array, n: jax.Array | int) -> jax.Array:
-    """The n-th largest of non-negative floats; NaN entries are left out.
+def kth_largest(entries: jax.Array, n: jax.Array | int) -> jax.Array:
+    """The n-th largest magnitude of floats; NaN entries are left out.
 
     Args:
-        magnitudes: Non-negative floats of any shape; NaN marks an entry that cannot be chosen.
+        entries: Floats of any shape; NaN marks an entry that cannot be chosen.
         n: How many entries are wanted, at least 1; may be traced.
 
     Returns:
-        Scalar of the dtype of ``magnitudes``: the largest t with ``count(magnitudes >= t) >= n``, and 0
-        where fewer than n entries are not NaN.
+        Scalar of the dtype of ``entries``: the largest t with ``count(|entries| >= t) >= n``, and 0 where
+        fewer than n entries are not NaN.
     """
-    bits = _bits_dtype(magnitudes.dtype)
-    infinity = lax.bitcast_convert_type(jnp.array(jnp.inf, magnitudes.dtype), bits)
+    bits = _bits_dtype(entries.dtype)
+    infinity = lax.bitcast_convert_type(jnp.array(jnp.inf, entries.dtype), bits)
 
     def enough(t: jax.Array) -> jax.Array:
-        threshold = lax.bitcast_convert_type(t, magnitudes.dtype)
-        return _count(magnitudes >= threshold) >= n
+        threshold = lax.bitcast_convert_type(t, entries.dtype)
+        # two comparisons: |entries| would be taken out of the loop, and be a second dense array
+        return _count((entries >= threshold) | (entries <= -threshold)) >= n
 
     t = _bisect(enough, jnp.zeros((), bits), infinity)
-    return lax.bitcast_convert_type(t, magnitudes.dtype)
+    return lax.bitcast_convert_type(t, entries.dtype)
 
 
 def largest(scores: jax.Array, positions: jax.Array, n: jax.Array | int) -> jax.Array:
@@ -208,7 +215,7 @@ def _compact_dense(chosen: Callable[[jax.Array], jax.Array], flat: jax.Array, sl
 
 def _top_exact(flat: jax.Array, k: int) -> jax.Array:
     """Positions of the k largest magnitudes by bisection over all entries: always right, 31 passes."""
-    threshold = kth_largest(jnp.abs(flat), k)
+    threshold = kth_largest(flat, k)
     above = _count(jnp.abs(flat) > threshold)
     strictly = _compact_dense(lambda x: jnp.abs(x) > threshold, flat, k)
     ties = _compact_dense(lambda x: jnp.abs(x) == threshold, flat, k)
@@ -240,7 +247,7 @@ def top_magnitudes(dense: jax.Array, k: int, exclude: jax.Array | None = None) -
         Array([2, 3], dtype=int32)
     """
     size = dense.size
-    if size > jnp.iinfo(jnp.int32).max:
+    if size > jnp.iinfo(jnp.int32).max - _BLOCK:  # positions in the padding must fit too
         raise ValueError(f"{size} entries do not fit int32 positions: use a finer block grid")
     flat = dense.reshape(-1)
     if exclude is not None:
@@ -251,7 +258,7 @@ def top_magnitudes(dense: jax.Array, k: int, exclude: jax.Array | None = None) -
         return jnp.zeros((0,), jnp.int32)
 
     room = int(k * _SLACK) + _BLOCK
-    sample = jnp.abs(flat[::_SAMPLE])
+    sample = flat[::_SAMPLE]
     wanted = (k + room) / 2 / flat.size * sample.size
     if room >= size // 2 or wanted < 32:  # too small a matrix for a sample to tell anything
         return jnp.minimum(_top_exact(flat, k), size)

@@ -366,7 +366,9 @@ def _propose(gradient: jax.Array, adapter: SparseLinear) -> jax.Array:
         block, active = block_and_active
         positions = top_magnitudes(block, count, None if adapter.propose_active else active)
         entries = block.reshape(-1).at[positions].get(mode="fill", fill_value=0)
-        return jnp.stack([entries, positions // columns, positions % columns]).astype(jnp.float32)
+        # one by one: a stack of bfloat16 entries and positions would round the positions
+        parts = (entries, positions // columns, positions % columns)
+        return jnp.stack([part.astype(jnp.float32) for part in parts])
 
     return lax.map(one, (blocks, exclude)).reshape(adapter.proposal.shape)
 

@@ -103,16 +103,17 @@ def by_target(tree: Any, targets: Mapping[str, Target]) -> dict[str, Any]:
     to learn the structure of a state, has none.
 
     Raises:
-        ValueError: If a leaf belongs to no target, or some targets have no leaf.
+        ValueError: If a leaf belongs to no target, or some targets have no leaf or several.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     found = {path_name(path[-1:]): leaf for path, leaf in leaves}
     unknown = [path_name(path) for path, _ in leaves if path_name(path[-1:]) not in targets]
     missing = [name for name in targets if name not in found]
-    if leaves and (unknown or missing):
+    if leaves and (unknown or missing or len(found) < len(leaves)):
         raise ValueError(
             "the tree of values does not match the targets: "
-            f"no target for {unknown or 'none'}, no values for {missing or 'none'}"
+            f"no target for {unknown or 'none'}, no values for {missing or 'none'}, "
+            f"{len(leaves) - len(found)} further values for the same targets"
         )
     return {name: found[name] for name in targets} if leaves else {}
 
@@ -207,6 +208,8 @@ def find_targets(
         *stack, rows, columns = leaf.shape
         shapes[name] = tuple(stack), (rows, columns)
         names = layer_names(name, tuple(stack)) if stack else [name]
+        if len(set(names)) != math.prod(stack):
+            raise ValueError(f"{name}: layer_names gave {list(names)} for {math.prod(stack)} matrices")
         matrices[name] = {layer: i for i, layer in enumerate(names)}
 
     matched = _match([layer for layers in matrices.values() for layer in layers], rules)

@@ -7,6 +7,7 @@ A folder that already holds checkpoints of the same configuration is continued f
 """
 
 import json
+import logging
 import os
 import resource
 import signal
@@ -21,7 +22,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from spiel_jax import build
@@ -45,6 +47,9 @@ from spiel_jax.schedules import Phase, Reselection
 from spiel_jax.sparse import unmerge
 from spiel_jax.training import DenseTraining, Training, TrainState
 from spiel_jax.transform import deltas
+
+
+_log = logging.getLogger(__name__)
 
 
 class NonFiniteError(FloatingPointError):
@@ -137,7 +142,7 @@ def _load_data(config: Config, tokenizer: Any) -> tuple[Data, int]:
     """The data, and the number of steps of the run."""
     data = load_data(data_config(config), tokenizer)
     for source in data.report.sources + data.report.heldout_sources:
-        logging.info("%s", source)
+        _log.info("%s", source)
     if config.steps is not None:
         return data, config.steps
     return data, len(data.train_dataset(config.batch_size, epochs=config.epochs))
@@ -184,7 +189,7 @@ def run(config: Config, workdir: str | Path, *, resume: bool = False, progress: 
     entries = sum(target.total for target in adapted.values())
     size = sum(param.size for param in params.values())
     tunable = entries or size
-    logging.info("%d tunable of %d parameters (%.2f%%)", tunable, size, 100 * tunable / size)
+    _log.info("%d tunable of %d parameters (%.2f%%)", tunable, size, 100 * tunable / size)
 
     with (
         Checkpoints(workdir, config.checkpoint_keep) as checkpoints,
@@ -208,7 +213,7 @@ def run(config: Config, workdir: str | Path, *, resume: bool = False, progress: 
             state = jax.jit(lambda *parts: training.attach(*parts), donate_argnums=0)(
                 state.params, restored.trainable, restored.opt_state
             )
-            logging.info("continuing after step %d of %d", start, total)
+            _log.info("continuing after step %d of %d", start, total)
 
         def save(step: int, state: TrainState) -> None:
             facts = {"config": flatten(config), "fingerprint": base_print, "data": batches.get_state()}
@@ -260,8 +265,7 @@ class _Loop:
             donate_argnums=0,
         )
         self._evaluate = jax.jit(lambda state, batch: training.evaluate(state, batch))
-        self._unread: list[tuple[int, dict[str, jax.Array]]] = []
-        self._tokens = 0
+        self._unread: list[tuple[int, dict[str, jax.Array], int]] = []  # step, metrics, tokens
 
     def run(
         self,
@@ -285,18 +289,20 @@ class _Loop:
             phase = self.schedule.phase(step) if sparse and config.method == "spiel_ag" else Phase.PLAIN
             reselect = sparse and bool(self.schedule.reselects(step))
             state, metrics = self._step(state, grouped, phase=phase, reselect=reselect)
-            self._unread.append((step, metrics))
-            self._tokens += int(np.count_nonzero(batch["segment_ids"]))
-            if step % config.log_every == 0:
-                self._read(keep=1)
+            self._unread.append((step, metrics, int(np.count_nonzero(batch["segment_ids"]))))
             stopping = stop_asked()
-            if stopping or step == total or _due(step, config.checkpoint_every):
+            saving = stopping or step == total or _due(step, config.checkpoint_every)
+            evaluating = step == total or _due(step, config.eval_every)
+            if saving or evaluating:
                 self._read(keep=0)
+            elif _due(step, config.log_every):
+                self._read(keep=1)
+            if saving:
                 self.save(step, state)
-                self.recorder.restart_clock()
-            if step == total or _due(step, config.eval_every):
-                self._read(keep=0)
+            if evaluating:
                 self._evaluate_now(step, state)
+            if saving or evaluating:
+                self.recorder.restart_clock()
             if stopping:
                 break
         self.seconds = time.perf_counter() - began
@@ -314,13 +320,12 @@ class _Loop:
         if count < 1:
             return
         read, self._unread = self._unread[:count], self._unread[count:]
-        tokens, self._tokens = self._tokens, 0
-        for position, (step, metrics) in enumerate(read):
+        for position, (step, metrics, _) in enumerate(read):
             numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
             finite = bool(numbers.pop("finite"))
             numbers["learning_rate"] = float(self.rate(step - 1))
             if position == len(read) - 1:
-                self.recorder.step(step, numbers, tokens)
+                self.recorder.step(step, numbers, len(read), sum(tokens for _, _, tokens in read))
             else:
                 self.recorder.write(step, numbers)
             if finite:
@@ -366,11 +371,12 @@ def main(argv: list[str]) -> None:
     try:
         run(_CONFIG.value, workdir, resume=_RESUME.value)
     except (ConfigError, CheckpointError, DataError, NonFiniteError, FileNotFoundError, ValueError) as error:
-        logging.debug("", exc_info=True)
+        _log.debug("", exc_info=True)
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.INFO)
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells of every file at INFO
+    logging.getLogger("spiel_jax").setLevel(logging.INFO)
     flags.mark_flag_as_required("config")
     app.run(main)

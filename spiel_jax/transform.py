@@ -136,8 +136,8 @@ def _check_per_entry(inner: optax.GradientTransformation, state: Any, values: An
         raise
     except Exception as error:
         raise TypeError(
-            "the state of the inner optimizer is not built from its parameters entry by entry, as "
-            f"spiel() needs it: {error}"
+            "spiel() needs an inner optimizer whose state is per entry; this one's is not built from its "
+            f"parameters leaf by leaf: {error}"
         ) from error
 
 

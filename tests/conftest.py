@@ -1,10 +1,93 @@
-"""Test-wide settings: eight host devices, strict promotion, no network, no accelerator."""
+"""Test-wide settings, and a model, a tokenizer and data small enough to work out by hand."""
 
+import atexit
+import json
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Many tests run the same programs: compile each once.
+_cache = tempfile.mkdtemp(prefix="spiel_jax_test_cache_")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+ADDED = ["<|im_start|>", "<|im_end|>"]
+
+
+def make_byte_tokenizer(template=None, *, bos=False, **special):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    if bos:
+        backend.add_special_tokens(["<s>"])
+        backend.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+        )
+    special = special or SPECIAL
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.add_special_tokens({"additional_special_tokens": ADDED})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture
+def make_tokenizer():
+    return make_byte_tokenizer
+
+
+@pytest.fixture
+def chatml(make_tokenizer):
+    return make_tokenizer(CHATML)
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    """Writes rows to a JSON lines file; a string is a line as it is."""
+
+    def write(rows, name="rows.jsonl"):
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        file = tmp_path / name
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return str(file)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory):
+    """A folder with a random tiny Llama and a byte-level tokenizer with ChatML as its template."""
+    folder = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=288,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    make_byte_tokenizer(CHATML).save_pretrained(folder)
+    return folder

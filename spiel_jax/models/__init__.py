@@ -9,7 +9,9 @@ from spiel_jax.models.decoder import (
     init_params,
     layer_names,
 )
+from spiel_jax.models.fingerprint import differing, fingerprint
 from spiel_jax.models.layers import Adapter
+from spiel_jax.models.loading import ModelSource, open_model
 from spiel_jax.models.rope import RopeScaling
 
 __all__ = [
@@ -17,10 +19,14 @@ __all__ = [
     "CausalLM",
     "KVCache",
     "ModelConfig",
+    "ModelSource",
     "RopeScaling",
     "abstract_params",
     "bind",
+    "differing",
+    "fingerprint",
     "init_cache",
     "init_params",
     "layer_names",
+    "open_model",
 ]

@@ -352,7 +352,13 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.floa
         if name.endswith(".bias"):
             return jnp.zeros(shape, dtype)
         own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        return (config.initializer_range * jax.random.normal(own, shape, jnp.float32)).astype(dtype)
+        if not name.startswith(LAYERS):
+            return normal(own, shape)
+        # layer by layer: the float32 draw of a whole stack can be larger than the model
+        return jax.lax.map(lambda k: normal(k, shape[1:]), jax.random.split(own, shape[0]))
+
+    def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return (config.initializer_range * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
     return {name: draw(name, shape) for name, shape in _structure(config)[1].items()}
 

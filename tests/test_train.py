@@ -1,0 +1,284 @@
+"""Runs of the trainer, from config to checkpoint, on a tiny model."""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from spiel_jax import train
+from spiel_jax.checkpoint import CheckpointError, read_facts, restore_deltas, restore_trainable
+from spiel_jax.config import ConfigError, default_config
+from spiel_jax.metrics import read_metrics
+from spiel_jax.models import open_model
+from spiel_jax.sparse import merge
+
+WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "sun", "moon", "tea"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data") / "chat.jsonl"
+    rows = []
+    for _ in range(80):
+        word = str(rng.choice(WORDS))
+        turns = [
+            {"role": "user", "content": f"say {word}"},
+            {"role": "assistant", "content": f"{word} {word}"},
+        ]
+        rows.append({"messages": turns})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def config(llama_folder, data):
+    config = default_config()
+    config.model.source = str(llama_folder)
+    config.model.dtype = "float32"
+    config.data.sources = (str(data),)
+    config.data.heldout = 8
+    config.data.sequence_length = 96
+    config.targets.num_tunable = 1000
+    config.targets.rules = (r".*\.(o|up)_proj\.weight",)
+    config.spiel.every = 4
+    config.spiel.accumulation = 3
+    config.optimizer.learning_rate = 3e-2
+    config.batch_size = 4
+    config.micro_batch_size = 2
+    config.steps = 10
+    config.eval_every = 5
+    config.checkpoint_every = 6
+    return config
+
+
+def run(config, workdir, **options):
+    return train.run(config, workdir, progress=False, **options)
+
+
+@contextlib.contextmanager
+def stopping_after(monkeypatch, steps):
+    """As if a signal came during the given step."""
+    calls = []
+
+    @contextlib.contextmanager
+    def stop_on_signal():
+        yield lambda: calls.append(0) or len(calls) == steps
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_stop_on_signal", stop_on_signal)
+        yield
+
+
+@pytest.mark.parametrize("method", ["spiel_ag", "spiel_ma", "full"])
+def test_training_lowers_the_heldout_loss(config, tmp_path, method, capsys):
+    config.method = method
+    if method == "full":
+        config.optimizer.learning_rate = 3e-3
+    config.sample.prompt = "say tea"
+    config.sample.max_new_tokens = 4
+    summary = run(config, tmp_path)
+    (first, before), (last, after) = summary.heldout[0], summary.heldout[-1]
+    assert (first, last) == (0, 10)
+    assert after < before - 0.1
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
+    assert [line["step"] for line in lines if "heldout_loss" in line] == [0, 5, 10]
+    if method != "full":
+        replaced = {line["step"]: line["replaced"] for line in lines if line.get("replaced")}
+        assert list(replaced) == [3, 7]
+        assert replaced[3] == 1.0
+        assert replaced[7] == pytest.approx(0.2 * (1 - 7 / 10), abs=0.02)
+    out = capsys.readouterr().out
+    assert "held-out loss, step 10" in out
+    assert "tuned: " in out
+    assert ("base: " in out) == (method != "full")
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_the_seed_determines_every_number(config, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        config.seed = seed
+        run(config, tmp_path / name)
+    one, two, three = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in "abc")
+    assert one == two
+    assert one != three
+
+
+@pytest.mark.parametrize(("method", "stop"), [("spiel_ag", 5), ("spiel_ag", 7), ("spiel_ma", 6)])
+def test_a_continued_run_is_the_uninterrupted_one(config, tmp_path, monkeypatch, method, stop):
+    """Stopped inside an estimation phase, at a reselection, and between."""
+    config.method = method
+    run(config, tmp_path / "whole")
+    with stopping_after(monkeypatch, stop):
+        assert run(config, tmp_path / "parts").step == stop
+    assert read_facts(tmp_path / "parts")["step"] == stop
+    # lines that a killed run had written past its last checkpoint, the last of them cut
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": stop + 1, "loss": 0.0}) + '\n{"step": 9, "lo')
+    config.log_every = 3  # may change
+    assert run(config, tmp_path / "parts", resume=True).step == 10
+    whole, parts = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts"))
+    assert whole == parts
+    one, other = restore_deltas(tmp_path / "whole"), restore_deltas(tmp_path / "parts")
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert run(config, tmp_path / "parts").step == 10  # nothing left to do
+
+
+def test_deltas_are_restored_alone_and_sorted(config, tmp_path):
+    config.eval_every = 0
+    summary = run(config, tmp_path)
+    deltas = restore_deltas(tmp_path)
+    for delta in deltas.values():
+        assert (np.diff(delta.indices, axis=-1) > 0).all()
+    source = open_model(config.model.source)
+    base = source.load(jnp.float32, progress=False)
+    tuned = merge(base, deltas)
+    changed = sum(int((tuned[name] != base[name]).sum()) for name in base)
+    assert 0.8 * 1000 < changed <= 1000
+    # the restored model has the held-out loss of the run
+    batches = train.load_data(train.data_config(config), source.tokenizer()).heldout_batches(2)
+    objective = train.build.Objective(source.config, "none", 64)
+    loss = sum(objective(tuned, batch) for batch in batches) / sum(b["weights"].sum() for b in batches)
+    assert float(loss) == pytest.approx(summary.heldout[-1][1], rel=1e-5)
+    with pytest.raises(CheckpointError, match="sparse deltas"):
+        restore_trainable(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no checkpoint 3 .* there are \[6, 10\]"):
+        restore_deltas(tmp_path, step=3)
+
+
+def test_an_interrupted_save_leaves_the_previous_checkpoint(config, tmp_path, monkeypatch):
+    with stopping_after(monkeypatch, 6):
+        run(config, tmp_path)
+    whole = restore_deltas(tmp_path)
+    torn = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"
+    (torn / "deltas").mkdir(parents=True)
+    (torn / "deltas" / "manifest.ocdbt").write_bytes(b"half")
+    jax.tree.map(np.testing.assert_array_equal, whole, restore_deltas(tmp_path))
+    assert run(config, tmp_path).step == 10
+
+
+def test_another_configuration_is_refused(config, tmp_path, monkeypatch):
+    with stopping_after(monkeypatch, 2):
+        run(config, tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    config.optimizer.learning_rate = 1.0
+    config.spiel.rate = 0.5
+    with pytest.raises(
+        ConfigError, match=r"(?s)learning_rate: 0.03 there, 1.0 now.*spiel.rate: 0.2 there, 0.5 now"
+    ):
+        run(config, tmp_path)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_another_base_model_is_refused(config, tmp_path, monkeypatch, llama_folder):
+    folder = tmp_path / "model"
+    shutil.copytree(llama_folder, folder)
+    config.model.source = str(folder)
+    with stopping_after(monkeypatch, 2):
+        run(config, tmp_path / "run")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"another base model.*differ: model.layers.mlp.up_proj.weight$"
+    ):
+        run(config, tmp_path / "run")
+
+
+def test_resume_needs_a_run(config, tmp_path):
+    with pytest.raises(CheckpointError, match="holds no run to continue"):
+        run(config, tmp_path / "none", resume=True)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(CheckpointError, match="no folder of a run"):
+        restore_deltas(tmp_path / "none")
+
+
+def test_a_loss_that_is_not_finite_stops(config, tmp_path):
+    config.optimizer.learning_rate = 1e38
+    config.checkpoint_every = 0
+    with pytest.raises(train.NonFiniteError, match=r"step \d+: loss nan.*Lower the learning rate"):
+        run(config, tmp_path)
+
+
+def test_or_the_step_is_skipped(config, tmp_path):
+    config.optimizer.learning_rate = 1e38
+    config.on_nonfinite = "skip"
+    summary = run(config, tmp_path)
+    assert summary.step == 10
+    assert summary.skipped > 0
+    assert "nan" in (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("method", "lora2", "'lora2': expected one of spiel_ag, spiel_ma, full"),
+        ("model.dtype", "float16", "expected one of bfloat16, float32"),
+        ("model.source", "", "expected a model"),
+        ("micro_batch_size", 3, "expected a divisor of batch_size = 4"),
+        ("steps", 0, "expected at least 1"),
+        ("spiel.accumulation", 9, "expected 1 to spiel.every = 4"),
+        ("optimizer.learning_rate", float("nan"), "a positive number"),
+        ("targets.density", 0.1, "one of them"),
+        ("data.truncate", "middle", "expected one of end, skip"),
+        ("data.sources", (), "sources is empty"),
+        ("data.sources", ({"path": "x", "wieght": 1.0},), "wieght"),
+    ],
+)
+def test_bad_values_are_refused_before_any_work(config, tmp_path, key, value, message):
+    with config.unlocked():
+        section = config
+        *parts, last = key.split(".")
+        for part in parts:
+            section = section[part]
+        section[last] = value
+    with pytest.raises(ConfigError, match=message):
+        run(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_command_line(tmp_path, llama_folder, data):
+    """--help, an unknown key, a bad value, and a run."""
+
+    def command(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "spiel_jax.train", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+
+    assert "--workdir" in command("--help").stdout
+    file = tmp_path / "tiny.py"
+    file.write_text(
+        "from spiel_jax.config import default_config\n\n\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        f"    config.model.source = {str(llama_folder)!r}\n"
+        f"    config.data.sources = ({str(data)!r},)\n"
+        "    config.data.heldout = 4\n"
+        "    config.data.sequence_length = 64\n"
+        "    config.targets.num_tunable = 200\n"
+        "    config.targets.rules = (r'.*up_proj.weight',)\n"
+        "    config.batch_size = 2\n"
+        "    config.steps = 2\n"
+        "    return config\n"
+    )
+    wrong = command(f"--config={file}", "--config.methd=full")
+    assert wrong.returncode != 0
+    assert "methd" in wrong.stderr
+    bad = command(f"--config={file}", "--config.method=x")
+    assert bad.returncode == 1
+    assert bad.stderr.strip().splitlines()[-1].startswith("error: config.method = 'x': expected one of")
+    good = command(f"--config={file}", "--config.method=spiel_ma")
+    assert good.returncode == 0, good.stderr
+    assert "steps                    2 of 2" in good.stdout
+    assert (tmp_path / "runs" / "tiny" / "metrics.jsonl").exists()
