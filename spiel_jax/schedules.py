@@ -27,7 +27,7 @@ def cosine(initial: float = 0.2) -> Rate:
 
 
 def constant(rate: float = 0.2) -> Rate:
-    """The same replacement rate at every reselection; 0 keeps the initial entries for ever."""
+    """The same replacement rate at every reselection; 0 with ``first=None`` never replaces an entry."""
     return lambda step, total: rate
 
 

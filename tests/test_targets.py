@@ -174,7 +174,7 @@ def test_budgets_that_cannot_be_met_are_refused(options, message):
 
 @pytest.mark.parametrize("names", [["w"], ["a", "a"], ["a", "b", "c"]])
 def test_layer_names_must_name_each_matrix(names):
-    with pytest.raises(ValueError, match="w: layer_names gave .* for 2 matrices"):
+    with pytest.raises(ValueError, match=r"w: layer_names gave .* for 2 matrices"):
         find_targets(shapes(w=(2, 4, 4)), num_tunable=4, layer_names=lambda name, stack: names)
 
 
