@@ -5,6 +5,9 @@ step, the position in the data, the config, the targets and a fingerprint of the
 saved in the order of their slots, so that a continued run is the uninterrupted one bit for bit.
 """
 
+# pyright: reportArgumentType=false
+# (Orbax annotates with aliases that pyright does not resolve)
+
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -229,6 +232,12 @@ def restore_trainable(directory: str | Path, step: int | None = None) -> Any:
     with _open(directory) as checkpointer:
         if _facts(checkpointer, step)["targets"]:
             raise CheckpointError(f"{directory} holds sparse deltas: read them with restore_deltas")
-        return checkpointer.load_checkpointables(_existing(checkpointer, step), {"trainable": None})[
-            "trainable"
-        ]
+        step = _existing(checkpointer, step)
+        stored = checkpointer.checkpointables_metadata(step).metadata["trainable"]
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_here()), stored)
+        return checkpointer.load_checkpointables(step, {"trainable": abstract})["trainable"]
+
+
+def _here() -> jax.sharding.Sharding:
+    """On one device, wherever it was saved."""
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -27,7 +27,7 @@ class ConfigError(ValueError):
     """A key of the configuration has a value that is not allowed."""
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config() -> Config:
     """All keys. The defaults are the paper's recipe where it has one; a config sets model and data."""
     optional = config_dict.placeholder  # one call per key: a placeholder object is one value
     return ml_collections.ConfigDict(

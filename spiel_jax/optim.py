@@ -69,7 +69,7 @@ def scale_by_aged_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6) ->
         updates = jax.tree.map(direction, grads, age, mu, nu)
         return updates, ScaleByAgedAdamState(age, mu, nu)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def absorbed(decay: float, age: jax.Array, dtype: Any) -> jax.Array:
@@ -164,7 +164,7 @@ def scale_by_sparse_sm3(
             updates[name] = scaled.astype(gradient.dtype)
         return like_values(grads, updates, targets), ScaleBySparseSM3State(rows, columns)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def sm3_init(targets: Mapping[str, Target], values: Mapping[str, jax.Array]) -> ScaleBySparseSM3State:
@@ -209,4 +209,4 @@ def descend(learning_rate: optax.ScalarOrSchedule, weight_decay: float = 0.0) ->
         count = optax.safe_increment(state.count)
         return jax.tree.map(step, updates, params), optax.ScaleByScheduleState(count)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]

@@ -48,7 +48,6 @@ from spiel_jax.sparse import unmerge
 from spiel_jax.training import DenseTraining, Training, TrainState
 from spiel_jax.transform import deltas
 
-
 _log = logging.getLogger(__name__)
 
 

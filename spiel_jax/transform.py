@@ -312,7 +312,7 @@ def spiel(
                 state,
             )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def _reselect_matrix(
