@@ -4,21 +4,14 @@ The names here are the library's core: they need only JAX and Optax, and work on
 Models, data, training and checkpoints are in the submodules.
 """
 
+from spiel_jax.alias import spiel_ag, spiel_ma
 from spiel_jax.growth import AccumulatedGradients, Growth, MomentApproximation
 from spiel_jax.optim import scale_by_aged_adam, scale_by_sparse_sm3
 from spiel_jax.schedules import Phase, Reselection, constant, cosine, linear
-from spiel_jax.sparse import (
-    SparseDelta,
-    SparseLinear,
-    base_entries,
-    gather,
-    merge,
-    propose,
-    sparse_linear,
-    unmerge,
-)
+from spiel_jax.sparse import SparseDelta, base_entries, gather, merge, unmerge
+from spiel_jax.sparse_linear import SparseLinear, propose, sparse_linear
 from spiel_jax.targets import Rule, Target, find_targets, zeros
-from spiel_jax.transform import SpielState, deltas, spiel, spiel_ag, spiel_ma
+from spiel_jax.transform import SpielState, deltas, spiel
 
 __all__ = [
     "AccumulatedGradients",

@@ -12,8 +12,9 @@ from spiel_jax.models import ModelConfig, abstract_params, layer_names
 from spiel_jax.objective import Objective
 from spiel_jax.optim import descend, scale_by_aged_adam, scale_by_sparse_sm3
 from spiel_jax.schedules import Reselection
+from spiel_jax.sparse_training import SparseTraining
 from spiel_jax.targets import Target, find_targets
-from spiel_jax.training import DenseTraining, SparseTraining, Training
+from spiel_jax.training import DenseTraining, Training
 from spiel_jax.transform import spiel
 
 

@@ -28,7 +28,7 @@ def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
 def _chunk_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Weighted loss of one chunk, and the log of its normalisers [chunk]."""
     normaliser = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1, mode="clip")[:, 0]
     return jnp.sum(weights * (normaliser - chosen)), normaliser
 
 
@@ -41,7 +41,7 @@ def next_token_loss(
     Args:
         hidden: [..., D] final hidden states.
         head: [V, D] head of the model.
-        targets: [...] int32, the next tokens.
+        targets: [...] int32, the next tokens; any number where the weight is 0.
         weights: [...] float32, 0 where a token is not supervised. Not differentiated.
         chunk: Tokens per chunk; the logits take chunk * V float32 at a time.
 

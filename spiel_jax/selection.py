@@ -19,7 +19,7 @@ from jax import lax
 
 _BLOCK = 32  # entries per block of the two-level compaction
 _SAMPLE = 61  # one entry in so many is sampled for the first bound; prime, so that it visits all columns
-_SLACK = 1.15  # room for entries above the sampled bound, relative to the entries asked for
+_MARGIN = 3.0  # standard deviations of a sampled count by which the first bound is kept low
 
 
 def _bits_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -224,6 +224,16 @@ def _top_exact(flat: jax.Array, k: int) -> jax.Array:
     return jnp.sort(joined)
 
 
+def _sampling(k: int) -> tuple[int, int]:
+    """Rank in the sample of a bound that about all of the k largest pass, and room for all that pass it.
+
+    Of the k largest entries about k / 61 are in the sample, give or take the root of that.
+    """
+    rank = k / _SAMPLE
+    rank += _MARGIN * rank**0.5 + 1
+    return int(rank), int((rank + _MARGIN * rank**0.5 + 1) * _SAMPLE) + _BLOCK
+
+
 def top_magnitudes(dense: jax.Array, k: int, exclude: jax.Array | None = None) -> jax.Array:
     """Positions of the k entries of largest magnitude, exactly; ties: lowest position first.
 
@@ -257,13 +267,11 @@ def top_magnitudes(dense: jax.Array, k: int, exclude: jax.Array | None = None) -
     if k == 0:
         return jnp.zeros((0,), jnp.int32)
 
-    room = int(k * _SLACK) + _BLOCK
-    sample = flat[::_SAMPLE]
-    wanted = (k + room) / 2 / flat.size * sample.size
-    if room >= size // 2 or wanted < 32:  # too small a matrix for a sample to tell anything
+    rank, room = _sampling(k)
+    if room >= size // 2:  # too small a matrix for a sample to save anything
         return jnp.minimum(_top_exact(flat, k), size)
 
-    bound = kth_largest(sample, int(wanted))
+    bound = kth_largest(flat[::_SAMPLE], rank)
     count = _count(jnp.abs(flat) >= bound)
 
     def few() -> jax.Array:

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from spiel_jax.growth import AccumulatedGradients, Flag, Growth, MomentApproximation, Observation
-from spiel_jax.optim import descend, scale_by_aged_adam, scale_by_sparse_sm3
+from spiel_jax.growth import Flag, Growth, Observation
 from spiel_jax.schedules import Phase, Reselection
 from spiel_jax.selection import drop, replace
 from spiel_jax.sparse import SparseDelta
@@ -330,92 +329,3 @@ def _reselect_matrix(
     incoming = growth.incoming(stats, indices, dropped, n, target)
     new = replace(indices, dropped, incoming, target.block_size)
     return new.indices, new.replaced, growth.seed(stats, new.source)
-
-
-def spiel_ag(
-    learning_rate: optax.ScalarOrSchedule,
-    targets: Mapping[str, Target],
-    *,
-    schedule: Reselection | None = None,
-    total_steps: int | None = None,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-6,
-    weight_decay: float = 0.0,
-    candidate_ratio: float = 1.0,
-    clip_norm: float | None = None,
-    seed: int | jax.Array = 0,
-) -> optax.GradientTransformationExtraArgs:
-    """SpIEL-AG: Adam with an age per entry, growth by accumulated gradients.
-
-    Args:
-        learning_rate: A number or a schedule. The paper tries 1e-4, 3e-5, 1e-5 and 3e-6.
-        targets: What is adapted, from ``find_targets``.
-        schedule: When to reselect and how much to replace; default ``Reselection(total_steps)``.
-        total_steps: Optimizer steps of the run, where no ``schedule`` is given.
-        b1: Decay rate of the first moment.
-        b2: Decay rate of the second moment.
-        eps: Added to the root of the second moment.
-        weight_decay: Decay of the values, that is towards the pretrained weights.
-        candidate_ratio: Candidates per active entry.
-        clip_norm: Global norm for the gradients of active entries and, alike, of candidates.
-        seed: Of the initial positions.
-
-    Returns:
-        A ``GradientTransformationExtraArgs``; see ``spiel``.
-    """
-    inner = optax.chain(scale_by_aged_adam(b1, b2, eps), descend(learning_rate, weight_decay))
-    return spiel(
-        inner,
-        targets,
-        growth=AccumulatedGradients(b1, b2, candidate_ratio),
-        schedule=_schedule(schedule, total_steps),
-        seed=seed,
-        clip_norm=clip_norm,
-    )
-
-
-def spiel_ma(
-    learning_rate: optax.ScalarOrSchedule,
-    targets: Mapping[str, Target],
-    *,
-    schedule: Reselection | None = None,
-    total_steps: int | None = None,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    clip_norm: float | None = None,
-    seed: int | jax.Array = 0,
-) -> optax.GradientTransformationExtraArgs:
-    """SpIEL-MA: sparse SM3, growth by its row and column accumulators.
-
-    Args:
-        learning_rate: A number or a schedule. The paper tries 2e-3, 1e-3, 7e-4 and 4e-4.
-        targets: What is adapted, from ``find_targets``.
-        schedule: When to reselect and how much to replace; default ``Reselection(total_steps)``.
-        total_steps: Optimizer steps of the run, where no ``schedule`` is given.
-        eps: Added to the moment, inside the root.
-        weight_decay: Decay of the values, that is towards the pretrained weights.
-        clip_norm: Global norm for the gradients.
-        seed: Of the initial positions.
-
-    Returns:
-        A ``GradientTransformationExtraArgs``; see ``spiel``.
-    """
-    inner = optax.chain(scale_by_sparse_sm3(targets, eps), descend(learning_rate, weight_decay))
-    return spiel(
-        inner,
-        targets,
-        growth=MomentApproximation(shared=True),
-        schedule=_schedule(schedule, total_steps),
-        seed=seed,
-        clip_norm=clip_norm,
-    )
-
-
-def _schedule(schedule: Reselection | None, total_steps: int | None) -> Reselection:
-    if (schedule is None) == (total_steps is None):
-        raise ValueError("give schedule or total_steps, one of them")
-    if schedule is not None:
-        return schedule
-    assert total_steps is not None
-    return Reselection(total_steps)

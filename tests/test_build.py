@@ -5,7 +5,8 @@ import pytest
 from spiel_jax import build
 from spiel_jax.config import default_config
 from spiel_jax.models import ModelConfig
-from spiel_jax.training import DenseTraining, SparseTraining
+from spiel_jax.sparse_training import SparseTraining
+from spiel_jax.training import DenseTraining
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import sys
 
 CORE = [
     "spiel_jax",
+    "spiel_jax.alias",
     "spiel_jax.growth",
     "spiel_jax.linear",
     "spiel_jax.loss",
@@ -12,6 +13,7 @@ CORE = [
     "spiel_jax.schedules",
     "spiel_jax.selection",
     "spiel_jax.sparse",
+    "spiel_jax.sparse_linear",
     "spiel_jax.targets",
     "spiel_jax.transform",
 ]

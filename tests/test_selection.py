@@ -275,13 +275,12 @@ def sampled(dense: np.ndarray, k: int, exclude: np.ndarray) -> str | None:
     flat = np.abs(dense.reshape(-1)).astype(np.float64)
     flat[exclude[exclude < flat.size]] = np.nan
     flat = np.pad(flat, (0, -flat.size % selection._BLOCK), constant_values=np.nan)
-    room = int(k * selection._SLACK) + selection._BLOCK
     sample = flat[:: selection._SAMPLE]
-    wanted = (k + room) / 2 / flat.size * sample.size
-    if room >= flat.size // 2 or wanted < 32:
+    rank, room = selection._sampling(k)
+    if room >= dense.size // 2:
         return None
     entries = np.sort(sample[~np.isnan(sample)])[::-1]
-    bound = entries[int(wanted) - 1] if int(wanted) <= entries.size else 0.0
+    bound = entries[rank - 1] if rank <= entries.size else 0.0
     count = np.sum(flat >= bound)
     return "too high" if count < k else "too low" if count > room else "fits"
 

@@ -15,7 +15,8 @@ from spiel_jax.growth import AccumulatedGradients, MomentApproximation
 from spiel_jax.models import ModelConfig, abstract_params, init_params, layer_names
 from spiel_jax.objective import Objective
 from spiel_jax.optim import descend, scale_by_aged_adam
-from spiel_jax.training import DenseTraining, SparseTraining
+from spiel_jax.sparse_training import SparseTraining
+from spiel_jax.training import DenseTraining
 
 CONFIG = ModelConfig(
     vocab_size=40,

@@ -1,0 +1,204 @@
+"""A linear layer that collects the gradient of some entries of its weight, and of no others."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from spiel_jax.linear import dot, input_gradient, weight_gradient
+from spiel_jax.selection import top_magnitudes
+from spiel_jax.sparse import SparseDelta, edit, gather, merge
+
+_static = partial(field, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SparseLinear:
+    """A linear layer that differentiates with respect to some entries of its weight only.
+
+    Called as ``y = adapter(x, weight)`` it forms ``x @ weight.T``. Its backward pass forms the weight
+    gradient of this one product in float32, keeps the entries asked for, and lets the rest go: it never
+    leaves the layer, and is never rounded to the dtype of the weight.
+
+    Attributes:
+        active: Active entries. The cotangent of its values is the gradient there.
+        candidates: Further entries whose gradient is wanted (they are merged nowhere), or None.
+        proposal: Zeros [*stack, ..., 3, c] float32, or None. Their cotangent holds, for the c entries of
+            largest gradient magnitude that are not excluded, gradient, row and column in the block as
+            floats (exact up to 2^24); an unused slot has the number of rows as its row.
+        enabled: Bool scalar per matrix, false where the weight gradient of this layer is not wanted and
+            should not be computed; None for true.
+        merged: Static. True where ``weight`` already holds the active deltas (a resident merge); False
+            where they are scattered into it on each use.
+        propose_active: Static. Whether active entries may be proposed.
+    """
+
+    active: SparseDelta
+    candidates: SparseDelta | None = None
+    proposal: jax.Array | None = None
+    enabled: jax.Array | None = None
+    merged: bool = _static(default=True)
+    propose_active: bool = _static(default=False)
+
+    def __call__(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """[..., in] and [out, in] give [..., out], dtype of ``x``."""
+        return sparse_linear(x, weight, self)
+
+
+def _used_weight(weight: jax.Array, adapter: SparseLinear) -> jax.Array:
+    if adapter.merged:
+        return weight
+    return merge({"weight": weight}, {"weight": adapter.active})["weight"]
+
+
+@jax.custom_vjp
+def sparse_linear(x: jax.Array, weight: jax.Array, adapter: SparseLinear) -> jax.Array:
+    """``x @ weight.T`` whose only weight gradient is the one that ``adapter`` collects.
+
+    Args:
+        x: [..., in].
+        weight: [out, in]; its own cotangent is not formed (it is zero).
+        adapter: What to collect; see ``SparseLinear``.
+
+    Returns:
+        [..., out], dtype of ``x``.
+    """
+    return dot(x.astype(weight.dtype), _used_weight(weight, adapter), (-1, 1)).astype(x.dtype)
+
+
+def _sparse_linear_forward(x: jax.Array, weight: jax.Array, adapter: SparseLinear):
+    return sparse_linear(x, weight, adapter), (x, weight, adapter)
+
+
+def _collect(x: jax.Array, dy: jax.Array, adapter: SparseLinear) -> tuple:
+    """Float32 cotangents of (active values, candidate values, proposal) from one dense gradient."""
+    with jax.named_scope("weight_gradient"):
+        gradient = weight_gradient(x, dy)  # [out, in]
+    with jax.named_scope("gather_gradient"):
+        active = gather(gradient, adapter.active)
+        candidates = None if adapter.candidates is None else gather(gradient, adapter.candidates)
+    if adapter.proposal is None:
+        return active, candidates, None
+    with jax.named_scope("propose"):
+        return active, candidates, _propose(gradient, adapter)
+
+
+def _propose(gradient: jax.Array, adapter: SparseLinear) -> jax.Array:
+    """[..., 3, c]: gradient, row and column of the largest entries of each block."""
+    assert adapter.proposal is not None
+    count = adapter.proposal.shape[-1]
+    grid, (rows, columns) = adapter.active.grid, adapter.active.block
+    blocks = gradient.reshape(grid[0], rows, grid[1], columns).swapaxes(1, 2)
+    blocks = blocks.reshape(-1, rows, columns)
+    exclude = adapter.active.indices.reshape(blocks.shape[0], -1)
+
+    def one(block_and_active: tuple[jax.Array, jax.Array]) -> jax.Array:
+        block, active = block_and_active
+        positions = top_magnitudes(block, count, None if adapter.propose_active else active)
+        entries = block.reshape(-1).at[positions].get(mode="fill", fill_value=0)
+        # one by one: a stack of bfloat16 entries and positions would round the positions
+        parts = (entries, positions // columns, positions % columns)
+        return jnp.stack([part.astype(jnp.float32) for part in parts])
+
+    return lax.map(one, (blocks, exclude)).reshape(adapter.proposal.shape)
+
+
+def _sparse_linear_backward(residuals: tuple, dy: jax.Array) -> tuple:
+    x, weight, adapter = residuals
+    dx = input_gradient(dy, _used_weight(weight, adapter)).astype(x.dtype)
+    x, dy = x.astype(weight.dtype), dy.astype(weight.dtype)
+    if adapter.enabled is None:
+        active, candidates, proposal = _collect(x, dy, adapter)
+    else:
+        shapes = jax.eval_shape(_collect, x, dy, adapter)
+        active, candidates, proposal = lax.cond(
+            adapter.enabled,
+            _collect,
+            lambda *_: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+            x,
+            dy,
+            adapter,
+        )
+    cotangent = jax.tree.map(
+        lambda leaf: (
+            jnp.zeros_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else _no_cotangent(leaf)
+        ),
+        adapter,
+    )
+    cotangent = replace(
+        cotangent,
+        active=cotangent.active.with_values(active.astype(adapter.active.values.dtype)),
+        proposal=proposal,
+    )
+    if adapter.candidates is not None:
+        cotangent = replace(cotangent, candidates=cotangent.candidates.with_values(candidates))
+    return dx, None, cotangent
+
+
+def _no_cotangent(leaf: jax.Array) -> Any:
+    """The cotangent of an integer or boolean array."""
+    return np.zeros(leaf.shape, jax.dtypes.float0)
+
+
+sparse_linear.defvjp(_sparse_linear_forward, _sparse_linear_backward)
+
+
+def candidates_from_proposal(proposal: jax.Array, active: SparseDelta) -> SparseDelta:
+    """Candidates and their gradients from the cotangent of ``SparseLinear.proposal``.
+
+    Args:
+        proposal: [*stack, ..., 3, c] float32.
+        active: Any delta of the same weight, for its static shape and grid.
+
+    Returns:
+        A ``SparseDelta`` with indices and gradients [*stack, ..., c].
+    """
+    gradients, rows, columns = (proposal[..., i, :] for i in range(3))
+    indices = rows.astype(jnp.int32) * active.block[1] + columns.astype(jnp.int32)
+    return replace(active, indices=indices, values=gradients)
+
+
+def propose(
+    gradients: Any, deltas: Mapping[str, SparseDelta], count: Mapping[str, int]
+) -> dict[str, SparseDelta]:
+    """Candidates from dense gradients, for code that has them: the largest entries that are not active.
+
+    Args:
+        gradients: Pytree like the parameters, dense gradients.
+        deltas: Active entries by target name; values are not read.
+        count: Candidates per matrix (or block) of each target.
+
+    Returns:
+        Target name to ``SparseDelta`` of positions and gradients, [*stack, ..., c].
+
+    Raises:
+        KeyError: If a name is no leaf of ``gradients``.
+    """
+    found = {}
+
+    def find(gradient: jax.Array, name: str, delta: SparseDelta) -> jax.Array:
+        selected = gradient if delta.layers is None else gradient[jnp.array(delta.layers)]
+        stack = selected.shape[:-2]
+        slots = jnp.zeros((*delta.indices.shape[:-1], 3, count[name]), jnp.float32)
+        matrices = selected.reshape(-1, *delta.shape)
+        adapter = SparseLinear(
+            active=replace(
+                delta,
+                indices=delta.indices.reshape(-1, *delta.indices.shape[len(stack) :]),
+                values=None,
+                layers=None,
+            ),
+            proposal=slots.reshape(-1, *slots.shape[len(stack) :]),
+        )
+        proposal = lax.map(lambda item: _propose(*item), (matrices, adapter)).reshape(slots.shape)
+        found[name] = candidates_from_proposal(proposal, delta)
+        return gradient
+
+    edit(gradients, {name: partial(find, name=name, delta=delta) for name, delta in deltas.items()})
+    return found
