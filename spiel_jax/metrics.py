@@ -97,9 +97,9 @@ class Recorder:
 
 
 def _open_after(path: Path, step: int) -> Any:
-    """Opens a file of JSON lines for appending, without the lines of steps after ``step``."""
+    """Opens a file of JSON lines for appending, without the lines of steps after ``step``; 0: empty."""
     kept = []
-    if path.exists():
+    if step and path.exists():
         for line in path.read_text().splitlines():
             try:
                 if json.loads(line)["step"] <= step:

@@ -62,9 +62,9 @@ class SparseTraining:
 
     def tuned(self, state: TrainState) -> Params:
         """See ``Training``."""
-        return (
-            state.params if self.resident else merge(state.params, deltas(state.trainable, state.opt_state))
-        )
+        if self.resident:
+            return state.params
+        return merge(state.params, deltas(state.trainable, state.opt_state))
 
     def step(
         self, state: TrainState, batch: Batch, *, phase: Phase, reselect: bool
@@ -74,20 +74,15 @@ class SparseTraining:
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-        def change(state: TrainState) -> TrainState:
-            with jax.named_scope("optimizer"):
-                updates, opt_state = self.tx.update(
-                    grads,
-                    state.opt_state,
-                    state.trainable,
-                    candidates=candidates,
-                    phase=phase,
-                    reselect=reselect,
-                )
-                values = optax.apply_updates(state.trainable, updates)
-            return replace(state, trainable=values, opt_state=opt_state)
+        def change(values: Params, opt_state: Any) -> tuple[Params, Any]:
+            updates, opt_state = self.tx.update(
+                grads, opt_state, values, candidates=candidates, phase=phase, reselect=reselect
+            )
+            return optax.apply_updates(values, updates), opt_state
 
-        new = guarded(finite, change, state)
+        with jax.named_scope("optimizer"):
+            values, opt_state = guarded(finite, change, state.trainable, state.opt_state)
+        new = replace(state, trainable=values, opt_state=opt_state)
         if self.resident:
             with jax.named_scope("merge"):
                 new = self._merge(state, new, reselect)

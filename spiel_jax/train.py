@@ -27,7 +27,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from spiel_jax import build
-from spiel_jax.checkpoint import CheckpointError, Checkpoints
+from spiel_jax.checkpoint import FOLDER, CheckpointError, Checkpoints
 from spiel_jax.config import (
     Config,
     ConfigError,
@@ -77,12 +77,14 @@ class Summary:
 def check_workdir(workdir: Path, config: Config, resume: bool) -> None:
     """Claims a folder for a run of this config, or makes sure that it is one.
 
+    A run without a checkpoint has nothing to lose: another may take its folder.
+
     Raises:
         ConfigError: If the folder is of a run with another config; the differences are shown.
         CheckpointError: If ``resume`` is asked for and there is nothing to continue.
     """
     path = workdir / "config.json"
-    if path.exists():
+    if path.exists() and any(child.name.isdigit() for child in workdir.glob(f"{FOLDER}/*")):
         changed = differences(json.loads(path.read_text()), json.loads(json.dumps(flatten(config))))
         if changed:
             lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items()]

@@ -87,16 +87,18 @@ def scan_micro_batches(function: Callable[[Batch], tuple[Any, Any]], batch: Batc
     return lax.scan(body, initial, batch)
 
 
-def guarded(finite: jax.Array, change: Callable[[TrainState], TrainState], state: TrainState) -> TrainState:
-    """``change(state)`` if finite; otherwise the state with only its count of steps advanced."""
+def guarded(
+    finite: jax.Array, change: Callable[[Any, Any], tuple[Any, Any]], trainable: Any, opt_state: Any
+) -> tuple[Any, Any]:
+    """``change(trainable, opt_state)`` if finite; otherwise both as they are, but for the count of steps."""
 
-    def skip(state: TrainState) -> TrainState:
-        count = optax.tree.get(state.opt_state, "spiel_count")
-        if count is None:
-            return state
-        return replace(state, opt_state=optax.tree.set(state.opt_state, spiel_count=count + 1))
+    def skip(trainable: Any, opt_state: Any) -> tuple[Any, Any]:
+        count = optax.tree.get(opt_state, "spiel_count")
+        if count is not None:
+            opt_state = optax.tree.set(opt_state, spiel_count=count + 1)
+        return trainable, opt_state
 
-    return lax.cond(finite, change, skip, state)
+    return lax.cond(finite, change, skip, trainable, opt_state)
 
 
 @dataclass(frozen=True)
@@ -146,19 +148,18 @@ class DenseTraining:
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-        def change(state: TrainState) -> TrainState:
-            updates, opt_state = self.tx.update(grads, state.opt_state, state.trainable)
-            return replace(
-                state, trainable=optax.apply_updates(state.trainable, updates), opt_state=opt_state
-            )
+        def change(trainable: Params, opt_state: Any) -> tuple[Params, Any]:
+            updates, opt_state = self.tx.update(grads, opt_state, trainable)
+            return optax.apply_updates(trainable, updates), opt_state
 
+        trainable, opt_state = guarded(finite, change, state.trainable, state.opt_state)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
             "finite": finite,
             "supervised_tokens": jnp.sum(batch["weights"]),
         }
-        return guarded(finite, change, state), metrics
+        return replace(state, trainable=trainable, opt_state=opt_state), metrics
 
     def evaluate(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """See ``Training``."""

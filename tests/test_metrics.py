@@ -15,6 +15,9 @@ def test_lines_after_the_last_checkpoint_are_cut_off(tmp_path):
     lines = read_metrics(tmp_path)
     assert [(line["step"], line.get("loss")) for line in lines] == [(0, None), (1, 1.0), (2, 0.5), (3, 0.25)]
     assert len((tmp_path / "timing.jsonl").read_text().splitlines()) == 3
+    with Recorder(tmp_path, 0, 5, progress=False) as recorder:
+        recorder.evaluation(0, 2.0)
+    assert len(read_metrics(tmp_path)) == 1
 
 
 def test_numbers_that_are_not_finite_stay_json(tmp_path):

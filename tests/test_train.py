@@ -178,6 +178,21 @@ def test_another_configuration_is_refused(config, tmp_path, monkeypatch):
     assert (tmp_path / "config.json").read_text() == before
 
 
+def test_a_folder_without_a_checkpoint_may_be_used_again(config, tmp_path):
+    """A run that failed early does not block the mended one."""
+    config.data.sources = ("nowhere.jsonl",)
+    with pytest.raises(ValueError, match="nowhere"):
+        run(config, tmp_path)
+    with pytest.raises(CheckpointError, match="--resume"):
+        run(config, tmp_path, resume=True)
+    config.method = "spiel_ma"
+    config.data.sources = (str(tmp_path / "there.jsonl"),)
+    (tmp_path / "there.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 60)
+    config.steps = 2
+    config.data.packing = False
+    assert run(config, tmp_path).step == 2
+
+
 def test_another_base_model_is_refused(config, tmp_path, monkeypatch, llama_folder):
     folder = tmp_path / "model"
     shutil.copytree(llama_folder, folder)
