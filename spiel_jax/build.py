@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 
 import spiel_jax.schedules as replacement
+from spiel_jax.alias import is_reference
 from spiel_jax.config import Config
 from spiel_jax.growth import AccumulatedGradients, MomentApproximation
 from spiel_jax.models import ModelConfig, abstract_params, layer_names
@@ -38,8 +39,15 @@ def learning_rate(config: Config, steps: int) -> optax.Schedule:
 
 
 def reselection(config: Config, steps: int) -> Reselection:
-    """When entries are reselected in a run of so many steps."""
+    """When entries are reselected in a run of so many steps.
+
+    The original implementation replaces everything at the first reselection under "linear" only.
+    """
     settings = config.spiel
+    reference = is_reference(settings.parity)
+    first = None if settings.first < 0 else settings.first
+    if reference:
+        first = 1.0 if settings.schedule == "linear" else None
     rates = {
         "linear": replacement.linear,
         "cosine": replacement.cosine,
@@ -50,7 +58,8 @@ def reselection(config: Config, steps: int) -> Reselection:
         every=settings.every,
         accumulation=settings.accumulation,
         rate=rates[settings.schedule](settings.rate),
-        first=None if settings.first < 0 else settings.first,
+        first=first,
+        long_phases=reference,
     )
 
 
@@ -88,8 +97,10 @@ def training(
         clip = [] if settings.clip_norm is None else [optax.clip_by_global_norm(settings.clip_norm)]
         adamw = optax.adamw(rate, settings.b1, settings.b2, weight_decay=settings.weight_decay, **eps)
         return DenseTraining(objective, optax.chain(*clip, adamw), jnp.dtype(config.model.dtype))
+    reference = is_reference(config.spiel.parity)
     if config.method == "spiel_ag":
-        growth = AccumulatedGradients(settings.b1, settings.b2, config.spiel.candidate_ratio)
+        criterion = AccumulatedGradients.reference if reference else AccumulatedGradients
+        growth = criterion(settings.b1, settings.b2, config.spiel.candidate_ratio)
         inner = optax.chain(adam, down)
     else:
         growth = MomentApproximation(shared=True)
@@ -101,5 +112,6 @@ def training(
         schedule=schedule,
         seed=config.seed,
         clip_norm=settings.clip_norm,
+        clip_candidates=not reference,
     )
     return SparseTraining(objective, tx, adapted, growth, config.spiel.merge == "resident")

@@ -56,6 +56,8 @@ def default_config() -> Config:
                 "first": 1.0,  # rate of the first reselection; negative: as the schedule says
                 "candidate_ratio": 1.0,  # SpIEL-AG: candidates per active entry
                 "merge": "resident",  # resident | per_use
+                # corrected | reference: every quirk of the original implementation; this also decides `first`
+                "parity": "corrected",
             },
             "optimizer": {
                 "learning_rate": 1e-4,
@@ -118,6 +120,7 @@ def check_config(config: Config) -> None:
     _one_of(config, "model.remat", ("none", "dots", "full"))
     _one_of(config, "spiel.schedule", ("linear", "cosine", "constant"))
     _one_of(config, "spiel.merge", ("resident", "per_use"))
+    _one_of(config, "spiel.parity", ("corrected", "reference"))
     _one_of(config, "optimizer.schedule", ("linear", "cosine", "constant"))
     _one_of(config, "on_nonfinite", ("stop", "skip"))
     _check(bool(config.model.source), "model.source", config.model.source, "a model")

@@ -133,6 +133,11 @@ class AccumulatedGradients(NamedTuple):
     late_age: bool = False
     propose_active: bool = False
 
+    @classmethod
+    def reference(cls, b1: float = 0.9, b2: float = 0.999, ratio: float = 1.0) -> "AccumulatedGradients":
+        """The criterion exactly as the original implementation has it, every quirk of it."""
+        return cls(b1, b2, ratio, per_micro_batch=True, late_age=True, propose_active=True)
+
     @property
     def uses_candidates(self) -> bool:
         """Candidates must be given to ``update`` on proposing and estimating steps."""

@@ -74,7 +74,7 @@ class SparseTraining:
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-        def change(values: Params, opt_state: Any) -> tuple[Params, Any]:
+        def change(values: Params, opt_state: Any) -> tuple[Any, Any]:
             updates, opt_state = self.tx.update(
                 grads, opt_state, values, candidates=candidates, phase=phase, reselect=reselect
             )

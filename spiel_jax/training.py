@@ -148,7 +148,7 @@ class DenseTraining:
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-        def change(trainable: Params, opt_state: Any) -> tuple[Params, Any]:
+        def change(trainable: Params, opt_state: Any) -> tuple[Any, Any]:
             updates, opt_state = self.tx.update(grads, opt_state, trainable)
             return optax.apply_updates(trainable, updates), opt_state
 

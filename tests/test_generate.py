@@ -22,7 +22,8 @@ from spiel_jax.models.fingerprint import fingerprint
 from spiel_jax.models.loading import open_model
 from spiel_jax.objective import Objective
 from spiel_jax.sampling import generate
-from spiel_jax.training import DenseTraining, SparseTraining
+from spiel_jax.sparse_training import SparseTraining
+from spiel_jax.training import DenseTraining
 
 CONFIG = ModelConfig(
     vocab_size=96,
