@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -206,6 +207,17 @@ def test_another_base_model_is_refused(config, tmp_path, monkeypatch, llama_fold
         CheckpointError, match=r"another base model.*differ: model.layers.mlp.up_proj.weight$"
     ):
         run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_asks_to_stop_and_the_second_means_it(number):
+    before = signal.getsignal(number)
+    with train._stop_on_signal() as asked:
+        assert not asked()
+        signal.raise_signal(number)
+        assert asked()
+        assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is before
 
 
 def test_resume_needs_a_run(config, tmp_path):
