@@ -89,7 +89,8 @@ class SparseTraining:
         metrics = {
             "loss": loss,
             "grad_norm": norm,
-            "replaced": optax.tree.get(new.opt_state, "replaced"),
+            # a skipped step leaves the share of the step before it in the state
+            "replaced": jnp.where(finite, optax.tree.get(new.opt_state, "replaced"), 0.0),
             "finite": finite,
             "supervised_tokens": jnp.sum(batch["weights"]),
         }

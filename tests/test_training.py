@@ -227,6 +227,7 @@ def test_a_step_that_is_not_finite_changes_the_count_only(params, bad, number):
     reselect = bool(plan.reselects(number))
     new, metrics = step(state, data, phase=plan.phase(number), reselect=reselect)
     assert not metrics["finite"]
+    assert metrics["replaced"] == 0  # also right after a reselection
     assert int(optax.tree.get(new.opt_state, "spiel_count")) == number
     same = replace(new, opt_state=optax.tree.set(new.opt_state, spiel_count=jnp.int32(number - 1)))
     jax.tree.map(np.testing.assert_array_equal, same, state)
