@@ -5,8 +5,9 @@ Models, data, training and checkpoints are in the submodules.
 """
 
 from spiel_jax.alias import spiel_ag, spiel_ma
+from spiel_jax.baselines import NoGrowth, RandomGrowth, magnitude_positions, place
 from spiel_jax.growth import AccumulatedGradients, Growth, MomentApproximation
-from spiel_jax.optim import scale_by_aged_adam, scale_by_sparse_sm3
+from spiel_jax.optim import aged_adamw, scale_by_aged_adam, scale_by_sparse_sm3, sparse_sm3
 from spiel_jax.schedules import Phase, Reselection, constant, cosine, linear
 from spiel_jax.sparse import SparseDelta, base_entries, gather, merge, unmerge
 from spiel_jax.sparse_linear import SparseLinear, propose, sparse_linear
@@ -17,13 +18,16 @@ __all__ = [
     "AccumulatedGradients",
     "Growth",
     "MomentApproximation",
+    "NoGrowth",
     "Phase",
+    "RandomGrowth",
     "Reselection",
     "Rule",
     "SparseDelta",
     "SparseLinear",
     "SpielState",
     "Target",
+    "aged_adamw",
     "base_entries",
     "constant",
     "cosine",
@@ -31,11 +35,14 @@ __all__ = [
     "find_targets",
     "gather",
     "linear",
+    "magnitude_positions",
     "merge",
+    "place",
     "propose",
     "scale_by_aged_adam",
     "scale_by_sparse_sm3",
     "sparse_linear",
+    "sparse_sm3",
     "spiel",
     "spiel_ag",
     "spiel_ma",

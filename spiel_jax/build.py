@@ -1,17 +1,19 @@
 """From a checked config to the objects of a run: learning-rate schedule, optimizer, method."""
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 import optax
 
 import spiel_jax.schedules as replacement
-from spiel_jax.alias import is_reference
-from spiel_jax.config import Config
-from spiel_jax.growth import AccumulatedGradients, MomentApproximation
+from spiel_jax.alias import accumulated_gradients, is_reference, moment_approximation
+from spiel_jax.baselines import NoGrowth, RandomGrowth, magnitude_positions
+from spiel_jax.config import SPARSE, Config
+from spiel_jax.growth import AccumulatedGradients, Growth
 from spiel_jax.models import ModelConfig, abstract_params, layer_names
 from spiel_jax.objective import Objective
-from spiel_jax.optim import descend, scale_by_aged_adam, scale_by_sparse_sm3
+from spiel_jax.optim import aged_adamw, sparse_sm3
 from spiel_jax.schedules import Reselection
 from spiel_jax.sparse_training import SparseTraining
 from spiel_jax.targets import Target, find_targets
@@ -39,28 +41,30 @@ def learning_rate(config: Config, steps: int) -> optax.Schedule:
 
 
 def reselection(config: Config, steps: int) -> Reselection:
-    """When entries are reselected in a run of so many steps.
-
-    The original implementation replaces everything at the first reselection under "linear" only.
-    """
+    """When entries are reselected in a run of so many steps; never for a static mask."""
     settings = config.spiel
-    reference = is_reference(settings.parity)
-    first = None if settings.first < 0 else settings.first
-    if reference:
-        first = 1.0 if settings.schedule == "linear" else None
+    if config.method == "magnitude":
+        return Reselection(steps, rate=replacement.constant(0.0), first=None)
+    if config.method == "gradient":  # once, at the end of the first phase
+        every = max(steps, settings.accumulation)
+        return Reselection(steps, every, settings.accumulation, replacement.constant(0.0), first=1.0)
+    first = settings.first
+    if first is None and config.method != "random":
+        first = 1.0
     rates = {
         "linear": replacement.linear,
         "cosine": replacement.cosine,
         "constant": replacement.constant,
     }
-    return Reselection(
+    schedule = Reselection(
         total_steps=steps,
         every=settings.every,
         accumulation=settings.accumulation,
         rate=rates[settings.schedule](settings.rate),
-        first=first,
-        long_phases=reference,
+        first=None if first is None or first < 0 else first,
+        long_phases=is_reference(settings.parity),
     )
+    return schedule.original() if is_reference(settings.parity) else schedule
 
 
 def targets(config: Config, model: ModelConfig) -> dict[str, Target]:
@@ -69,7 +73,7 @@ def targets(config: Config, model: ModelConfig) -> dict[str, Target]:
     Raises:
         ValueError: If a rule matches nothing, or the budget does not fit.
     """
-    if config.method == "full":
+    if config.method not in SPARSE:
         return {}
     return find_targets(
         abstract_params(model),
@@ -90,21 +94,28 @@ def training(
     """The method that the config names, ready to ``init`` and ``step``."""
     objective = Objective(model, config.model.remat, config.model.loss_chunk)
     settings = config.optimizer
-    down = descend(rate, settings.weight_decay)
     eps: dict[str, Any] = {} if settings.eps is None else {"eps": settings.eps}
-    adam = scale_by_aged_adam(settings.b1, settings.b2, **eps)
     if config.method == "full":
         clip = [] if settings.clip_norm is None else [optax.clip_by_global_norm(settings.clip_norm)]
         adamw = optax.adamw(rate, settings.b1, settings.b2, weight_decay=settings.weight_decay, **eps)
         return DenseTraining(objective, optax.chain(*clip, adamw), jnp.dtype(config.model.dtype))
     reference = is_reference(config.spiel.parity)
-    if config.method == "spiel_ag":
-        criterion = AccumulatedGradients.reference if reference else AccumulatedGradients
-        growth = criterion(settings.b1, settings.b2, config.spiel.candidate_ratio)
-        inner = optax.chain(adam, down)
+    start = None
+    if config.method == "magnitude":
+        largest = config.spiel.magnitude == "largest"
+        start = partial(magnitude_positions, targets=adapted, largest=largest)
+    if config.method == "spiel_ma":
+        inner = sparse_sm3(rate, adapted, weight_decay=settings.weight_decay, **eps)
     else:
-        growth = MomentApproximation(shared=True)
-        inner = optax.chain(scale_by_sparse_sm3(adapted, **eps), down)
+        inner = aged_adamw(
+            rate,
+            settings.b1,
+            settings.b2,
+            weight_decay=settings.weight_decay,
+            low_precision=reference,
+            **eps,
+        )
+    growth = criterion(config)
     tx = spiel(
         inner,
         adapted,
@@ -114,4 +125,23 @@ def training(
         clip_norm=settings.clip_norm,
         clip_candidates=not reference,
     )
-    return SparseTraining(objective, tx, adapted, growth, config.spiel.merge == "resident")
+    return SparseTraining(objective, tx, adapted, growth, config.spiel.merge == "resident", start)
+
+
+def criterion(config: Config) -> Growth:
+    """What chooses the entries to grow."""
+    settings, optimizer = config.spiel, config.optimizer
+    match config.method:
+        case "spiel_ag":
+            return accumulated_gradients(
+                optimizer.b1, optimizer.b2, settings.candidate_ratio, settings.parity
+            )
+        case "spiel_ma":
+            return moment_approximation(settings.score, settings.parity)
+        case "random":
+            return RandomGrowth(config.seed)
+        case "magnitude":
+            return NoGrowth()
+        case "gradient":
+            return AccumulatedGradients(ratio=settings.candidate_ratio, seeds=False, propose_active=True)
+    raise ValueError(f"method = {config.method!r}: expected one of {', '.join(SPARSE)}")

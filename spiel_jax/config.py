@@ -5,17 +5,21 @@ can be set on the command line: ``--config.optimizer.learning_rate=1e-4``.
 """
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import ml_collections
 from ml_collections import config_dict
 
+from spiel_jax.alias import Parity
 from spiel_jax.data import DataConfig, SourceSpec
+from spiel_jax.growth import Score
 
 Config = Any
 """An ``ml_collections.ConfigDict``; its keys are known at run time only."""
 
-METHODS = ("spiel_ag", "spiel_ma", "full")
+SPARSE = ("spiel_ag", "spiel_ma", "random", "magnitude", "gradient")
+"""Methods that train some entries of each weight; they differ in how the entries are chosen."""
+METHODS = (*SPARSE, "full")
 LINEAR_LAYERS = (r"model\.layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj\.weight",)
 """Default rules: every linear layer inside the transformer blocks."""
 
@@ -33,7 +37,13 @@ def default_config() -> Config:
     return ml_collections.ConfigDict(
         {
             "seed": 0,  # of the initial positions, the order of the data, random weights
-            "method": "spiel_ag",  # spiel_ag | spiel_ma | full
+            # spiel_ag | spiel_ma: entries evolve by accumulated gradients, by approximated moments
+            # random: they evolve at random (SET); with spiel.rate=0, a static random mask (SHiRA, SpaRTA)
+            # magnitude: static, largest or smallest pretrained weights (Super-Tuning)
+            # gradient: static, largest gradients at the start (SIFT); the entries are chosen at the end of
+            # step spiel.accumulation
+            # full: AdamW on every weight
+            "method": "spiel_ag",
             "model": {
                 # a folder with safetensors, a .gguf file, package:NAME, a hub id, or random
                 "source": "",
@@ -53,10 +63,14 @@ def default_config() -> Config:
                 "accumulation": 5,  # steps of the estimation phase before one
                 "schedule": "linear",  # of the replacement rate: linear | cosine | constant
                 "rate": 0.2,  # initial replacement rate
-                "first": 1.0,  # rate of the first reselection; negative: as the schedule says
-                "candidate_ratio": 1.0,  # SpIEL-AG: candidates per active entry
+                # rate of the first reselection; negative: as the schedule says; default: 1 for SpIEL, whose
+                # entries start at random, and as the schedule says for random
+                "first": optional(float),
+                "candidate_ratio": 1.0,  # spiel_ag, gradient: candidates per active entry
+                "score": "product",  # spiel_ma: of a row's and a column's accumulator: product | minimum
+                "magnitude": "largest",  # magnitude: largest | smallest
                 "merge": "resident",  # resident | per_use
-                # corrected | reference: every quirk of the original implementation; this also decides `first`
+                # corrected | reference: every quirk of the original implementation
                 "parity": "corrected",
             },
             "optimizer": {
@@ -120,7 +134,9 @@ def check_config(config: Config) -> None:
     _one_of(config, "model.remat", ("none", "dots", "full"))
     _one_of(config, "spiel.schedule", ("linear", "cosine", "constant"))
     _one_of(config, "spiel.merge", ("resident", "per_use"))
-    _one_of(config, "spiel.parity", ("corrected", "reference"))
+    _one_of(config, "spiel.parity", get_args(Parity))
+    _one_of(config, "spiel.score", get_args(Score))
+    _one_of(config, "spiel.magnitude", ("largest", "smallest"))
     _one_of(config, "optimizer.schedule", ("linear", "cosine", "constant"))
     _one_of(config, "on_nonfinite", ("stop", "skip"))
     _check(bool(config.model.source), "model.source", config.model.source, "a model")
@@ -149,18 +165,39 @@ def check_config(config: Config) -> None:
     _check(optimizer.weight_decay >= 0, "optimizer.weight_decay", optimizer.weight_decay, "0 or more")
     clip = optimizer.clip_norm
     _check(clip is None or clip > 0, "optimizer.clip_norm", clip, "a positive number or None")
-    if config.method != "full":
+    if config.method in SPARSE:
         given = [config.targets.density is not None, config.targets.num_tunable is not None]
         _check(sum(given) == 1, "targets", dict(config.targets), "density or num_tunable, one of them")
         spiel = config.spiel
+        _check(spiel.every >= 1, "spiel.every", spiel.every, "at least 1")
         _check(
-            1 <= spiel.accumulation <= spiel.every,
+            spiel.accumulation >= 1
+            and (
+                spiel.accumulation <= spiel.every
+                or spiel.parity == "reference"
+                or config.method == "gradient"
+            ),
             "spiel.accumulation",
             spiel.accumulation,
             f"1 to spiel.every = {spiel.every}",
         )
         _check(0 <= spiel.rate <= 1, "spiel.rate", spiel.rate, "0 to 1")
-        _check(spiel.first <= 1, "spiel.first", spiel.first, "0 to 1, or negative")
+        first = spiel.first
+        _check(first is None or first <= 1, "spiel.first", first, "0 to 1, or negative")
+        if spiel.parity == "reference":
+            what = "what the original has, as spiel.parity = 'reference' asks for"
+            _check(
+                config.method in ("spiel_ag", "spiel_ma"),
+                "method",
+                config.method,
+                f"a method of SpIEL: {what}",
+            )
+            _check(first is None, "spiel.first", first, f"unset: {what}")
+            _check(
+                spiel.schedule != "constant", "spiel.schedule", spiel.schedule, f"linear or cosine: {what}"
+            )
+            _check(spiel.candidate_ratio == 1, "spiel.candidate_ratio", spiel.candidate_ratio, f"1: {what}")
+            _check(spiel.score == "product", "spiel.score", spiel.score, f"product: {what}")
         _check(spiel.candidate_ratio > 0, "spiel.candidate_ratio", spiel.candidate_ratio, "more than 0")
     data_config(config)
 

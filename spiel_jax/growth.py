@@ -1,4 +1,4 @@
-"""Growth criteria: where new entries would help.
+"""Growth criteria of SpIEL: where new entries would help.
 
 A criterion keeps its own statistics, apart from those of the inner optimizer, so that any criterion works
 around any optimizer. ``spiel`` calls ``observe`` on every step; on a reselection it asks, matrix by matrix
@@ -6,20 +6,25 @@ around any optimizer. ``spiel`` calls ``observe`` on every step; on a reselectio
 ``seed`` may set fields of the inner optimizer's state at the grown entries.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from spiel_jax.optim import absorbed, sm3_init, sm3_observe, state_dtype
+from spiel_jax.schedules import require_static
 from spiel_jax.selection import isin, largest, top_products
 from spiel_jax.sparse import SparseDelta
 from spiel_jax.targets import Target
 
 Flag = bool | jax.Array
 """True or false, known to the host or traced."""
+
+Score = Literal["product", "minimum"]
+"""How a row's and a column's accumulator rank an entry."""
+SCORES = {"product": jnp.multiply, "minimum": jnp.minimum}
 
 
 class Observation(NamedTuple):
@@ -116,11 +121,21 @@ class AccumulatedGradients(NamedTuple):
         b2: Decay rate of its second moment, for seeding ``nu``.
         ratio: Candidates per active entry, c / k. At a replacement rate of 1 with c = k the accumulated
             gradients cannot change the choice; a larger c lets them, at 12 bytes per candidate.
+        seeds: Whether grown entries are seeded at all; otherwise they start as ``inner.init`` has them. A
+            static mask of the entries of largest gradient at the start (SIFT) is this criterion without
+            seeds, with ``propose_active``, and a schedule that reselects once and replaces everything.
         per_micro_batch: As the original implementation has it: candidate gradients come per micro-batch
             (of loss / G) with a leading axis [G], each is a sample, and seeds are G times smaller than the
-            step's mean gradient.
-        late_age: As the original has it: the age of a grown entry is one short at its next step.
-        propose_active: As the original has it: active entries may be candidates. Read by what proposes.
+            step's mean gradient. By default a step is one sample, of the gradient that the inner optimizer
+            sees, so that a seeded moment is on the scale of the others.
+        late_age: As the original has it: the age of a grown entry is one short at its next step, so its
+            bias is corrected for one gradient fewer than its moments absorbed. By default the age counts
+            them, for grown and kept entries alike.
+        propose_active: As the original has it: active entries may be candidates (6 to 14% are), and then
+            take the place of entries that could grow. Read by what proposes.
+        low_precision: As the original has it: statistics and seeds in the dtype of the values. In bfloat16
+            a decay rate of 0.999 rounds to 1, so that ``nu`` is seeded with 0, and counting stops at 256.
+            By default they are float32 or better, and counts integers.
 
     References:
         SpIEL, section 3.2 and algorithm 1.
@@ -129,14 +144,16 @@ class AccumulatedGradients(NamedTuple):
     b1: float = 0.9
     b2: float = 0.999
     ratio: float = 1.0
+    seeds: bool = True
     per_micro_batch: bool = False
     late_age: bool = False
     propose_active: bool = False
+    low_precision: bool = False
 
     @classmethod
-    def reference(cls, b1: float = 0.9, b2: float = 0.999, ratio: float = 1.0) -> "AccumulatedGradients":
+    def reference(cls, b1: float = 0.9, b2: float = 0.999) -> "AccumulatedGradients":
         """The criterion exactly as the original implementation has it, every quirk of it."""
-        return cls(b1, b2, ratio, per_micro_batch=True, late_age=True, propose_active=True)
+        return cls(b1, b2, per_micro_batch=True, late_age=True, propose_active=True, low_precision=True)
 
     @property
     def uses_candidates(self) -> bool:
@@ -144,7 +161,12 @@ class AccumulatedGradients(NamedTuple):
         return True
 
     def count(self, target: Target) -> int:
-        """Candidates of one matrix (or block)."""
+        """Candidates of one matrix (or block).
+
+        Raises:
+            TypeError: If the ratio is not static.
+        """
+        require_static(candidate_ratio=self.ratio)
         return min(max(1, round(self.ratio * target.block_count)), target.block_size)
 
     def init(
@@ -155,7 +177,8 @@ class AccumulatedGradients(NamedTuple):
         for name, target in targets.items():
             shape = (*target.lead, self.count(target))
             none = jnp.full(shape, target.block_size, jnp.int32)
-            dtype = state_dtype(values[name].dtype) if name in values else jnp.float32
+            dtype = values[name].dtype if name in values else jnp.float32
+            dtype = dtype if self.low_precision else state_dtype(dtype)
             zeros, number = jnp.zeros(shape, dtype), jnp.zeros(target.lead, jnp.int32)
             stats[name] = CandidateStats(none, zeros, zeros, number, number)
         return stats
@@ -172,18 +195,21 @@ class AccumulatedGradients(NamedTuple):
         return {name: self._observe(old, seen.candidates[name], seen) for name, old in stats.items()}
 
     def _observe(self, old: CandidateStats, candidates: SparseDelta, seen: Observation) -> CandidateStats:
-        grads = candidates.values.astype(old.grad_sum.dtype)
+        dtype = old.grad_sum.dtype
+        grads = candidates.values.astype(dtype)
         if not self.per_micro_batch:
             grads = grads[None]
         sums, squares = jnp.sum(grads, 0), jnp.sum(jnp.square(grads), 0)
-        zeros, one = jnp.zeros_like(old.samples), jnp.ones_like(old.samples)
-        first = CandidateStats(candidates.indices, sums, squares, zeros + grads.shape[0], one)
+        micro_batches = grads.shape[0]
+        limit = 2 ** (jnp.finfo(dtype).nmant + 1) if self.low_precision else jnp.iinfo(jnp.int32).max
+
+        def counted(samples: jax.Array) -> jax.Array:
+            return jnp.minimum(samples, limit - micro_batches) + micro_batches
+
+        start, more = counted(jnp.zeros_like(old.samples)), counted(old.samples)
+        first = CandidateStats(candidates.indices, sums, squares, start, start // micro_batches)
         again = CandidateStats(
-            old.indices,
-            old.grad_sum + sums,
-            old.grad_sq_sum + squares,
-            old.samples + grads.shape[0],
-            old.steps + 1,
+            old.indices, old.grad_sum + sums, old.grad_sq_sum + squares, more, more // micro_batches
         )
         return _choose(seen.proposes, first, _choose(seen.estimates, again, old))
 
@@ -216,6 +242,8 @@ class AccumulatedGradients(NamedTuple):
 
     def seed(self, stats: CandidateStats, source: jax.Array) -> dict[str, jax.Array]:
         """Moments and age as if the mean gradient had been seen for the phase's steps (algorithm 1)."""
+        if not self.seeds:
+            return {}
         samples = jnp.maximum(stats.samples, 1).astype(stats.grad_sum.dtype)
         mean = stats.grad_sum.at[source].get(mode="fill", fill_value=0) / samples
         square = stats.grad_sq_sum.at[source].get(mode="fill", fill_value=0) / samples
@@ -242,10 +270,10 @@ class MomentApproximation(NamedTuple):
     """SpIEL-MA: the second moment of every entry, approximated by its row's and its column's.
 
     The accumulators are those of sparse SM3: m + n numbers per matrix and O(k) work per step; growth needs
-    no extra gradient. An entry ranks by ``combine(row, column)``, whose matrix is never formed.
+    no extra gradient. An entry ranks by the product of the two, whose matrix is never formed.
 
     Attributes:
-        combine: ``jnp.multiply`` (the paper's choice) or ``jnp.minimum`` (the bound that SM3 itself uses).
+        score: "product" (the paper's choice) or "minimum" (the bound that SM3 itself puts on a moment).
         shared: Take the accumulators from the inner optimizer's state (fields ``row_moments`` and
             ``column_moments``, as ``scale_by_sparse_sm3`` has them) instead of keeping its own.
 
@@ -254,7 +282,7 @@ class MomentApproximation(NamedTuple):
         <https://arxiv.org/abs/1901.11150>`_.
     """
 
-    combine: Callable[[jax.Array, jax.Array], jax.Array] = jnp.multiply
+    score: Score = "product"
     shared: bool = False
 
     @property
@@ -301,7 +329,7 @@ class MomentApproximation(NamedTuple):
     ) -> jax.Array:
         """The n entries of largest score that are not active; dropped ones count as active."""
         row, column = stats
-        return top_products(row, column, n, indices.size, indices, self.combine)
+        return top_products(row, column, n, indices.size, indices, SCORES[self.score])
 
     def seed(self, stats: Any, source: jax.Array) -> dict[str, jax.Array]:
         """Nothing: the accumulators know the grown entries already."""

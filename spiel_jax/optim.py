@@ -27,7 +27,9 @@ class ScaleByAgedAdamState(NamedTuple):
     nu: Any
 
 
-def scale_by_aged_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6) -> optax.GradientTransformation:
+def scale_by_aged_adam(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6, *, low_precision: bool = False
+) -> optax.GradientTransformation:
     """Adam whose bias correction counts each entry's own updates.
 
     A reset entry under Adam's single shared count would step three to six times too far: its moments are
@@ -38,6 +40,10 @@ def scale_by_aged_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6) ->
         b1: Decay rate of the first moment.
         b2: Decay rate of the second moment.
         eps: Added to the root of the second moment.
+        low_precision: As the original has it: moments in the dtype of the values, and an age that is
+            counted only where that is float32 (it increments a converted copy elsewhere), so that the bias
+            correction stays that of the first update, or of the seed. By default moments are float32 or
+            better and ages always counted: in bfloat16 ``0.999 * nu`` rounds back to ``nu``.
 
     Returns:
         A ``GradientTransformation``; the state's fields are ``age`` (int32), ``mu``, ``nu``.
@@ -49,7 +55,8 @@ def scale_by_aged_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6) ->
 
     def init(values: optax.Params) -> ScaleByAgedAdamState:
         def moments() -> optax.Params:
-            return jax.tree.map(lambda v: jnp.zeros(v.shape, state_dtype(v.dtype)), values)
+            wide = state_dtype if not low_precision else lambda dtype: dtype
+            return jax.tree.map(lambda v: jnp.zeros(v.shape, wide(v.dtype)), values)
 
         age = jax.tree.map(lambda v: jnp.zeros(v.shape, jnp.int32), values)
         return ScaleByAgedAdamState(age, moments(), moments())
@@ -59,14 +66,17 @@ def scale_by_aged_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6) ->
     ) -> tuple[optax.Updates, ScaleByAgedAdamState]:
         del params
         age = jax.tree.map(lambda a: a + 1, state.age)
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, grads)
+        mu = jax.tree.map(lambda m, g: (b1 * m + (1 - b1) * g).astype(m.dtype), state.mu, grads)
+        nu = jax.tree.map(lambda v, g: (b2 * v + (1 - b2) * jnp.square(g)).astype(v.dtype), state.nu, grads)
 
         def direction(g: jax.Array, a: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
-            first, second = absorbed(b1, a, m.dtype), absorbed(b2, a, v.dtype)
+            wide = state_dtype(m.dtype)
+            first, second = absorbed(b1, a, wide), absorbed(b2, a, wide)
             return (m / first * jnp.sqrt(second) / (jnp.sqrt(v) + eps)).astype(g.dtype)
 
         updates = jax.tree.map(direction, grads, age, mu, nu)
+        if low_precision:
+            age = jax.tree.map(lambda a, o, m: a if m.dtype == jnp.float32 else o, age, state.age, mu)
         return updates, ScaleByAgedAdamState(age, mu, nu)
 
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
@@ -210,3 +220,28 @@ def descend(learning_rate: optax.ScalarOrSchedule, weight_decay: float = 0.0) ->
         return jax.tree.map(step, updates, params), optax.ScaleByScheduleState(count)
 
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def aged_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    *,
+    low_precision: bool = False,
+) -> optax.GradientTransformation:
+    """``scale_by_aged_adam``, then ``descend``: the inner optimizer of SpIEL-AG."""
+    return optax.chain(
+        scale_by_aged_adam(b1, b2, eps, low_precision=low_precision), descend(learning_rate, weight_decay)
+    )
+
+
+def sparse_sm3(
+    learning_rate: optax.ScalarOrSchedule,
+    targets: Mapping[str, Target],
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """``scale_by_sparse_sm3``, then ``descend``: the inner optimizer of SpIEL-MA."""
+    return optax.chain(scale_by_sparse_sm3(targets, eps), descend(learning_rate, weight_decay))

@@ -5,9 +5,10 @@ compiles no program for what never runs. Steps are numbered from 1; "step s" is 
 """
 
 import enum
+import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,13 @@ Rate = Callable[[int, int], float]
 """Share of the entries to replace at (step, total steps), in [0, 1]."""
 
 
+def _linear(initial: float, step: int, total: int) -> float:
+    return initial * (1 - step / total)
+
+
 def linear(initial: float = 0.2) -> Rate:
     """Replacement rate that falls linearly to zero: ``initial * (1 - step / total)`` (paper, section 3.1)."""
-    return lambda step, total: initial * (1 - step / total)
+    return functools.partial(_linear, initial)
 
 
 def cosine(initial: float = 0.2) -> Rate:
@@ -27,7 +32,7 @@ def cosine(initial: float = 0.2) -> Rate:
 
 
 def constant(rate: float = 0.2) -> Rate:
-    """The same replacement rate at every reselection; 0 with ``first=None`` never replaces an entry."""
+    """The same replacement rate at every reselection; 0 with ``first=None`` is a static mask."""
     return lambda step, total: rate
 
 
@@ -42,26 +47,46 @@ class Phase(enum.Enum):
     ESTIMATE = "estimate"  # observe the proposed candidates again
 
 
+def require_static(**numbers: float | None) -> None:
+    """Refuses numbers that are arrays or traced: what they decide is compiled into the program.
+
+    Raises:
+        TypeError: Naming the argument.
+    """
+    for name, number in numbers.items():
+        if not (number is None or isinstance(number, int | float | np.number)):
+            raise TypeError(
+                f"{name} must be static, a Python number, and is a {type(number).__name__}: with "
+                f"optax.inject_hyperparams, name it in static_args"
+            )
+
+
 @dataclass(frozen=True)
 class Reselection:
     """At which steps entries are reselected, and how many are replaced.
 
     A reselection ends each of the steps A, R + A, 2R + A, ... with R = ``every`` and A = ``accumulation``.
     The A steps up to it form its estimation phase: the first proposes candidates, the others observe them.
-    No phase begins that no reselection would use.
+    No phase begins that no reselection would use, and none ends where the rate has fallen to 0 for good: with
+    ``rate=constant(0), first=None`` nothing is ever reselected, and no program for it compiled.
 
     Attributes:
-        total_steps: Optimizer steps of the run, T.
+        total_steps: Optimizer steps of the run, T. All numbers here are static.
         every: Steps between reselections, R.
         accumulation: Steps of an estimation phase, A, with 1 <= A <= R.
         rate: Replacement rate; ``linear``, ``cosine``, ``constant`` or any ``Rate``.
         first: Rate of the first reselection, whatever ``rate`` says; None to leave it to ``rate``. The
-            default replaces everything: the initial positions are random.
-        long_phases: As the original implementation has it: phases after the first have A + 1 steps (they
-            begin one step early, at R, 2R, ...) and begin whether or not a reselection follows.
+            default replaces everything: the initial positions are random. The original implementation does
+            so under "linear" only; ``original`` follows it.
+        long_phases: As the original implementation has it: phases after the first begin one step early, at
+            R, 2R, ..., and so have A + 1 steps. A = R - 1 leaves such a phase no gap (the original then
+            divides by zero), and A >= R never reselects.
+        idle_phases: As the original implementation has it: phases begin whether or not a reselection
+            follows, and a reselection is counted where its rate is 0.
 
     Raises:
         ValueError: If a number is out of its range.
+        TypeError: If a number is not static.
 
     Example:
         >>> schedule = Reselection(total_steps=100, every=20, accumulation=5)
@@ -77,35 +102,55 @@ class Reselection:
     rate: Rate = _LINEAR
     first: float | None = 1.0
     long_phases: bool = False
+    idle_phases: bool = False
 
     def __post_init__(self):
+        require_static(
+            total_steps=self.total_steps, every=self.every, accumulation=self.accumulation, first=self.first
+        )
         if self.total_steps < 1:
             raise ValueError(f"total_steps = {self.total_steps}: expected at least 1")
-        if not 1 <= self.accumulation <= self.every:
+        if self.every < 1:
+            raise ValueError(f"every = {self.every}: expected at least 1 step")
+        if self.accumulation < 1 or (self.accumulation > self.every and not self.long_phases):
             raise ValueError(f"accumulation = {self.accumulation}: expected 1 to every = {self.every} steps")
-        if self.long_phases and self.accumulation > self.every - 2:
-            raise ValueError(
-                f"accumulation = {self.accumulation}: phases as long as the original's need at most "
-                f"every - 2 = {self.every - 2} steps"
-            )
         if self.first is not None and not 0 <= self.first <= 1:
             raise ValueError(f"first = {self.first}: expected a share between 0 and 1, or None")
-        for step, rate in zip(self.steps, self.rates, strict=True):
+        for step, rate in self._planned.items():
             if not 0 <= rate <= 1:
                 raise ValueError(f"rate({step}, {self.total_steps}) = {rate}: expected 0 to 1")
+
+    def original(self) -> "Reselection":
+        """The same plan with the original implementation's quirks, for ``parity="reference"``."""
+        is_linear = getattr(self.rate, "func", None) is _linear
+        return replace(self, first=1.0 if is_linear else None, long_phases=True, idle_phases=True)
+
+    @functools.cached_property
+    def _planned(self) -> dict[int, float]:
+        """Rate of every step that could end with a reselection, 0 or not."""
+        if self.accumulation >= self.every and self.long_phases:
+            return {}
+        steps = range(self.accumulation, self.total_steps + 1, self.every)
+        rates = {step: self.rate(step, self.total_steps) for step in steps}
+        if rates and self.first is not None:
+            rates[self.accumulation] = self.first
+        return rates
+
+    @functools.cached_property
+    def last(self) -> int:
+        """Number of the last step that ends with a reselection; 0 if none does."""
+        used = [step for step, rate in self._planned.items() if rate > 0 or self.idle_phases]
+        return max(used, default=0)
 
     @property
     def steps(self) -> list[int]:
         """Numbers of the steps that end with a reselection."""
-        return list(range(self.accumulation, self.total_steps + 1, self.every))
+        return [step for step in self._planned if step <= self.last]
 
     @property
     def rates(self) -> list[float]:
         """Replacement rate of each reselection."""
-        rates = [self.rate(step, self.total_steps) for step in self.steps]
-        if rates and self.first is not None:
-            rates[0] = self.first
-        return rates
+        return [rate for step, rate in self._planned.items() if step <= self.last]
 
     def counts(self, entries: Sequence[int]) -> np.ndarray:
         """How many entries each reselection replaces, int32 [reselections, targets].
@@ -121,27 +166,32 @@ class Reselection:
     def reselects(self, step: Any) -> Any:
         """Whether a step ends with a reselection; ``step`` may be an int or an integer array."""
         since = step - self.accumulation
-        return (since >= 0) & (since % self.every == 0) & (step <= self.total_steps)
+        return (since >= 0) & (since % self.every == 0) & (step <= self.last)
 
     def number(self, step: Any) -> Any:
         """Number of the reselection that ends ``step``, from 0; int or integer array."""
         return (step - self.accumulation) // self.every
 
+    def _phase(self, step: Any) -> tuple[Any, Any, Any]:
+        """First and last step of the phase that a step could be in, and whether it takes place."""
+        if self.long_phases:
+            start = step - step % self.every
+            start = start + (start == 0)  # the first phase has no step 0
+            end = start + self.accumulation - (start == 1)
+        else:
+            start = step - (step - 1) % self.every
+            end = start + self.accumulation - 1
+        return start, end, (end <= self.last) | self.idle_phases
+
     def proposes(self, step: Any) -> Any:
         """Whether a step proposes candidates; int or integer array."""
-        if self.long_phases:
-            return (step == 1) | ((step > 1) & (step % self.every == 0))
-        ends = step - 1 + self.accumulation
-        return ((step - 1) % self.every == 0) & (ends <= self.total_steps)
+        start, _, used = self._phase(step)
+        return (step == start) & used
 
     def estimates(self, step: Any) -> Any:
         """Whether a step observes candidates that an earlier step proposed; int or integer array."""
-        if self.long_phases:
-            into = step % self.every
-            return (step > 1) & (into >= 1) & (into <= self.accumulation)
-        into = (step - 1) % self.every
-        ends = step - 1 - into + self.accumulation
-        return (into >= 1) & (into < self.accumulation) & (ends <= self.total_steps)
+        start, end, used = self._phase(step)
+        return (step > start) & (step <= end) & used
 
     def phase(self, step: int) -> Phase:
         """Phase of a step whose number is known to the host."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from spiel_jax.baselines import place
 from spiel_jax.growth import AccumulatedGradients, Growth
 from spiel_jax.objective import Batch, Objective, Params, supervised
 from spiel_jax.schedules import Phase
@@ -39,6 +40,7 @@ class SparseTraining:
         growth: The growth criterion inside ``tx``.
         resident: Hold the weights merged, and set the active entries once per step. Otherwise the deltas
             are scattered into each weight on each use, and the parameters stay the pretrained ones.
+        start: Pretrained parameters to the positions to start from; None for random ones.
     """
 
     objective: Objective
@@ -46,11 +48,15 @@ class SparseTraining:
     targets: Mapping[str, Target]
     growth: Growth
     resident: bool = True
+    start: Callable[[Params], Mapping[str, SparseDelta]] | None = None
 
     def init(self, params: Params) -> TrainState:
-        """Zero deltas at random positions."""
+        """Zero deltas at their first positions."""
         values = zeros(self.targets)
-        return self.attach(params, values, self.tx.init(values))
+        opt_state = self.tx.init(values)
+        if self.start is not None:
+            opt_state = place(opt_state, self.start(params))
+        return self.attach(params, values, opt_state)
 
     def attach(self, params: Params, trainable: Any, opt_state: Any) -> TrainState:
         """See ``Training``: remembers the pretrained entries and merges, where merges are resident."""

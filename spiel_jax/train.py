@@ -45,7 +45,8 @@ from spiel_jax.models.loading import open_model
 from spiel_jax.objective import Params
 from spiel_jax.schedules import Phase, Reselection
 from spiel_jax.sparse import unmerge
-from spiel_jax.training import DenseTraining, Training, TrainState
+from spiel_jax.sparse_training import SparseTraining
+from spiel_jax.training import Training, TrainState
 from spiel_jax.transform import deltas
 
 _log = logging.getLogger(__name__)
@@ -283,12 +284,13 @@ class _Loop:
             self._evaluate_now(0, state)
         micro = micro_batch_size(config)
         step = start
-        sparse = not isinstance(self.training, DenseTraining)
+        growth = self.training.growth if isinstance(self.training, SparseTraining) else None
         for step in range(start + 1, total + 1):
             batch = next(batches)
             grouped = {name: array.reshape(-1, micro, array.shape[-1]) for name, array in batch.items()}
-            phase = self.schedule.phase(step) if sparse and config.method == "spiel_ag" else Phase.PLAIN
-            reselect = sparse and bool(self.schedule.reselects(step))
+            estimating = growth is not None and growth.uses_candidates
+            phase = self.schedule.phase(step) if estimating else Phase.PLAIN
+            reselect = growth is not None and bool(self.schedule.reselects(step))
             state, metrics = self._step(state, grouped, phase=phase, reselect=reselect)
             self._unread.append((step, metrics, int(np.count_nonzero(batch["segment_ids"]))))
             stopping = stop_asked()

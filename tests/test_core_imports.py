@@ -6,6 +6,7 @@ import sys
 CORE = [
     "spiel_jax",
     "spiel_jax.alias",
+    "spiel_jax.baselines",
     "spiel_jax.growth",
     "spiel_jax.linear",
     "spiel_jax.loss",

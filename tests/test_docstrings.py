@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["schedules", "selection", "sparse", "targets", "models.names"])
+@pytest.mark.parametrize("name", ["baselines", "schedules", "selection", "sparse", "targets", "models.names"])
 def test_examples_run(name):
     result = doctest.testmod(importlib.import_module(f"spiel_jax.{name}"))
     assert result.attempted > 0
