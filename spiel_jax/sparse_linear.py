@@ -29,9 +29,9 @@ class SparseLinear:
     Attributes:
         active: Active entries. The cotangent of its values is the gradient there.
         candidates: Further entries whose gradient is wanted (they are merged nowhere), or None.
-        proposal: Zeros [*stack, ..., 3, c] float32, or None. Their cotangent holds, for the c entries of
-            largest gradient magnitude that are not excluded, gradient, row and column in the block as
-            floats (exact up to 2^24); an unused slot has the number of rows as its row.
+        proposal: Zeros [*stack, ..., 3, c], float32 or float64, or None. Their cotangent holds, for the c
+            entries of largest gradient magnitude that are not excluded, gradient, row and column in the block
+            as floats (exact up to 2^24); an unused slot has the number of rows as its row.
         enabled: Bool scalar per matrix, false where the weight gradient of this layer is not wanted and
             should not be computed; None for true.
         merged: Static. True where ``weight`` already holds the active deltas (a resident merge); False
@@ -91,8 +91,9 @@ def _collect(x: jax.Array, dy: jax.Array, adapter: SparseLinear) -> tuple:
 
 def _propose(gradient: jax.Array, adapter: SparseLinear) -> jax.Array:
     """[..., 3, c]: gradient, row and column of the largest entries of each block."""
-    assert adapter.proposal is not None
-    count = adapter.proposal.shape[-1]
+    slots = adapter.proposal
+    assert slots is not None
+    count = slots.shape[-1]
     grid, (rows, columns) = adapter.active.grid, adapter.active.block
     blocks = gradient.reshape(grid[0], rows, grid[1], columns).swapaxes(1, 2)
     blocks = blocks.reshape(-1, rows, columns)
@@ -104,9 +105,9 @@ def _propose(gradient: jax.Array, adapter: SparseLinear) -> jax.Array:
         entries = block.reshape(-1).at[positions].get(mode="fill", fill_value=0)
         # one by one: a stack of bfloat16 entries and positions would round the positions
         parts = (entries, positions // columns, positions % columns)
-        return jnp.stack([part.astype(jnp.float32) for part in parts])
+        return jnp.stack([part.astype(slots.dtype) for part in parts])
 
-    return lax.map(one, (blocks, exclude)).reshape(adapter.proposal.shape)
+    return lax.map(one, (blocks, exclude)).reshape(slots.shape)
 
 
 def _sparse_linear_backward(residuals: tuple, dy: jax.Array) -> tuple:
@@ -153,7 +154,7 @@ def candidates_from_proposal(proposal: jax.Array, active: SparseDelta) -> Sparse
     """Candidates and their gradients from the cotangent of ``SparseLinear.proposal``.
 
     Args:
-        proposal: [*stack, ..., 3, c] float32.
+        proposal: [*stack, ..., 3, c] float32 or float64.
         active: Any delta of the same weight, for its static shape and grid.
 
     Returns:
@@ -185,7 +186,8 @@ def propose(
     def find(gradient: jax.Array, name: str, delta: SparseDelta) -> jax.Array:
         selected = gradient if delta.layers is None else gradient[jnp.array(delta.layers)]
         stack = selected.shape[:-2]
-        slots = jnp.zeros((*delta.indices.shape[:-1], 3, count[name]), jnp.float32)
+        dtype = jnp.promote_types(gradient.dtype, jnp.float32)
+        slots = jnp.zeros((*delta.indices.shape[:-1], 3, count[name]), dtype)
         matrices = selected.reshape(-1, *delta.shape)
         adapter = SparseLinear(
             active=replace(

@@ -183,7 +183,8 @@ class SparseTraining:
             lead = active[group[0]].indices.shape[:-1]
             if active[group[0]].layers is not None:
                 lead = (self.objective.config.num_layers, *lead[1:])
-            slots[name] = jnp.zeros((*lead, 3, max(counts[n] for n in group)), jnp.float32)
+            dtype = jnp.promote_types(state.params[name].dtype, jnp.float32)
+            slots[name] = jnp.zeros((*lead, 3, max(counts[n] for n in group)), dtype)
         micro = jax.tree.map(lambda x: x[0], batch)
 
         def loss(values: Params, slots: Params) -> jax.Array:

@@ -3,7 +3,9 @@ import numpy as np
 import pytest
 
 from spiel_jax import build
+from spiel_jax.baselines import NoGrowth, RandomGrowth
 from spiel_jax.config import default_config
+from spiel_jax.growth import AccumulatedGradients, MomentApproximation
 from spiel_jax.models import ModelConfig
 from spiel_jax.sparse_training import SparseTraining
 from spiel_jax.training import DenseTraining
@@ -43,13 +45,64 @@ def test_targets_of_the_default_are_the_linears_of_the_blocks(config):
     assert build.targets(config, ModelConfig.smollm2_135m()) == {}
 
 
-def test_methods(config):
+@pytest.mark.parametrize(
+    ("method", "growth", "steps"),
+    [
+        ("spiel_ag", AccumulatedGradients(), [5, 25, 45]),
+        ("spiel_ma", MomentApproximation(shared=True), [5, 25, 45]),
+        ("random", RandomGrowth(), [5, 25, 45]),
+        ("magnitude", NoGrowth(), []),
+        ("gradient", AccumulatedGradients(seeds=False, propose_active=True), [5]),
+    ],
+)
+def test_sparse_methods_differ_by_growth_and_schedule(config, method, growth, steps):
+    config.method = method
     model = ModelConfig.smollm2_135m()
-    for method, kind in (("spiel_ag", SparseTraining), ("spiel_ma", SparseTraining), ("full", DenseTraining)):
-        config.method = method
-        targets = build.targets(config, model)
-        schedule, rate = build.reselection(config, 50), build.learning_rate(config, 50)
-        assert isinstance(build.training(config, model, targets, schedule, rate), kind)
+    schedule = build.reselection(config, 50)
+    training = build.training(config, model, build.targets(config, model), schedule, lambda step: 1.0)
+    assert isinstance(training, SparseTraining)
+    assert training.growth == growth
+    assert schedule.steps == steps
+    assert schedule.rates[:1] == ([1.0] if method != "random" else [0.2 * (1 - 5 / 50)])[: len(steps)]
+    assert (training.start is not None) == (method == "magnitude")
+
+
+def test_options_of_growth(config):
+    config.spiel.score = "minimum"
+    config.spiel.candidate_ratio = 1.5
+    config.spiel.first = 0.5
+    config.method = "spiel_ma"
+    assert build.criterion(config) == MomentApproximation("minimum", shared=True)
+    config.method = "spiel_ag"
+    assert build.criterion(config) == AccumulatedGradients(ratio=1.5)
+    assert build.reselection(config, 50).rates[0] == 0.5
+    config.spiel.rate = 0.0
+    config.spiel.first = -1.0
+    config.method = "random"
+    assert build.reselection(config, 50).steps == []  # a static random mask
+
+
+def test_full_fine_tuning(config):
+    config.method = "full"
+    model = ModelConfig.smollm2_135m()
+    built = build.training(config, model, {}, build.reselection(config, 50), lambda step: 1.0)
+    assert isinstance(built, DenseTraining)
+
+
+def test_reference(config):
+    config.spiel.parity = "reference"
+    config.spiel.accumulation, config.spiel.every = 4, 3  # the original never reselects
+    assert build.reselection(config, 50).steps == []
+    config.spiel.every = 10
+    plan = build.reselection(config, 54)
+    assert plan.steps == [4, 14, 24, 34, 44, 54]
+    assert plan.rates[0] == 1.0
+    config.spiel.schedule = "cosine"
+    assert build.reselection(config, 54).rates[0] < 0.2
+    assert build.criterion(config) == AccumulatedGradients.reference()
+    config.spiel.candidate_ratio = 2.0
+    with pytest.raises(ValueError, match="the original has as many"):
+        build.criterion(config)
 
 
 def test_reselection(config):

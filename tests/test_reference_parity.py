@@ -16,7 +16,7 @@ import pytest
 
 import spiel_jax as sj
 from spiel_jax import build
-from spiel_jax.config import LINEAR_LAYERS, default_config
+from spiel_jax.config import LINEAR_LAYERS, check_config, default_config
 from spiel_jax.models import bind, layer_names, open_model
 from spiel_jax.sparse import parameter_name
 
@@ -38,6 +38,7 @@ def settings(meta, steps):
     config.targets.density = meta["density"]
     config.spiel.every = meta["reselection_steps"]
     config.spiel.accumulation = meta["selection_accumulation_steps"]
+    assert hyper.get("momentum", 0) == hyper.get("beta", 0) == 0, "the paper's SM3 has no momentum"
     config.spiel.schedule = meta["reselection_rate_policy"]
     config.spiel.rate = meta["initial_reselection_rate"]
     config.spiel.parity = "reference"
@@ -49,6 +50,8 @@ def settings(meta, steps):
     if growing:
         config.optimizer.b1, config.optimizer.b2 = hyper["betas"]
     config.steps = steps
+    config.data.sources = ("golden",)
+    check_config(config)
     return config
 
 
