@@ -104,6 +104,28 @@ def test_training_lowers_the_heldout_loss(config, tmp_path, method, capsys):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+@pytest.mark.parametrize("method", ["random", "magnitude", "gradient"])
+def test_baselines_learn_too(config, tmp_path, method):
+    config.method = method
+    config.spiel.schedule = "constant"
+    summary = run(config, tmp_path)
+    assert summary.heldout[-1][1] < summary.heldout[0][1] - 0.1
+    replaced = {line["step"]: line["replaced"] for line in read_metrics(tmp_path) if line.get("replaced")}
+    if method == "random":
+        assert list(replaced) == [3, 7]
+        assert list(replaced.values()) == pytest.approx([0.2, 0.2], abs=0.02)
+    if method == "gradient":  # the few that were active and of large gradient stay
+        assert list(replaced) == [3]
+        assert 0.8 < replaced[3] < 1.0
+    if method == "magnitude":
+        assert replaced == {}
+        params = open_model(config.model.source).load(jnp.float32, progress=False)
+        for name, delta in restore_deltas(tmp_path).items():
+            for weight, indices in zip(np.abs(np.asarray(params[name])), delta.indices, strict=True):
+                least = weight.ravel()[np.asarray(indices)].min()
+                assert (weight > least).sum() < indices.size
+
+
 def test_the_seed_determines_every_number(config, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         config.seed = seed
