@@ -118,7 +118,7 @@ class Checkpoints:
         Args:
             step: Optimizer steps done.
             state: The state after them.
-            targets: What is adapted; empty for full fine-tuning.
+            targets: What has sparse deltas; empty where the method trains none.
             facts: JSON-like: config, data position, fingerprint, ...
         """
         # The next step reuses these buffers, and on a CPU the background save reads them in place.
@@ -205,12 +205,12 @@ def restore_deltas(directory: str | Path, step: int | None = None) -> dict[str, 
         Target name to ``SparseDelta``: give it to ``merge`` with the base parameters.
 
     Raises:
-        CheckpointError: If there is no such checkpoint, or it holds no deltas (full fine-tuning).
+        CheckpointError: If there is no such checkpoint, or it holds no deltas (another method).
     """
     with _open(directory) as checkpointer:
         targets = {name: _target(stored) for name, stored in _facts(checkpointer, step)["targets"].items()}
         if not targets:
-            raise CheckpointError(f"{directory} holds no sparse deltas: it was trained in full")
+            raise CheckpointError(f"{directory} holds no sparse deltas: its method trains none")
         abstract = {
             name: {
                 "indices": jax.ShapeDtypeStruct((*t.lead, t.block_count), jnp.int32),
@@ -224,7 +224,11 @@ def restore_deltas(directory: str | Path, step: int | None = None) -> dict[str, 
 
 
 def restore_trainable(directory: str | Path, step: int | None = None) -> Any:
-    """The trained parameters of a full fine-tuning checkpoint.
+    """What was trained, of a checkpoint of full fine-tuning or of adapters.
+
+    Returns:
+        Parameter name to array, or target name to the adapter's array or dict of arrays (see ``Lora``,
+        ``IA3``); float32.
 
     Raises:
         CheckpointError: If there is no such checkpoint, or it holds sparse deltas.

@@ -7,7 +7,7 @@ The prompt is written with the tokenizer's chat template, as in training.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import jinja2
 from absl import app, flags, logging
 from transformers import PreTrainedTokenizerBase
 
+from spiel_jax.adapter_training import adapter_kind
 from spiel_jax.checkpoint import CheckpointError, read_facts, restore_deltas, restore_trainable
 from spiel_jax.data import chat_template
 from spiel_jax.models import ModelConfig
@@ -131,7 +132,7 @@ class Run:
 def load_run(directory: str | Path, step: int | None = None, *, keep_base: bool = False) -> Run:
     """Loads the model that a run has trained, ready to be used.
 
-    Without ``keep_base`` the deltas are merged into the base in place: one copy of the model is held.
+    Without ``keep_base`` deltas or adapters are merged into the base in place: one copy of the model is held.
 
     Args:
         directory: The run's folder (``--workdir``).
@@ -151,20 +152,34 @@ def load_run(directory: str | Path, step: int | None = None, *, keep_base: bool 
     named = settings["model.tokenizer"]
     tokenizer = (source if named is None else open_model(named)).tokenizer()
 
-    base = None
-    if facts["targets"] or keep_base:
+    kind, base = adapter_kind(settings, source.config), None
+    if facts["targets"] or kind or keep_base:
         base = source.load(dtype, seed=settings["seed"])
         _check_base(f"{directory} was trained on another base model than {name}", facts["fingerprint"], base)
     if facts["targets"]:
-        assert base is not None
         deltas = restore_deltas(directory, facts["step"])
-        adapted = {parameter: base[parameter] for parameter in map(parameter_name, deltas)}
-        tuned = base | jax.jit(merge, donate_argnums=() if keep_base else 0)(adapted, deltas)
+        tuned = _merged(base, merge, deltas, set(map(parameter_name, deltas)), keep_base)
+    elif kind:
+        trained = restore_trainable(directory, facts["step"])
+        tuned = _merged(base, kind.merge, trained, kind.changed, keep_base)
     else:
         tuned = restore_trainable(directory, facts["step"])
         for parameter in tuned:  # one by one: each float32 array is let go as it is cast
             tuned[parameter] = tuned[parameter].astype(dtype)
     return Run(facts["step"], settings, source.config, base if keep_base else None, tuned, tokenizer)
+
+
+def _merged(
+    base: dict[str, jax.Array] | None,
+    merge: Callable[..., dict[str, jax.Array]],
+    trained: Any,
+    changed: Set[str],
+    keep_base: bool,
+) -> dict[str, jax.Array]:
+    """The base with what was trained merged into the parameters that it changes."""
+    assert base is not None
+    before = {name: base[name] for name in changed & base.keys()}
+    return base | jax.jit(merge, donate_argnums=() if keep_base else 0)(before, trained)
 
 
 def _check_base(problem: str, expected: Mapping[str, str], base: dict[str, jax.Array]) -> None:

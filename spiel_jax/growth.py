@@ -201,7 +201,9 @@ class AccumulatedGradients(NamedTuple):
             grads = grads[None]
         sums, squares = jnp.sum(grads, 0), jnp.sum(jnp.square(grads), 0)
         micro_batches = grads.shape[0]
-        limit = 2 ** (jnp.finfo(dtype).nmant + 1) if self.low_precision else jnp.iinfo(jnp.int32).max
+        limit = jnp.iinfo(jnp.int32).max
+        if self.low_precision:
+            limit = min(limit, 2 ** (jnp.finfo(dtype).nmant + 1))
 
         def counted(samples: jax.Array) -> jax.Array:
             return jnp.minimum(samples, limit - micro_batches) + micro_batches

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spiel_jax.linear import dot
+from spiel_jax.products import dot
 
 
 def _chunks(x: jax.Array, chunk: int) -> jax.Array:

@@ -66,8 +66,10 @@ def scale_by_aged_adam(
     ) -> tuple[optax.Updates, ScaleByAgedAdamState]:
         del params
         age = jax.tree.map(lambda a: a + 1, state.age)
-        mu = jax.tree.map(lambda m, g: (b1 * m + (1 - b1) * g).astype(m.dtype), state.mu, grads)
-        nu = jax.tree.map(lambda v, g: (b2 * v + (1 - b2) * jnp.square(g)).astype(v.dtype), state.nu, grads)
+        # a 16-bit gradient is widened before it is scaled or squared
+        wide = jax.tree.map(lambda m, g: g.astype(jnp.promote_types(m.dtype, g.dtype)), state.mu, grads)
+        mu = jax.tree.map(lambda m, g: (b1 * m + (1 - b1) * g).astype(m.dtype), state.mu, wide)
+        nu = jax.tree.map(lambda v, g: (b2 * v + (1 - b2) * jnp.square(g)).astype(v.dtype), state.nu, wide)
 
         def direction(g: jax.Array, a: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
             wide = state_dtype(m.dtype)

@@ -132,21 +132,25 @@ def _per_matrix(
     return apply
 
 
-def gather(weight: jax.Array, delta: SparseDelta) -> jax.Array:
+def gather(weight: jax.Array, delta: SparseDelta, *, transposed: bool = False) -> jax.Array:
     """Entries of ``weight`` at the positions of ``delta``; 0 in unused slots.
 
     Args:
         weight: [*stack, rows, columns].
         delta: Its positions; values are not read.
+        transposed: Whether ``weight`` is given as [*stack, columns, rows].
 
     Returns:
         Shaped like ``delta.indices``, dtype of ``weight``.
     """
     if delta.layers is not None:
         weight = weight[jnp.array(delta.layers)]
-    return _per_matrix(
-        lambda matrix, rows, columns: matrix.at[rows, columns].get(mode="fill", fill_value=0), delta
-    )(weight)
+
+    def entries(matrix: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+        at = (columns, rows) if transposed else (rows, columns)
+        return matrix.at[at].get(mode="fill", fill_value=0)
+
+    return _per_matrix(entries, delta)(weight)
 
 
 def set_entries(weight: jax.Array, delta: SparseDelta, entries: jax.Array) -> jax.Array:

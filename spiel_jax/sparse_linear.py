@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spiel_jax.linear import dot, input_gradient, weight_gradient
+from spiel_jax.products import dot, input_gradient, weight_gradient
 from spiel_jax.selection import top_magnitudes
 from spiel_jax.sparse import SparseDelta, edit, gather, merge
 
@@ -78,11 +78,14 @@ def _sparse_linear_forward(x: jax.Array, weight: jax.Array, adapter: SparseLinea
 
 def _collect(x: jax.Array, dy: jax.Array, adapter: SparseLinear) -> tuple:
     """Float32 cotangents of (active values, candidate values, proposal) from one dense gradient."""
+    # what is transposed on its way into the product is the narrower of the two
+    turned = x.shape[-1] < dy.shape[-1] and adapter.proposal is None
     with jax.named_scope("weight_gradient"):
-        gradient = weight_gradient(x, dy)  # [out, in]
+        gradient = weight_gradient(dy, x) if turned else weight_gradient(x, dy)  # [in, out] if turned
     with jax.named_scope("gather_gradient"):
-        active = gather(gradient, adapter.active)
-        candidates = None if adapter.candidates is None else gather(gradient, adapter.candidates)
+        entries = partial(gather, gradient, transposed=turned)
+        active = entries(adapter.active)
+        candidates = None if adapter.candidates is None else entries(adapter.candidates)
     if adapter.proposal is None:
         return active, candidates, None
     with jax.named_scope("propose"):

@@ -101,6 +101,47 @@ def guarded(
     return lax.cond(finite, change, skip, trainable, opt_state)
 
 
+def optimizer_step(
+    tx: optax.GradientTransformation,
+    loss: Callable[[Any, Batch], jax.Array],
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, Metrics]:
+    """One step of an ordinary optimizer on all that is trainable.
+
+    Args:
+        tx: The optimizer of ``state.opt_state``.
+        loss: Trainable and a micro-batch, arrays [B, S], to the loss summed over its supervised tokens.
+        state: Before the step.
+        batch: Arrays [G, B, S]; further arrays [G, ...] are passed on to ``loss``.
+
+    Returns:
+        The state after it, and the metrics; the loss is the mean.
+    """
+    total = supervised(batch)
+
+    def gradients(micro: Batch) -> tuple[Any, None]:
+        return jax.value_and_grad(lambda trainable: loss(trainable, micro) / total)(state.trainable), None
+
+    (mean, grads), _ = scan_micro_batches(gradients, batch)
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(mean) & jnp.isfinite(norm)
+
+    def change(trainable: Any, opt_state: Any) -> tuple[Any, Any]:
+        updates, opt_state = tx.update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state
+
+    with jax.named_scope("optimizer"):
+        trainable, opt_state = guarded(finite, change, state.trainable, state.opt_state)
+    metrics = {
+        "loss": mean,
+        "grad_norm": norm,
+        "finite": finite,
+        "supervised_tokens": jnp.sum(batch["weights"]),
+    }
+    return replace(state, trainable=trainable, opt_state=opt_state), metrics
+
+
 @dataclass(frozen=True)
 class DenseTraining:
     """Full fine-tuning: every parameter is trained, in float32, and cast to the base dtype for use.
@@ -136,30 +177,12 @@ class DenseTraining:
         self, state: TrainState, batch: Batch, *, phase: Phase, reselect: bool
     ) -> tuple[TrainState, Metrics]:
         """See ``Training``; phases mean nothing here."""
-        total = supervised(batch)
+        del phase, reselect
 
-        def gradients(micro: Batch) -> tuple[Any, None]:
-            def loss(trainable: Params) -> jax.Array:
-                return self.objective(self._used(trainable), micro) / total
+        def loss(trainable: Params, micro: Batch) -> jax.Array:
+            return self.objective(self._used(trainable), micro)
 
-            return jax.value_and_grad(loss)(state.trainable), None
-
-        (loss, grads), _ = scan_micro_batches(gradients, batch)
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-
-        def change(trainable: Params, opt_state: Any) -> tuple[Any, Any]:
-            updates, opt_state = self.tx.update(grads, opt_state, trainable)
-            return optax.apply_updates(trainable, updates), opt_state
-
-        trainable, opt_state = guarded(finite, change, state.trainable, state.opt_state)
-        metrics = {
-            "loss": loss,
-            "grad_norm": norm,
-            "finite": finite,
-            "supervised_tokens": jnp.sum(batch["weights"]),
-        }
-        return replace(state, trainable=trainable, opt_state=opt_state), metrics
+        return optimizer_step(self.tx, loss, state, batch)
 
     def evaluate(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """See ``Training``."""

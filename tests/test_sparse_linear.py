@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 from sparse_cases import CASES, gathered, make
 
-from spiel_jax.linear import linear
+from spiel_jax.products import linear
 from spiel_jax.sparse import SparseDelta, merge
 from spiel_jax.sparse_linear import SparseLinear, candidates_from_proposal, propose, sparse_linear
 

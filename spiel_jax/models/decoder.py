@@ -21,13 +21,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from spiel_jax.linear import linear
 from spiel_jax.models.cache import KVCache
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.layers import PROJECTION, Adapter, Embedding, Linear, RMSNorm
 from spiel_jax.models.rope import inverse_frequencies, rotate, rotation
+from spiel_jax.models.storage import loop_dtype, named, pack, unpack
+from spiel_jax.products import linear
+from spiel_jax.sparse import path_name
 
 Remat = Literal["none", "dots", "full"]
+ATTENTION = "attention"
+"""Name under which ``jax.checkpoint`` policies find rotated queries and keys, and what attention has seen."""
 LAYERS = "model.layers."
 """Prefix of the names of stacked parameters."""
 
@@ -73,8 +77,8 @@ class Attention(nnx.Module):
             y = y.reshape(*y.shape[:-1], -1, self.head_dim)  # [B, S, heads, head_dim]
             return y if norm is None else norm(y)
 
-        queries = rotate(heads(self.q_proj, "q_proj", self.q_norm), *turn)
-        keys = rotate(heads(self.k_proj, "k_proj", self.k_norm), *turn)
+        queries = named(rotate(heads(self.q_proj, "q_proj", self.q_norm), *turn), ATTENTION)
+        keys = named(rotate(heads(self.k_proj, "k_proj", self.k_norm), *turn), ATTENTION)
         values = heads(self.v_proj, "v_proj", None)
         if cache is not None:
             cache, keys, values = cache.write(layer, keys, values)
@@ -85,7 +89,7 @@ class Attention(nnx.Module):
             )
         else:
             seen = jax.nn.dot_product_attention(queries, keys, values, mask=mask)
-        seen = seen.reshape(*seen.shape[:-2], -1)  # [B, S, H * head_dim]
+        seen = named(seen.reshape(*seen.shape[:-2], -1), ATTENTION)  # [B, S, H * head_dim]
         return self.o_proj(seen, adapters.get("self_attn.o_proj.weight")), cache
 
 
@@ -210,6 +214,7 @@ class CausalLM(nnx.Module):
         adapters: Mapping[str, Adapter] | None = None,
         cache: KVCache | None = None,
         remat: Remat = "full",
+        frozen: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
         """Hidden states after the final norm.
 
@@ -222,7 +227,9 @@ class CausalLM(nnx.Module):
                 leaves have the leading axis L.
             cache: The tokens before these, which fill its next S slots. Past its end: NaN.
             remat: What the backward pass finds stored of a layer: "none" everything it needs,
-                "dots" the outputs of the linears, "full" the layer's input.
+                "dots" the outputs of the linears and of attention, "full" the layer's input.
+            frozen: Whether no gradient of the parameters is wanted (that of an adapted weight never is): on
+                a CPU, 16-bit ones then take less memory.
 
         Returns:
             [B, S, D] in the dtype of the embedding, and the new cache (None without a cache).
@@ -258,22 +265,30 @@ class CausalLM(nnx.Module):
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         turn = rotation(positions, frequencies)
-        graphdef, state = nnx.split(self.model.layers)
+        graphdef, states = nnx.split(self.model.layers)
 
         def body(carry: tuple, inputs: tuple) -> tuple:
             x, cache = carry
-            state, adapters, layer, slides = inputs
+            x = x.astype(dtype)
+            packed, adapters, layer, slides = inputs
+            state = jax.tree.map(lambda part, whole: unpack(part, whole.dtype), packed, states)
             mask = None
             if masks is not None:
                 mask = masks[1] if slides is None else jnp.where(slides, masks[1], masks[0])
-            return nnx.merge(graphdef, state)(x, turn, mask, adapters, cache, layer), None
+            x, cache = nnx.merge(graphdef, state)(x, turn, mask, adapters, cache, layer)
+            return (x.astype(carried), cache), None
 
         layers = jnp.arange(config.num_layers, dtype=jnp.int32)
         slides = None if config.sliding_layers is None else jnp.array(config.sliding_layers)
-        carry = (self.model.embed_tokens(tokens), cache)
-        inputs = (state, adapters, layers, slides)
+        x = self.model.embed_tokens(tokens)
+        dtype, carried = x.dtype, loop_dtype(x.dtype)
+        carry = (x.astype(carried), cache)
+        packed = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: pack(leaf) if frozen or path_name(path[:-1]) in adapters else leaf, states
+        )
+        inputs = (packed, adapters, layers, slides)
         (x, cache), _ = jax.lax.scan(_rematerialised(body, remat), carry, inputs)
-        x = self.model.norm(x)
+        x = self.model.norm(x.astype(dtype))
         if cache is not None:  # a full cache would otherwise overwrite its last slots unnoticed
             x = jnp.where(cache.length <= cache.segment_ids.shape[1], x, jnp.nan)
         return x, cache
@@ -312,7 +327,7 @@ def _rematerialised(body: Callable, remat: Remat) -> Callable:
         return jax.checkpoint(body, prevent_cse=False)
     if remat == "dots":
         # by name, since the products themselves are hidden in custom rules
-        policy = jax.checkpoint_policies.save_only_these_names(PROJECTION)
+        policy = jax.checkpoint_policies.save_only_these_names(PROJECTION, ATTENTION)
         return jax.checkpoint(body, prevent_cse=False, policy=policy)
     raise ValueError(f"unknown remat {remat!r}: expected one of {', '.join(get_args(Remat))}")
 

@@ -9,10 +9,10 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from spiel_jax.linear import linear
+from spiel_jax.models.storage import named
+from spiel_jax.products import linear
 
 PROJECTION = "projection"
 """Name under which ``jax.checkpoint`` policies find the outputs of the linears."""
@@ -56,7 +56,7 @@ class Linear(nnx.Module):
         y = linear(x, weight) if adapter is None else adapter(x, weight)
         if self.bias is not None:
             y = y + _over_rows(self.bias[...].astype(y.dtype), y)
-        return checkpoint_name(y, PROJECTION)
+        return named(y, PROJECTION)
 
 
 class Embedding(nnx.Module):

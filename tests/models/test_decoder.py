@@ -300,7 +300,8 @@ def test_remat_stores_what_it_says():
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
 
     none, dots, full = map(stored, ("none", "dots", "full"))
-    outputs = 64 + 32 + 32 + 64 + 48 + 48  # of q, k, v, o, gate, up; that of down is not needed
+    # rotated q and k, v, what attention saw, o, gate, up; the output of down is not needed
+    outputs = 64 + 32 + 32 + 64 + 64 + 48 + 48
     assert dots - full == 4 * outputs * tokens.size * config.num_layers
     assert none > 1.5 * dots
 
