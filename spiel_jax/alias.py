@@ -78,7 +78,9 @@ def spiel_ag(
 
     Returns:
         A ``GradientTransformationExtraArgs``; see ``spiel``. Under ``optax.inject_hyperparams`` the static
-        numbers are named in ``static_args``; the learning rate, decays, eps, clip norm and seed need not be.
+        numbers are named in ``static_args``, also where they are left at their defaults; learning rate,
+        decays, eps, clip norm and seed need not be. With bfloat16 values give it
+        ``hyperparam_dtype=jnp.float32``.
 
     Raises:
         ValueError: If a value is not allowed, or both or none of ``schedule`` and ``total_steps`` are given.
@@ -160,7 +162,9 @@ def spiel_ma(
 
     Returns:
         A ``GradientTransformationExtraArgs``; see ``spiel``. Under ``optax.inject_hyperparams`` the static
-        numbers are named in ``static_args``; the learning rate, decays, eps, clip norm and seed need not be.
+        numbers are named in ``static_args``, also where they are left at their defaults; learning rate,
+        decays, eps, clip norm and seed need not be. With bfloat16 values give it
+        ``hyperparam_dtype=jnp.float32``.
 
     Raises:
         ValueError: If a value is not allowed, or both or none of ``schedule`` and ``total_steps`` are given.

@@ -14,6 +14,7 @@ from spiel_jax.growth import Observation
 from spiel_jax.selection import top_magnitudes
 from spiel_jax.sparse import SparseDelta, parameter_name, path_name
 from spiel_jax.targets import Target
+from spiel_jax.transform import active_positions
 
 
 class RandomGrowth(NamedTuple):
@@ -174,7 +175,7 @@ def place(opt_state: Any, positions: Mapping[str, SparseDelta]) -> Any:
         positions: Target name to ``SparseDelta``, as from ``magnitude_positions``; values are not read.
 
     Raises:
-        ValueError: If the state has other targets, or another number of entries.
+        ValueError: If the state has other targets, or another number of entries, or is not one of ``spiel``.
 
     Example:
         >>> import spiel_jax as sj
@@ -184,9 +185,7 @@ def place(opt_state: Any, positions: Mapping[str, SparseDelta]) -> Any:
         ...       magnitude_positions(weights, targets)).active["w"].indices
         Array([0, 1], dtype=int32)
     """
-    active = optax.tree.get(opt_state, "active")
-    if active is None:
-        raise ValueError("no state of spiel() in this optimizer state")
+    active = active_positions(opt_state)
     shapes = [
         {name: (delta.shape, delta.grid, delta.indices.shape) for name, delta in tree.items()}
         for tree in (active, positions)

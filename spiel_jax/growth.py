@@ -215,15 +215,18 @@ class AccumulatedGradients(NamedTuple):
         )
         return _choose(seen.proposes, first, _choose(seen.estimates, again, old))
 
+    def _usable(self, stats: CandidateStats, target: Target) -> jax.Array:
+        return (stats.indices < target.block_size) & jnp.isfinite(stats.grad_sum)
+
     def available(self, stats: CandidateStats, indices: jax.Array, target: Target) -> jax.Array:
         """Candidates that are not active; or enough for any n where active ones may be candidates.
 
         Where k candidates or more may include active entries, as in the original, at most k - n of them
         are kept when n are dropped, so that n are always left.
         """
-        size = target.block_size
-        known = jnp.sum(stats.indices < size, dtype=jnp.int32)
-        inactive = (stats.indices < size) & ~isin(stats.indices, indices, size)
+        usable = self._usable(stats, target)
+        known = jnp.sum(usable, dtype=jnp.int32)
+        inactive = usable & ~isin(stats.indices, indices, target.block_size)
         return jnp.where(known >= indices.size, indices.size, jnp.sum(inactive, dtype=jnp.int32))
 
     def incoming(
@@ -237,7 +240,7 @@ class AccumulatedGradients(NamedTuple):
         """The n candidates of largest summed gradient that are not kept."""
         size = target.block_size
         kept = isin(stats.indices, jnp.where(dropped, size, indices), size)
-        valid = (stats.indices < size) & ~kept
+        valid = self._usable(stats, target) & ~kept
         scores = jnp.where(valid, jnp.abs(stats.grad_sum), jnp.nan)
         chosen = largest(scores, stats.indices, n)
         return jnp.where(chosen, stats.indices, size)

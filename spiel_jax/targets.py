@@ -3,7 +3,7 @@
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,7 @@ def zeros(targets: Mapping[str, Target], dtype: Any = jnp.float32) -> dict[str, 
     return {name: jnp.zeros((*t.lead, t.block_count), dtype) for name, t in targets.items()}
 
 
-def by_target(tree: Any, targets: Mapping[str, Target]) -> dict[str, Any]:
+def by_target(tree: Any, targets: Collection[str]) -> dict[str, Any]:
     """The leaves of a tree of values by target name, wherever they are in the tree.
 
     A leaf belongs to the target named by the last key of its path, so the values may be part of a larger
@@ -118,7 +118,7 @@ def by_target(tree: Any, targets: Mapping[str, Target]) -> dict[str, Any]:
     return {name: found[name] for name in targets} if leaves else {}
 
 
-def like_values(tree: Any, named: Mapping[str, Any], targets: Mapping[str, Target]) -> Any:
+def like_values(tree: Any, named: Mapping[str, Any], targets: Collection[str]) -> Any:
     """The inverse of ``by_target``: a tree like ``tree`` with the named leaves."""
     by_target(tree, targets)
     return jax.tree_util.tree_map_with_path(lambda path, _: named[path_name(path[-1:])], tree)

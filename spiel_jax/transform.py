@@ -5,6 +5,7 @@ a reselection rewrites them there: for a replaced slot the update is minus its v
 ``optax.apply_updates`` performs the drop and the grown entry starts at zero in the same slot.
 """
 
+import sys
 import zlib
 from collections.abc import Mapping
 from functools import partial
@@ -16,6 +17,8 @@ import optax
 from jax import lax
 
 from spiel_jax.growth import Flag, Growth, Observation
+from spiel_jax.inner import Slots, check_per_entry, reset
+from spiel_jax.optim import state_dtype
 from spiel_jax.schedules import Phase, Reselection
 from spiel_jax.selection import drop, replace
 from spiel_jax.sparse import SparseDelta
@@ -81,6 +84,28 @@ def initial_positions(targets: Mapping[str, Target], seed: int | jax.Array) -> d
     return positions
 
 
+def active_positions(opt_state: Any) -> dict[str, SparseDelta]:
+    """The positions that an optimizer state holds: target name to ``SparseDelta`` without values.
+
+    Args:
+        opt_state: State of ``spiel`` or of any chain, partition or wrapper around it.
+
+    Raises:
+        ValueError: If there is no state of ``spiel`` in it, or several share a target.
+    """
+    active: dict[str, SparseDelta] = {}
+    for _, found in optax.tree.get_all_with_path(opt_state, "active", _is_active):
+        if active.keys() & found.keys():
+            raise ValueError(
+                f"several states of spiel() have the targets {sorted(active.keys() & found.keys())}: give "
+                "deltas() one of the states and its values"
+            )
+        active |= found
+    if not active:
+        raise ValueError("no state of spiel() in this optimizer state")
+    return active
+
+
 def deltas(values: Any, opt_state: Any, *, sort: bool = False) -> dict[str, SparseDelta]:
     """Zips the values with the positions that an optimizer state holds.
 
@@ -93,51 +118,39 @@ def deltas(values: Any, opt_state: Any, *, sort: bool = False) -> dict[str, Spar
         Target name to ``SparseDelta``.
 
     Raises:
-        ValueError: If there is no state of ``spiel`` in ``opt_state``, or it has other targets.
+        ValueError: If there is no state of ``spiel`` in ``opt_state``, it has other targets, or several
+            states share one.
     """
-    active = optax.tree.get(opt_state, "active")
-    if active is None:
-        raise ValueError("no state of spiel() in this optimizer state")
+    active = active_positions(opt_state)
     named = by_target(values, active)
     zipped = {name: delta.with_values(named[name]) for name, delta in active.items()}
     return {name: delta.sort() for name, delta in zipped.items()} if sort else zipped
 
 
-def _reset(inner: optax.GradientTransformation, state: Any, values: Any, replaced: Any) -> Any:
-    """Sets the inner state of replaced entries to what ``inner.init`` gives for the new values."""
-    fresh = inner.init(values)
-
-    def mask(leaf: Any, replaced: jax.Array) -> Any:
-        return replaced if leaf.shape == replaced.shape else False
-
-    masks = optax.tree.map_params(inner, mask, state, replaced, transform_non_params=lambda _: False)
-
-    def mix(replaced: Any, new: Any, old: Any) -> Any:
-        return old if replaced is False else jnp.where(replaced, new, old)
-
-    return jax.tree.map(mix, masks, fresh, state)
+def _is_active(_: Any, found: Any) -> bool:
+    """Tells ``SpielState.active`` from a target that is named "active" too."""
+    return isinstance(found, Mapping) and all(isinstance(delta, SparseDelta) for delta in found.values())
 
 
-def _check_per_entry(inner: optax.GradientTransformation, state: Any, values: Any) -> None:
-    """Refuses an inner optimizer whose state is not per entry: replaced entries could not be reset."""
+_MULTI_STEPS = (optax.MultiSteps.init.__code__, optax.MultiSteps.update.__code__)
 
-    def check(leaf: Any, value: Any) -> None:
-        if leaf.shape != value.shape and leaf.size > 1:
+
+def _refuse_multi_steps(growth: Growth) -> None:
+    """Refuses candidates inside ``optax.MultiSteps``.
+
+    It accumulates gradients, but passes on the extra arguments of its last micro-step alone, and nothing in
+    what it passes tells so. It can only be seen among the callers.
+    """
+    if not growth.uses_candidates:
+        return
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code in _MULTI_STEPS:
             raise TypeError(
-                f"the inner optimizer keeps a state of shape {leaf.shape} for values of shape "
-                f"{value.shape}: spiel() needs one whose state is per entry (adam, lion, sgd, adagrad, "
-                "unfactored adafactor, ...)"
+                "SpIEL-AG inside optax.MultiSteps would see the candidates of the last micro-step only: "
+                "accumulate gradients and candidates yourself, or use SpIEL-MA"
             )
-
-    try:
-        optax.tree.map_params(inner, check, state, values, transform_non_params=lambda _: None)
-    except TypeError:
-        raise
-    except Exception as error:
-        raise TypeError(
-            "spiel() needs an inner optimizer whose state is per entry; this one's is not built from its "
-            f"parameters leaf by leaf: {error}"
-        ) from error
+        frame = frame.f_back
 
 
 def _map_matrices(function: Any, lead: tuple[int, ...], *trees: Any) -> Any:
@@ -167,7 +180,14 @@ def spiel(
     their values and moments are what the inner update made them. n is rounded down, and is less
     where fewer entries can be grown.
 
-    Place it last in a chain: a scaling after it would scale the drop too.
+    Whatever else has a state per entry belongs into ``inner``, for only there replaced entries are reset:
+    momentum before it in a chain, or ``optax.lookahead`` or ``schedule_free`` around it, would bring dropped
+    values back. In a chain it comes last: a scaling by s after it (``optax.scale``, ``reduce_on_plateau``)
+    would scale the drop too, and leave 1 - s of a dropped value to the entry grown in its slot.
+
+    SpIEL-MA works inside ``optax.MultiSteps``; SpIEL-AG is refused there. Inside ``optax.apply_if_finite``
+    leave phase and reselection to the state, whose count stands still on a skipped step while a host's goes
+    on; by a host's count, a phase whose proposing step was skipped replaces nothing.
 
     Args:
         inner: Any Optax optimizer whose state is per entry; it is given ``active`` (the positions) and all
@@ -190,17 +210,25 @@ def spiel(
           knows them (``schedule.phase(step)``, ``schedule.reselects(step)``) gives them as Python
           values, and what never runs is not compiled. Where absent they follow from the state's count.
 
-        Gradients and values are trees whose leaves' last key is the name of a target.
+        Gradients and values are trees whose leaves' last key is the name of a target. An update has the
+        dtype of its gradient, or that of the value where the gradient is narrower.
 
     Raises:
-        TypeError: At ``init``, if the state of ``inner`` is not per entry.
-        ValueError: If the values do not match the targets.
+        TypeError: At ``init``, if the state of ``inner`` is not per entry; inside ``optax.MultiSteps``, if
+            ``growth`` uses candidates.
+        ValueError: If the values do not match the targets, or phases as long as the original's leave no gap.
     """
+    if growth.uses_candidates and schedule.long_phases and schedule.accumulation == schedule.every - 1:
+        raise ValueError(
+            f"accumulation = {schedule.accumulation}: with every = {schedule.every} the original's phases "
+            "would begin as they end, and it divides by zero"
+        )
     inner = optax.with_extra_args_support(inner)
     counts = schedule.counts([target.block_count for target in targets.values()])
     total = sum(target.total for target in targets.values())
 
     def init(values: optax.Params) -> SpielState:
+        _refuse_multi_steps(growth)
         named = by_target(values, targets)
         for name, value in named.items():
             expected = (*targets[name].lead, targets[name].block_count)
@@ -208,7 +236,7 @@ def spiel(
                 raise ValueError(f"values of {name} are {value.shape}: expected {expected}")
         state = inner.init(values)
         if named:
-            _check_per_entry(inner, jax.eval_shape(inner.init, values), values)
+            check_per_entry(inner, jax.eval_shape(inner.init, values), values)
         return SpielState(
             spiel_count=jnp.zeros((), jnp.int32),
             active=initial_positions(targets, seed),
@@ -231,18 +259,10 @@ def spiel(
             active[name] = target.delta(indices)
 
         tree = partial(like_values, values, targets=targets)
-        masks = tree(replaced)
-        updates = jax.tree.map(lambda u, v, r: jnp.where(r, -v, u), updates, values, masks)
+        slots = tree({name: Slots(replaced[name], seeds[name]) for name in targets})
         kept = {name: jnp.where(replaced[name], 0, v) for name, v in new_values.items()}
-        inner_state = _reset(inner, state.inner, tree(kept), masks)
-        for field in next(iter(seeds.values())):
-            old = optax.tree.get(inner_state, field)
-            if old is not None:  # an inner optimizer without this moment has nothing to seed
-                grown = tree({name: seed[field] for name, seed in seeds.items()})
-                mixed = jax.tree.map(
-                    lambda r, new, o: jnp.where(r, new.astype(o.dtype), o), masks, grown, old
-                )
-                inner_state = optax.tree.set(inner_state, **{field: mixed})
+        inner_state = reset(inner, state.inner, tree(kept), slots)
+        updates = jax.tree.map(lambda u, v, s: jnp.where(s.replaced, -v, u), updates, values, slots)
         changed = sum(jnp.sum(mask, dtype=jnp.float32) for mask in replaced.values())
         return updates, state._replace(
             active=active,
@@ -254,22 +274,24 @@ def spiel(
     def update(
         grads: optax.Updates,
         state: SpielState,
-        values: optax.Params | None = None,
+        params: optax.Params | None = None,
         *,
         candidates: Mapping[str, SparseDelta] | None = None,
         phase: Phase | None = None,
         reselect: Flag | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SpielState]:
-        if values is None:
+        _refuse_multi_steps(growth)
+        if params is None:
             raise ValueError("spiel needs the values: call update(grads, state, values)")
+        values = params
         step = state.spiel_count + 1
         proposes: Flag = schedule.proposes(step) if phase is None else phase is Phase.PROPOSE
         estimates: Flag = schedule.estimates(step) if phase is None else phase is Phase.ESTIMATE
         ends: Flag = schedule.reselects(step) if reselect is None else reselect
 
         if clip_norm is not None:
-            norm = optax.tree.norm(grads)
+            norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(state_dtype(g.dtype)), grads))
             factor = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
             grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
             if clip_candidates and candidates is not None:
@@ -279,6 +301,10 @@ def spiel(
 
         with jax.named_scope("inner_optimizer"):
             updates, inner_state = inner.update(grads, state.inner, values, active=state.active, **extra_args)
+            # where gradients are narrower than values, a drop of their dtype would leave a rest
+            updates = jax.tree.map(
+                lambda u, v: u.astype(jnp.promote_types(u.dtype, v.dtype)), updates, values
+            )
         with jax.named_scope("observe"):
             observed = growth.observe(
                 state.growth,
@@ -299,7 +325,8 @@ def spiel(
         )
         if ends is False or not len(counts):
             return updates, state
-        number = jnp.clip(schedule.number(step), 0, len(counts) - 1)
+        # rounded up: the count of a host that gives reselect= is ahead of this one where steps were skipped
+        number = jnp.clip(schedule.number(step + schedule.every - 1), 0, len(counts) - 1)
         with jax.named_scope("reselection"):
             if ends is True:
                 return reselect_now(updates, values, state, number)

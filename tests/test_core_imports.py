@@ -8,6 +8,7 @@ CORE = [
     "spiel_jax.alias",
     "spiel_jax.baselines",
     "spiel_jax.growth",
+    "spiel_jax.inner",
     "spiel_jax.loss",
     "spiel_jax.optim",
     "spiel_jax.products",

@@ -113,6 +113,22 @@ def test_fewer_candidates_than_slots_replaces_fewer():
     assert sj.deltas(values, state, sort=True)["w"].indices.tolist() == [0, 1, 6]
 
 
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_a_candidate_whose_gradient_is_not_finite_does_not_grow(bad):
+    tx = sj.spiel(
+        optax.sgd(1.0),
+        EIGHT,
+        growth=AccumulatedGradients(),
+        schedule=schedule(total_steps=1, every=1, accumulation=1, rate=sj.constant(1.0)),
+    )
+    values, state = start(tx, [0, 3, 6])
+    seen = candidates([1, 4, 5], [0.2, bad, 0.3])
+    updates, state = tx.update({"w": jnp.array([0.5, -0.1, 0.3])}, state, values, candidates=seen)
+    values = optax.apply_updates(values, updates)
+    assert sj.deltas(values, state, sort=True)["w"].indices.tolist() == [0, 1, 5]
+    assert np.isfinite(values["w"]).all()
+
+
 def test_sorted_deltas_leave_the_run_sorted():
     tx = sj.spiel_ma(0.1, EIGHT, total_steps=3)
     values, state = start(tx, [6, 0, 3])
@@ -241,6 +257,15 @@ def test_clip_norm_scales_candidates_alike():
     )
     np.testing.assert_allclose(updates["w"], [-0.6, 0.0, -0.8], rtol=1e-6)
     np.testing.assert_allclose(optax.tree.get(state, "growth")["w"].grad_sum, [2.0], rtol=1e-6)
+
+
+def test_clip_norm_of_narrow_gradients_is_exact():
+    tx = sj.spiel(optax.sgd(1.0), EIGHT, growth=AccumulatedGradients(), schedule=schedule(), clip_norm=1.0)
+    values, state = start(tx, [0, 3, 6])
+    grads = {"w": jnp.ones(3, jnp.bfloat16)}  # in bfloat16 their norm would be 1.734
+    seen = candidates([1], [10.0])
+    _, state = tx.update(grads, state, values, candidates=seen, phase=sj.Phase.PROPOSE, reselect=False)
+    np.testing.assert_allclose(optax.tree.get(state, "growth")["w"].grad_sum, [10 / np.sqrt(3)], rtol=1e-6)
 
 
 def test_random_indices_are_distinct_sorted_and_spread():
