@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 
 import spiel_jax.schedules as replacement
+from spiel_jax.adapter_training import AdapterTraining, adapter_kind
 from spiel_jax.alias import accumulated_gradients, is_reference, moment_approximation
 from spiel_jax.baselines import NoGrowth, RandomGrowth, magnitude_positions
-from spiel_jax.config import SPARSE, Config
+from spiel_jax.config import SPARSE, Config, flatten
 from spiel_jax.growth import AccumulatedGradients, Growth
 from spiel_jax.models import ModelConfig, abstract_params, layer_names
 from spiel_jax.objective import Objective
@@ -68,7 +69,7 @@ def reselection(config: Config, steps: int) -> Reselection:
 
 
 def targets(config: Config, model: ModelConfig) -> dict[str, Target]:
-    """What is adapted; empty for full fine-tuning.
+    """What has sparse deltas; empty for methods that train none.
 
     Raises:
         ValueError: If a rule matches nothing, or the budget does not fit.
@@ -95,10 +96,13 @@ def training(
     objective = Objective(model, config.model.remat, config.model.loss_chunk)
     settings = config.optimizer
     eps: dict[str, Any] = {} if settings.eps is None else {"eps": settings.eps}
-    if config.method == "full":
+    if config.method not in SPARSE:
         clip = [] if settings.clip_norm is None else [optax.clip_by_global_norm(settings.clip_norm)]
         adamw = optax.adamw(rate, settings.b1, settings.b2, weight_decay=settings.weight_decay, **eps)
-        return DenseTraining(objective, optax.chain(*clip, adamw), jnp.dtype(config.model.dtype))
+        tx, kind = optax.chain(*clip, adamw), adapter_kind(flatten(config), model)
+        if kind is None:
+            return DenseTraining(objective, tx, jnp.dtype(config.model.dtype))
+        return AdapterTraining(objective, tx, kind, config.seed)
     reference = is_reference(config.spiel.parity)
     start = None
     if config.method == "magnitude":

@@ -13,13 +13,14 @@ from ml_collections import config_dict
 from spiel_jax.alias import Parity
 from spiel_jax.data import DataConfig, SourceSpec
 from spiel_jax.growth import Score
+from spiel_jax.lora import Lora
 
 Config = Any
 """An ``ml_collections.ConfigDict``; its keys are known at run time only."""
 
 SPARSE = ("spiel_ag", "spiel_ma", "random", "magnitude", "gradient")
 """Methods that train some entries of each weight; they differ in how the entries are chosen."""
-METHODS = (*SPARSE, "full")
+METHODS = (*SPARSE, "lora", "ia3", "full")
 LINEAR_LAYERS = (r"model\.layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj\.weight",)
 """Default rules: every linear layer inside the transformer blocks."""
 
@@ -42,6 +43,7 @@ def default_config() -> Config:
             # magnitude: static, largest or smallest pretrained weights (Super-Tuning)
             # gradient: static, largest gradients at the start (SIFT); the entries are chosen at the end of
             # step spiel.accumulation
+            # lora: matrices of low rank beside the weights; ia3: scaled keys, values and MLP activations
             # full: AdamW on every weight
             "method": "spiel_ag",
             "model": {
@@ -54,8 +56,8 @@ def default_config() -> Config:
                 "loss_chunk": 512,  # tokens whose logits are in memory at a time
             },
             "targets": {
-                "rules": LINEAR_LAYERS,  # regular expressions on names; first match wins
-                "density": optional(float),  # tunable entries as a share of all parameters
+                "rules": LINEAR_LAYERS,  # regular expressions on names, first match wins; of adapters too
+                "density": optional(float),  # of sparse methods: tunable entries as a share of all parameters
                 "num_tunable": optional(int),  # or their number
             },
             "spiel": {
@@ -73,7 +75,15 @@ def default_config() -> Config:
                 # corrected | reference: every quirk of the original implementation
                 "parity": "corrected",
             },
+            "lora": {
+                "rank": 64,
+                "alpha": 16.0,
+                "dropout": 0.1,
+                "rslora": False,  # scale by alpha / sqrt(rank), not alpha / rank
+            },
             "optimizer": {
+                # The paper tries, with AdamW for all but spiel_ma: spiel_ag and lora 1e-4, 3e-5, 1e-5, 3e-6;
+                # spiel_ma 2e-3, 1e-3, 7e-4, 4e-4; ia3 from 3e-4 to 1e-5
                 "learning_rate": 1e-4,
                 "schedule": "linear",  # after the warm-up: linear | cosine | constant
                 "warmup": 0.03,  # share of the steps
@@ -165,6 +175,11 @@ def check_config(config: Config) -> None:
     _check(optimizer.weight_decay >= 0, "optimizer.weight_decay", optimizer.weight_decay, "0 or more")
     clip = optimizer.clip_norm
     _check(clip is None or clip > 0, "optimizer.clip_norm", clip, "a positive number or None")
+    if config.method == "lora":
+        try:
+            Lora({}, **config.lora)
+        except ValueError as error:
+            raise ConfigError(f"config.lora: {error}") from error
     if config.method in SPARSE:
         given = [config.targets.density is not None, config.targets.num_tunable is not None]
         _check(sum(given) == 1, "targets", dict(config.targets), "density or num_tunable, one of them")

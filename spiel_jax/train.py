@@ -188,10 +188,7 @@ def run(config: Config, workdir: str | Path, *, resume: bool = False, progress: 
 
     params = source.load(jnp.dtype(config.model.dtype), seed=config.seed, progress=progress)
     base_print = fingerprint(params)
-    entries = sum(target.total for target in adapted.values())
     size = sum(param.size for param in params.values())
-    tunable = entries or size
-    _log.info("%d tunable of %d parameters (%.2f%%)", tunable, size, 100 * tunable / size)
 
     with (
         Checkpoints(workdir, config.checkpoint_keep) as checkpoints,
@@ -201,6 +198,8 @@ def run(config: Config, workdir: str | Path, *, resume: bool = False, progress: 
             raise CheckpointError(f"--resume: {workdir} holds no checkpoint to continue from")
         state = jax.jit(lambda params: training.init(params), donate_argnums=0)(params)
         del params
+        tunable = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
+        _log.info("%d tunable of %d parameters (%.2f%%)", tunable, size, 100 * tunable / size)
         batches = data.train_iterator(config.batch_size, steps=total)
         start = 0
         if checkpoints.latest is not None:

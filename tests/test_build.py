@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from spiel_jax import build
+from spiel_jax.adapter_training import AdapterTraining
 from spiel_jax.baselines import NoGrowth, RandomGrowth
 from spiel_jax.config import default_config
 from spiel_jax.growth import AccumulatedGradients, MomentApproximation
@@ -41,8 +42,9 @@ def test_targets_of_the_default_are_the_linears_of_the_blocks(config):
     assert len(targets) == 7
     assert all(target.stack == (30,) for target in targets.values())
     assert 2_499_000 < sum(target.total for target in targets.values()) <= 2_500_000
-    config.method = "full"
-    assert build.targets(config, ModelConfig.smollm2_135m()) == {}
+    for method in ("full", "lora", "ia3"):
+        config.method = method
+        assert build.targets(config, ModelConfig.smollm2_135m()) == {}
 
 
 @pytest.mark.parametrize(
@@ -82,11 +84,14 @@ def test_options_of_growth(config):
     assert build.reselection(config, 50).steps == []  # a static random mask
 
 
-def test_full_fine_tuning(config):
-    config.method = "full"
+@pytest.mark.parametrize(
+    ("method", "kind"), [("full", DenseTraining), ("lora", AdapterTraining), ("ia3", AdapterTraining)]
+)
+def test_dense_methods(config, method, kind):
+    config.method = method
     model = ModelConfig.smollm2_135m()
     built = build.training(config, model, {}, build.reselection(config, 50), lambda step: 1.0)
-    assert isinstance(built, DenseTraining)
+    assert isinstance(built, kind)
 
 
 def test_reference(config):

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from spiel_jax import train
 from spiel_jax.checkpoint import CheckpointError, read_facts, restore_deltas, restore_trainable
-from spiel_jax.config import ConfigError, default_config
+from spiel_jax.config import LINEAR_LAYERS, ConfigError, default_config
 from spiel_jax.metrics import read_metrics
 from spiel_jax.models import open_model
 from spiel_jax.sparse import merge
@@ -78,11 +78,14 @@ def stopping_after(monkeypatch, steps):
         yield
 
 
-@pytest.mark.parametrize("method", ["spiel_ag", "spiel_ma", "full"])
+@pytest.mark.parametrize("method", ["spiel_ag", "spiel_ma", "full", "lora", "ia3"])
 def test_training_lowers_the_heldout_loss(config, tmp_path, method, capsys):
     config.method = method
+    sparse = method.startswith("spiel")
     if method == "full":
         config.optimizer.learning_rate = 3e-3
+    if not sparse:
+        config.targets.rules = LINEAR_LAYERS
     config.sample.prompt = "say tea"
     config.sample.max_new_tokens = 4
     summary = run(config, tmp_path)
@@ -92,7 +95,7 @@ def test_training_lowers_the_heldout_loss(config, tmp_path, method, capsys):
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
     assert [line["step"] for line in lines if "heldout_loss" in line] == [0, 5, 10]
-    if method != "full":
+    if sparse:
         replaced = {line["step"]: line["replaced"] for line in lines if line.get("replaced")}
         assert list(replaced) == [3, 7]
         assert replaced[3] == 1.0
@@ -153,6 +156,22 @@ def test_a_continued_run_is_the_uninterrupted_one(config, tmp_path, monkeypatch,
     one, other = restore_deltas(tmp_path / "whole"), restore_deltas(tmp_path / "parts")
     jax.tree.map(np.testing.assert_array_equal, one, other)
     assert run(config, tmp_path / "parts").step == 10  # nothing left to do
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_a_continued_run_of_adapters_is_the_uninterrupted_one(config, tmp_path, monkeypatch, method):
+    """The dropout goes on where it stopped."""
+    config.method = method
+    config.lora.rank = 4
+    config.targets.rules = (r".*\.(k|down)_proj\.weight",)
+    run(config, tmp_path / "whole")
+    with stopping_after(monkeypatch, 5):
+        assert run(config, tmp_path / "parts").step == 5
+    assert run(config, tmp_path / "parts", resume=True).step == 10
+    whole, parts = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts"))
+    assert whole == parts
+    one, other = restore_trainable(tmp_path / "whole"), restore_trainable(tmp_path / "parts")
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_deltas_are_restored_alone_and_sorted(config, tmp_path):
@@ -269,7 +288,8 @@ def test_or_the_step_is_skipped(config, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("method", "lora2", "'lora2': expected one of spiel_ag, spiel_ma, full"),
+        ("method", "lora2", "'lora2': expected one of spiel_ag, spiel_ma, random"),
+        ("lora.rank", 0, r"config\.lora: rank = 0: expected at least 1"),
         ("model.dtype", "float16", "expected one of bfloat16, float32"),
         ("model.source", "", "expected a model"),
         ("micro_batch_size", 3, "expected a divisor of batch_size = 4"),
@@ -283,6 +303,8 @@ def test_or_the_step_is_skipped(config, tmp_path):
     ],
 )
 def test_bad_values_are_refused_before_any_work(config, tmp_path, key, value, message):
+    if key.startswith("lora"):
+        config.method = "lora"
     with config.unlocked():
         section = config
         *parts, last = key.split(".")

@@ -1,0 +1,105 @@
+"""A process of the step benchmark: one of our own methods."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from experiments.bench.serve import serve
+
+
+def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str], float]]:
+    """Facts of a method, and the function that runs and times a step of a kind."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from spiel_jax import build
+    from spiel_jax.config import LINEAR_LAYERS, SPARSE, default_config
+    from spiel_jax.models import ModelConfig, open_model
+    from spiel_jax.schedules import Phase
+    from spiel_jax.targets import Rule
+
+    config = default_config()
+    config.method = job["method"]
+    config.model.source = job["source"]
+    if hasattr(ModelConfig, job["source"]):
+        config.model.source, config.model.preset = "random", job["source"]
+    config.model.dtype = job["dtype"]
+    config.model.remat = job["remat"]
+    config.spiel.every, config.spiel.accumulation = job["every"], job["accumulation"]
+    for key, value in job["options"].items():
+        *parents, last = key.split(".")
+        section = config
+        for parent in parents:
+            section = section[parent]
+        kind = type(section[last]) if section[last] is not None else float
+        section[last] = kind(value) if kind is not bool else value == "True"
+
+    source = open_model(config.model.source, preset=config.model.preset)
+    if job["method"] in SPARSE:
+        config.targets.rules = tuple(Rule(pattern, job["share"]) for pattern in LINEAR_LAYERS)
+    total = 10 * job["every"]
+    adapted = build.targets(config, source.config)
+    training = build.training(
+        config, source.config, adapted, build.reselection(config, total), build.learning_rate(config, total)
+    )
+    params = source.load(jnp.dtype(job["dtype"]), progress=False)
+    state = jax.jit(training.init, donate_argnums=0)(params)
+    del params
+
+    shape = (1, job["batch"], job["length"])
+    tokens = np.random.default_rng(0).integers(0, source.config.vocab_size, (*shape[:2], shape[2] + 1))
+    batch = {
+        "tokens": tokens[..., :-1].astype(np.int32),
+        "targets": tokens[..., 1:].astype(np.int32),
+        "weights": np.ones(shape, np.float32),
+        "positions": np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape).copy(),
+        "segment_ids": np.ones(shape, np.int32),
+    }
+    step = jax.jit(
+        lambda state, batch, phase, reselect: training.step(state, batch, phase=phase, reselect=reselect),
+        static_argnames=("phase", "reselect"),
+        donate_argnums=0,
+    )
+    kinds = {"ordinary": (Phase.PLAIN, False)}
+    growth = getattr(training, "growth", None)
+    if growth is not None and job["method"] in ("spiel_ag", "spiel_ma", "random"):
+        kinds = {"reselecting": (Phase.PLAIN, True), **kinds}
+        if growth.uses_candidates:
+            kinds = {
+                "proposing": (Phase.PROPOSE, False),
+                "estimating": (Phase.ESTIMATE, False),
+                "reselecting": (Phase.ESTIMATE, True),
+                "ordinary": (Phase.PLAIN, False),
+            }
+    began = time.perf_counter()
+    programs = {
+        kind: step.lower(state, batch, phase=phase, reselect=reselect).compile()
+        for kind, (phase, reselect) in kinds.items()
+    }
+    compile_seconds = time.perf_counter() - began
+    held = {"state": state}
+
+    def run(kind: str) -> float:
+        began = time.perf_counter()
+        held["state"], metrics = programs[kind](held["state"], batch)
+        jax.block_until_ready((held["state"], metrics))
+        return time.perf_counter() - began
+
+    for kind in kinds:
+        run(kind)
+    own = (state.trainable, state.opt_state, state.base)
+    facts = {
+        "kinds": list(kinds),
+        "compile_seconds": compile_seconds,
+        "state_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(own)),
+        "tunable": sum(leaf.size for leaf in jax.tree.leaves(state.trainable)),
+        "temporaries_mib": programs["ordinary"].memory_analysis().temp_size_in_bytes / 2**20,
+    }
+    return facts, run
+
+
+if __name__ == "__main__":
+    serve(prepare)

@@ -1,0 +1,110 @@
+"""What kinds of adapters have in common: which linears they adapt, and their place among stacked layers."""
+
+from collections.abc import Callable, Sequence, Set
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from spiel_jax.models.config import ModelConfig
+from spiel_jax.models.decoder import ADAPTED, abstract_params, layer_names
+from spiel_jax.models.layers import Adapter
+from spiel_jax.models.storage import pack, unpack
+from spiel_jax.objective import Params
+from spiel_jax.targets import Rule, Target, find_targets
+
+
+class AdapterKind(Protocol):
+    """A kind of adapter on frozen weights: its parameters, what they do in the model, and their merge."""
+
+    @property
+    def changed(self) -> Set[str]:
+        """Names of the parameters that ``merge`` changes; a model need not have all of them."""
+        ...
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Fresh parameters, float32, by the name of what they adapt; the model is the pretrained one."""
+        ...
+
+    def attach(
+        self, params: Params, trainable: dict[str, Any], key: jax.Array | None
+    ) -> tuple[Params, dict[str, Adapter]]:
+        """What the model runs with: parameters, and adapters by the name of the weight.
+
+        Args:
+            params: The pretrained parameters.
+            trainable: The adapters' parameters, like those of ``init``.
+            key: Of what is random in training; None: nothing is.
+        """
+        ...
+
+    def merge(self, params: Params, trainable: dict[str, Any]) -> Params:
+        """Parameters of a plain model that computes the same, in the dtypes of ``params``.
+
+        Args:
+            params: The pretrained parameters, or only those that change.
+            trainable: The adapters' parameters.
+        """
+        ...
+
+
+def adapted(model: ModelConfig, rules: Sequence[str], names: Sequence[str] = ADAPTED) -> dict[str, Target]:
+    """Which weights of a model are adapted, matched as in ``find_targets``.
+
+    Args:
+        model: Shape of the model.
+        rules: Regular expressions on names, layer numbers included; a weight that none matches is frozen.
+        names: Parameters to choose from; default: every linear inside the blocks.
+
+    Returns:
+        Target name to ``Target``; all its entries count. One target per parameter.
+
+    Raises:
+        ValueError: If a rule matches nothing (near names are listed) or can never apply.
+    """
+    shapes = abstract_params(model)
+    return find_targets(
+        {name: shapes[name] for name in names},
+        rules=[Rule(rule, density=1.0) for rule in rules],
+        layer_names=lambda name, stack: layer_names(name, stack[0]),
+    )
+
+
+def among_layers(parts: jax.Array, target: Target, layers: int, fill: float) -> jax.Array:
+    """[adapted layers, ...] in their places among all [L, ...]; differentiable.
+
+    Args:
+        parts: One array per adapted layer, stacked.
+        target: Which layers these are.
+        layers: L.
+        fill: What the other layers have.
+    """
+    if target.layers is None:
+        return parts
+    return jnp.full((layers, *parts.shape[1:]), fill, parts.dtype).at[jnp.array(target.layers)].set(parts)
+
+
+def edit_layers(
+    stacked: jax.Array, target: Target, edit: Callable[..., jax.Array], *parts: jax.Array
+) -> jax.Array:
+    """Edits the adapted layers of a stacked parameter, in place where donated.
+
+    One layer at a time: the intermediate results of a whole stack can be larger than the model. Not
+    differentiable in a 16-bit ``stacked`` on a CPU.
+
+    Args:
+        stacked: [L, ...].
+        target: Which layers are adapted.
+        edit: Layer [...] and its slices of ``parts`` to the new layer; cast to the dtype of ``stacked``.
+        parts: [adapted layers, ...].
+    """
+    numbers = jnp.arange(stacked.shape[0]) if target.layers is None else jnp.array(target.layers)
+
+    def one(slot: jax.Array, stacked: jax.Array) -> jax.Array:
+        old = unpack(lax.dynamic_index_in_dim(stacked, numbers[slot], keepdims=False), dtype)
+        new = pack(edit(old, *(part[slot] for part in parts)).astype(dtype))
+        return lax.dynamic_update_index_in_dim(stacked, new, numbers[slot], 0)
+
+    dtype = stacked.dtype
+    return unpack(lax.fori_loop(0, numbers.size, one, pack(stacked)), dtype)
