@@ -96,4 +96,4 @@ class AdapterTraining:
     def evaluate(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """See ``Training``; without dropout."""
         params, adapters = self.kind.attach(state.params, state.trainable, None)
-        return self.objective(params, batch, adapters), jnp.sum(batch["weights"])
+        return self.objective(params, batch, adapters, frozen=True), jnp.sum(batch["weights"])

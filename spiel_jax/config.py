@@ -24,7 +24,7 @@ METHODS = (*SPARSE, "lora", "ia3", "full")
 LINEAR_LAYERS = (r"model\.layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj\.weight",)
 """Default rules: every linear layer inside the transformer blocks."""
 
-ADJUSTABLE = ("log_every", "checkpoint_every", "checkpoint_keep", "sample.*")
+ADJUSTABLE = ("log_every", "checkpoint_every", "checkpoint_keep", "profile", "sample.*")
 """Keys that may differ when a run is continued: they change nothing that is trained."""
 
 
@@ -112,6 +112,9 @@ def default_config() -> Config:
             "log_every": 1,
             "checkpoint_every": 100,  # 0: only at the end
             "checkpoint_keep": 2,
+            # trace so many steps, from the third of this process on, into the run's folder "profile": XProf,
+            # TensorBoard or ui.perfetto.dev show it
+            "profile": 0,
             "on_nonfinite": "stop",  # a loss or gradient that is not finite: stop | skip that step
             "sample": {
                 "prompt": optional(str),  # shown to the base and the tuned model at the end
@@ -164,7 +167,7 @@ def check_config(config: Config) -> None:
     else:
         _check(config.steps > 0, "steps", config.steps, "at least 1")
     _check(config.seed >= 0, "seed", config.seed, "0 or more")
-    for key in ("eval_every", "checkpoint_every"):
+    for key in ("eval_every", "checkpoint_every", "profile"):
         _check(config[key] >= 0, key, config[key], "0 or more")
     for key in ("log_every", "checkpoint_keep"):
         _check(config[key] > 0, key, config[key], "at least 1")

@@ -31,17 +31,31 @@ class Objective:
     loss_chunk: int = 512
 
     def __call__(
-        self, params: Params, batch: Batch, adapters: Mapping[str, Adapter] | None = None
+        self,
+        params: Params,
+        batch: Batch,
+        adapters: Mapping[str, Adapter] | None = None,
+        *,
+        frozen: bool = False,
     ) -> jax.Array:
-        """Sum over supervised tokens of their loss, a float32 scalar."""
+        """Sum over supervised tokens of their loss, a float32 scalar.
+
+        Args:
+            params: The model's parameters.
+            batch: See ``Batch``.
+            adapters: See ``CausalLM.hidden``.
+            frozen: Whether no gradient of ``params`` is wanted.
+        """
         model = bind(self.config, params)
-        hidden, _ = model.hidden(
-            batch["tokens"],
-            positions=batch["positions"],
-            segment_ids=batch["segment_ids"],
-            adapters=adapters,
-            remat=self.remat,
-        )
+        with jax.named_scope("layers"):  # of the backward pass: transpose(jvp(layers))
+            hidden, _ = model.hidden(
+                batch["tokens"],
+                positions=batch["positions"],
+                segment_ids=batch["segment_ids"],
+                adapters=adapters,
+                remat=self.remat,
+                frozen=frozen,
+            )
         chunk = min(self.loss_chunk, batch["tokens"].size)
         with jax.named_scope("head_loss"):
             return next_token_loss(hidden, model.head, batch["targets"], batch["weights"], chunk)

@@ -107,7 +107,7 @@ class SparseTraining:
         adapters = None
         if not self.resident:
             adapters = self._adapters(deltas(state.trainable, state.opt_state), None, None)
-        return self.objective(state.params, batch, adapters), jnp.sum(batch["weights"])
+        return self.objective(state.params, batch, adapters, frozen=True), jnp.sum(batch["weights"])
 
     def gradients(
         self, state: TrainState, batch: Batch, *, phase: Phase
@@ -134,7 +134,7 @@ class SparseTraining:
                     if candidates is not None and slots is not None:
                         probes = {n: delta.with_values(slots[n]) for n, delta in candidates.items()}
                     adapters = self._adapters(positions, probes, None)
-                    return self.objective(state.params, micro, adapters) / total
+                    return self.objective(state.params, micro, adapters, frozen=True) / total
 
                 slots = candidates and {n: jnp.zeros_like(d.values) for n, d in candidates.items()}
                 value, (grads, seen) = jax.value_and_grad(loss, (0, 1))(state.trainable, slots)
@@ -190,7 +190,7 @@ class SparseTraining:
         def loss(values: Params, slots: Params) -> jax.Array:
             positions = {name: delta.with_values(values[name]) for name, delta in active.items()}
             adapters = self._adapters(positions, None, slots)
-            return self.objective(state.params, micro, adapters) / total
+            return self.objective(state.params, micro, adapters, frozen=True) / total
 
         value, (grads, proposals) = jax.value_and_grad(loss, (0, 1))(state.trainable, slots)
         candidates = {}

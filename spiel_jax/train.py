@@ -43,6 +43,7 @@ from spiel_jax.metrics import Recorder, table
 from spiel_jax.models.fingerprint import differing, fingerprint
 from spiel_jax.models.loading import open_model
 from spiel_jax.objective import Params
+from spiel_jax.profile import Profile
 from spiel_jax.schedules import Phase, Reselection
 from spiel_jax.sparse import unmerge
 from spiel_jax.sparse_training import SparseTraining
@@ -221,7 +222,8 @@ def run(config: Config, workdir: str | Path, *, resume: bool = False, progress: 
             checkpoints.save(step, state, adapted, facts)
 
         with Recorder(workdir, start, total, progress) as recorder:
-            loop = _Loop(config, training, schedule, rate, heldout, recorder, save)
+            profile = Profile(workdir / "profile", start + 3, config.profile)
+            loop = _Loop(config, training, schedule, rate, heldout, recorder, save, profile)
             state, step = loop.run(state, batches, start, total, stop_asked)
             if step < total:
                 recorder.say(f"stopped after step {step} of {total}: run the same command to continue")
@@ -254,6 +256,7 @@ class _Loop:
     heldout: list[dict]
     recorder: Recorder
     save: Callable[[int, TrainState], None]
+    profile: Profile
 
     def __post_init__(self):
         self.heldout_losses: list[tuple[int, float]] = []
@@ -290,9 +293,11 @@ class _Loop:
             estimating = growth is not None and growth.uses_candidates
             phase = self.schedule.phase(step) if estimating else Phase.PLAIN
             reselect = growth is not None and bool(self.schedule.reselects(step))
-            state, metrics = self._step(state, grouped, phase=phase, reselect=reselect)
+            with self.profile.step(step):
+                state, metrics = self._step(state, grouped, phase=phase, reselect=reselect)
             self._unread.append((step, metrics, int(np.count_nonzero(batch["segment_ids"]))))
             stopping = stop_asked()
+            self.profile.end(step, state, last=stopping or step == total)
             saving = stopping or step == total or _due(step, config.checkpoint_every)
             evaluating = step == total or _due(step, config.eval_every)
             if saving or evaluating:

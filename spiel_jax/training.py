@@ -186,4 +186,4 @@ class DenseTraining:
 
     def evaluate(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """See ``Training``."""
-        return self.objective(self._used(state.trainable), batch), jnp.sum(batch["weights"])
+        return self.objective(self._used(state.trainable), batch, frozen=True), jnp.sum(batch["weights"])

@@ -86,6 +86,7 @@ def test_training_lowers_the_heldout_loss(config, tmp_path, method, capsys):
         config.optimizer.learning_rate = 3e-3
     if not sparse:
         config.targets.rules = LINEAR_LAYERS
+    config.profile = 2 if method == "spiel_ma" else 0
     config.sample.prompt = "say tea"
     config.sample.max_new_tokens = 4
     summary = run(config, tmp_path)
@@ -105,6 +106,7 @@ def test_training_lowers_the_heldout_loss(config, tmp_path, method, capsys):
     assert "tuned: " in out
     assert ("base: " in out) == (method != "full")
     assert list((tmp_path / "tensorboard").iterdir())
+    assert len(list(tmp_path.glob("profile/**/perfetto_trace.json.gz"))) == (method == "spiel_ma")
 
 
 @pytest.mark.parametrize("method", ["random", "magnitude", "gradient"])
