@@ -70,8 +70,10 @@ def _forward(hidden: Any, head: Any, targets: Any, weights: Any, chunk: int) -> 
         hidden, targets, weights = part
         logits = _logits(hidden, head)
         loss, normaliser = _chunk_loss(logits, targets, weights)
-        error = weights[:, None] * jnp.exp(logits - normaliser[:, None])
-        error = error.at[jnp.arange(chunk), targets].add(-weights).astype(head.dtype)  # [chunk, V]
+        # a comparison in the same pass over the logits; a scatter would be another
+        hit = targets[:, None] == lax.broadcasted_iota(targets.dtype, logits.shape, 1)
+        error = weights[:, None] * (jnp.exp(logits - normaliser[:, None]) - hit)
+        error = error.astype(head.dtype)  # [chunk, V]
         if with_head:
             head_gradient = head_gradient + dot(error, hidden.astype(head.dtype), (0, 0))
         return (total + loss, head_gradient), dot(error, head, (-1, 0)).astype(hidden.dtype)

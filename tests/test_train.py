@@ -131,6 +131,18 @@ def test_baselines_learn_too(config, tmp_path, method):
                 assert (weight > least).sum() < indices.size
 
 
+@pytest.mark.parametrize(("method", "programs"), [("spiel_ag", 4), ("spiel_ma", 2), ("lora", 1)])
+def test_a_hundred_steps_compile_few_programs(config, tmp_path, monkeypatch, method, programs):
+    config.method = method
+    config.steps = 100
+    config.optimizer.learning_rate = 1e-3
+    loops = []
+    original = train._Loop.run
+    monkeypatch.setattr(train._Loop, "run", lambda loop, *args: loops.append(loop) or original(loop, *args))
+    assert run(config, tmp_path).step == 100
+    assert loops[0]._step._cache_size() == programs
+
+
 def test_the_seed_determines_every_number(config, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         config.seed = seed

@@ -263,19 +263,21 @@ def test_full_fine_tuning_learns_and_is_adamw(params):
     assert metrics["loss"] < loss
 
 
-def test_a_step_holds_no_dense_gradient_per_layer():
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_a_step_holds_no_dense_gradient_per_layer(remat):
     """Temporaries of a step do not grow by a dense gradient with every layer."""
     sizes = {}
-    for layers in (4, 12):
+    for layers in (4, 16):
         config = replace(CONFIG, num_layers=layers, hidden_size=128, intermediate_size=256, head_dim=32)
         shapes = abstract_params(config)
         names = lambda name, stack, layers=layers: layer_names(name, layers)  # noqa: E731
         targets = sj.find_targets(shapes, density=0.01, rules=LINEAR_LAYERS, layer_names=names)
         growth = AccumulatedGradients()
         tx = sj.spiel(optax.sgd(0.1), targets, growth=growth, schedule=sj.Reselection(10))
-        training = SparseTraining(Objective(config), tx, targets, growth)
+        training = SparseTraining(Objective(config, remat), tx, targets, growth)
         state = jax.eval_shape(training.init, shapes)
-        data = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch(0, 1)))
+        few = jax.tree.map(jnp.asarray, batch(0, 1, rows=1, length=8))  # activations are small beside weights
+        data = jax.eval_shape(lambda few=few: few)
         for phase in (sj.Phase.PLAIN, sj.Phase.PROPOSE):
             step = jax.jit(
                 lambda s, b, training=training, phase=phase: training.step(s, b, phase=phase, reselect=False),
@@ -286,4 +288,15 @@ def test_a_step_holds_no_dense_gradient_per_layer():
             assert memory.alias_size_in_bytes > 0.99 * memory.output_size_in_bytes - 1000  # all donated
     dense = 4 * sum(t.shape[0] * t.shape[1] for t in targets.values())  # of one layer, bytes
     for phase in (sj.Phase.PLAIN, sj.Phase.PROPOSE):
-        assert sizes[12, phase] - sizes[4, phase] < 8 * dense / 4
+        assert sizes[16, phase] - sizes[4, phase] < 12 * dense / 4
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_resident_merge_leaves_no_scatter_in_the_passes(params, resident):
+    training, _, _ = standard(resident=resident)
+    state = jax.eval_shape(training.init, params)
+    data = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch(0, 1)))
+    passes = jax.jit(lambda s, b: training.gradients(s, b, phase=sj.Phase.PLAIN)[:2])
+    program = passes.lower(state, data).compile().as_text()
+    assert (" scatter(" in program) == (not resident)
+    assert " gather(" in program  # of the gradients
