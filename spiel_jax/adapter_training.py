@@ -87,7 +87,8 @@ class AdapterTraining:
 
         def loss(trainable: Any, micro: Batch) -> jax.Array:
             params, adapters = self.kind.attach(state.params, trainable, micro["dropout"])
-            return self.objective(params, micro, adapters)
+            frozen = params is state.params  # otherwise some of them depend on what is trained
+            return self.objective(params, micro, adapters, frozen=frozen)
 
         state = replace(state, opt_state=optimizer)
         state, metrics = optimizer_step(self.tx, loss, state, {**batch, "dropout": keys})

@@ -32,6 +32,8 @@ class AdapterKind(Protocol):
     ) -> tuple[Params, dict[str, Adapter]]:
         """What the model runs with: parameters, and adapters by the name of the weight.
 
+        The parameters are ``params`` itself where none of them depends on what is trained.
+
         Args:
             params: The pretrained parameters.
             trainable: The adapters' parameters, like those of ``init``.

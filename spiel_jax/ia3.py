@@ -105,14 +105,14 @@ class IA3:
     ) -> tuple[Params, dict[str, Adapter]]:
         """See ``AdapterKind``; biases are scaled beforehand, since adapters see the weights only."""
         del key
-        params, adapters = dict(params), {}
+        adapters, biases = {}, {}
         for name, target in self.targets.items():
-            weight, *biases = _parts(name)
+            weight, *rest = _parts(name)
             factors = among_layers(trainable[name], target, params[weight].shape[0], 1.0)
             adapters[weight] = Scaled(factors, _inputs(name))
-            for bias in params.keys() & biases:
-                params[bias] = (params[bias].astype(factors.dtype) * factors).astype(params[bias].dtype)
-        return params, adapters
+            for bias in params.keys() & rest:
+                biases[bias] = (params[bias].astype(factors.dtype) * factors).astype(params[bias].dtype)
+        return params | biases if biases else params, adapters
 
     def merge(self, params: Params, trainable: dict[str, jax.Array]) -> Params:
         """See ``AdapterKind``: scaled rows or columns, and biases; rounded once."""

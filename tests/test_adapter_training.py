@@ -170,6 +170,30 @@ def test_a_bfloat16_base_keeps_float32_adapters(name):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.trainable))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_scaled_biases_have_their_gradient(dtype):
+    """Values that are their bias only: without its gradient there would be none."""
+    config, params = tiny()
+    values = "model.layers.self_attn.v_proj.weight"
+    params = {name: param.astype(dtype) for name, param in params.items()}
+    params[values] = jnp.zeros_like(params[values])
+    kind = make_kind("ia3", (r".*\.v_proj\.weight",))
+    training = AdapterTraining(Objective(config, loss_chunk=16), optax.sgd(1.0), kind)
+    state, data = training.init(params), make_batch(0)
+    new, _ = jitted(training)(state, data)
+    flat = flattened(data)
+    wide = {name: param.astype(jnp.float32) for name, param in params.items()}
+
+    def merged(trainable):
+        return training.objective(kind.merge(wide, trainable), flat) / flat["weights"].sum()
+
+    expected = -np.asarray(jax.grad(merged)(state.trainable)[values])
+    found = new.trainable[values] - state.trainable[values]
+    atol = (1e-5 if dtype == jnp.float32 else 0.05) * np.abs(expected).max()
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(found, expected, atol=atol)
+
+
 def test_dropout_is_a_function_of_seed_step_and_micro_batch():
     params = tiny()[1]
     training, step = standard("dropout")
