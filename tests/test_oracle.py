@@ -123,7 +123,7 @@ def test_the_comparison_tells_the_other_direction_of_ties(monkeypatch, case):
         (MA_CASE, {"initial": 0.5}),
         (MA_CASE, {"first": 0.9}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "name", None) or "-".join(value),
 )
 def test_the_comparison_tells_another_number(case, wrong):
     with pytest.raises(AssertionError):
