@@ -131,7 +131,13 @@ def test_baselines_learn_too(config, tmp_path, method):
                 assert (weight > least).sum() < indices.size
 
 
-@pytest.mark.parametrize(("method", "programs"), [("spiel_ag", 4), ("spiel_ma", 2), ("lora", 1)])
+@pytest.mark.parametrize(
+    ("method", "programs"),
+    [
+        ("spiel_ag", 4),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("spiel_ma", 2), ("lora", 1))),
+    ],
+)
 def test_a_hundred_steps_compile_few_programs(config, tmp_path, monkeypatch, method, programs):
     config.method = method
     config.steps = 100

@@ -263,7 +263,7 @@ def test_full_fine_tuning_learns_and_is_adamw(params):
     assert metrics["loss"] < loss
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_a_step_holds_no_dense_gradient_per_layer(remat):
     """Temporaries of a step do not grow by a dense gradient with every layer."""
     sizes = {}
