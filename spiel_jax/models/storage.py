@@ -6,9 +6,6 @@ outside the loop: twice the memory, and time. Integers are left alone; so there,
 go through loops as the integers of the same bits.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -16,22 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-_platform: ContextVar[str | None] = ContextVar("platform", default=None)
-
-
-@contextmanager
-def compiled_for(platform: str) -> Iterator[None]:
-    """Traces for another platform ("cpu", "gpu", "tpu") than that of the default backend."""
-    token = _platform.set(platform)
-    try:
-        yield
-    finally:
-        _platform.reset(token)
-
 
 def _as_bits(dtype: Any) -> bool:
-    on_cpu = (_platform.get() or jax.default_backend()) == "cpu"
-    return on_cpu and dtype in (jnp.bfloat16, jnp.float16)
+    return jax.default_backend() == "cpu" and dtype in (jnp.bfloat16, jnp.float16)
 
 
 def pack(x: jax.Array) -> jax.Array:
