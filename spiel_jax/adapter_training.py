@@ -12,6 +12,7 @@ from spiel_jax.adapters import AdapterKind, adapted
 from spiel_jax.ia3 import IA3
 from spiel_jax.lora import Lora
 from spiel_jax.models.config import ModelConfig
+from spiel_jax.models.decoder import unpacked
 from spiel_jax.objective import Batch, Objective, Params
 from spiel_jax.schedules import Phase
 from spiel_jax.training import Metrics, TrainState, optimizer_step
@@ -75,7 +76,11 @@ class AdapterTraining:
 
     def tuned(self, state: TrainState) -> Params:
         """See ``Training``: the adapters merged into the weights."""
-        return self.kind.merge(state.params, state.trainable)
+        return self.kind.merge(unpacked(state.params), state.trainable)
+
+    def pretrained(self, state: TrainState) -> Params:
+        """See ``Training``."""
+        return state.params
 
     def step(
         self, state: TrainState, batch: Batch, *, phase: Phase, reselect: bool

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from spiel_jax.blocks import on_blocks
 from spiel_jax.growth import Observation
 from spiel_jax.selection import top_magnitudes
 from spiel_jax.sparse import SparseDelta, parameter_name, path_name
@@ -146,25 +147,32 @@ def magnitude_positions(
         parameter = parameter_name(name)
         if parameter not in leaves:
             raise KeyError(f"no parameter {parameter!r}: expected one of {', '.join(leaves)}")
-        weight = leaves[parameter] if target.layers is None else leaves[parameter][jnp.array(target.layers)]
         find = partial(_strongest, target=target, largest=largest)
-        found = lax.map(find, weight.reshape(-1, *target.shape))  # [M, blocks, k]
-        positions[name] = target.delta(found.reshape(*target.lead, target.block_count))
+        indices = on_blocks(find, target.axes, len(target.stack), leaves[parameter])
+        positions[name] = target.delta(indices.reshape(*target.lead, target.block_count))
     return positions
 
 
-def _strongest(matrix: jax.Array, target: Target, largest: bool) -> jax.Array:
-    """[blocks, k] positions in each block of a matrix."""
-    rows, columns = target.block
-    blocks = matrix.reshape(target.grid[0], rows, target.grid[1], columns).swapaxes(1, 2)
-    blocks = blocks.reshape(-1, target.block_size)
-    if not largest:
-        # the bits of non-negative floats are ordered as the floats are: mirror them
-        wide = jnp.abs(blocks.astype(jnp.promote_types(blocks.dtype, jnp.float32)))
-        bits = jnp.int64 if wide.dtype == jnp.float64 else jnp.int32
-        top = lax.bitcast_convert_type(jnp.array(jnp.inf, wide.dtype), bits)
-        blocks = lax.bitcast_convert_type(top - lax.bitcast_convert_type(wide, bits), wide.dtype)
-    return lax.map(lambda block: top_magnitudes(block, target.block_count), blocks)
+def _strongest(weight: jax.Array, target: Target, largest: bool) -> jax.Array:
+    """[*stack, grid_rows, grid_columns, k] positions in each block of a weight, or of a part of it."""
+    chosen = weight if target.layers is None else weight[jnp.array(target.layers)]
+
+    def strongest(matrix: jax.Array) -> jax.Array:
+        rows, columns = target.block
+        blocks = matrix.reshape(-1, rows, matrix.shape[1] // columns, columns).swapaxes(1, 2)
+        grid = blocks.shape[:2]
+        blocks = blocks.reshape(-1, target.block_size)
+        if not largest:
+            # the bits of non-negative floats are ordered as the floats are: mirror them
+            wide = jnp.abs(blocks.astype(jnp.promote_types(blocks.dtype, jnp.float32)))
+            bits = jnp.int64 if wide.dtype == jnp.float64 else jnp.int32
+            top = lax.bitcast_convert_type(jnp.array(jnp.inf, wide.dtype), bits)
+            blocks = lax.bitcast_convert_type(top - lax.bitcast_convert_type(wide, bits), wide.dtype)
+        found = lax.map(lambda block: top_magnitudes(block, target.block_count), blocks)
+        return found.reshape(*grid, target.block_count)
+
+    found = lax.map(strongest, chosen.reshape(-1, *chosen.shape[-2:]))
+    return found.reshape(*target.stack, *found.shape[1:])
 
 
 def place(opt_state: Any, positions: Mapping[str, SparseDelta]) -> Any:

@@ -5,6 +5,7 @@ formed in the forward pass, while a chunk's logits are at hand: they are compute
 backward pass.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -12,23 +13,45 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from spiel_jax.blocks import BATCH_AXES, axis_size, constrain
 from spiel_jax.products import dot
 
 
-def _chunks(x: jax.Array, chunk: int) -> jax.Array:
-    """[T, ...] padded with zeros to [T / chunk, chunk, ...]."""
-    padding = [(0, -x.shape[0] % chunk)] + [(0, 0)] * (x.ndim - 1)
-    return jnp.pad(x, padding).reshape(-1, chunk, *x.shape[1:])
+def _width(tokens: tuple[int, ...], chunk: int) -> int:
+    """How many tokens of each row make up a chunk of about ``chunk`` tokens per device."""
+    rows = max(math.prod(tokens[:-1]) // math.prod(map(axis_size, BATCH_AXES)), 1)
+    return max(min(chunk // rows, tokens[-1]), 1)
+
+
+def _chunks(x: jax.Array, axis: int, width: int) -> jax.Array:
+    """[*rows, T, ...] padded with zeros to [T / width, *rows, width, ...]; T is the axis ``axis``."""
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, -x.shape[axis] % width)
+    x = jnp.pad(x, padding)
+    x = x.reshape(*x.shape[:axis], -1, width, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 0)
 
 
 def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    return dot(hidden.astype(head.dtype), head, (-1, 1))  # [chunk, V]
+    return dot(hidden.astype(head.dtype), head, (-1, 1))  # [*rows, width, V]
+
+
+def _collected(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """On a mesh: the rows spread, and the head collected once for all chunks."""
+    if hidden.ndim > 1:
+        hidden = constrain(hidden, BATCH_AXES, *[None] * (hidden.ndim - 1))
+    return hidden, constrain(head, "tensor", None)
+
+
+def _hits(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Bool [..., V], true at the target. A comparison fuses with what reads it; a gather would not."""
+    return targets[..., None] == lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
 
 
 def _chunk_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weighted loss of one chunk, and the log of its normalisers [chunk]."""
+    """Weighted loss of one chunk, and the log of its normalisers [*rows, width]."""
     normaliser = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1, mode="clip")[:, 0]
+    chosen = jnp.sum(jnp.where(_hits(logits, targets), logits, 0), axis=-1)
     return jnp.sum(weights * (normaliser - chosen)), normaliser
 
 
@@ -39,49 +62,51 @@ def next_token_loss(
     """Sum over tokens of ``weight * -log softmax(hidden @ head.T)[target]``.
 
     Args:
-        hidden: [..., D] final hidden states.
+        hidden: [..., S, D] final hidden states.
         head: [V, D] head of the model.
-        targets: [...] int32, the next tokens; any number where the weight is 0.
-        weights: [...] float32, 0 where a token is not supervised. Not differentiated.
-        chunk: Tokens per chunk; the logits take chunk * V float32 at a time.
+        targets: [..., S] int32, the next tokens; any number where the weight is 0.
+        weights: [..., S] float32, 0 where a token is not supervised. Not differentiated.
+        chunk: Tokens per chunk and device; the logits take chunk * V float32 at a time.
 
     Returns:
         Scalar, float32 (float64 for float64 hidden states).
     """
-    parts = (x.reshape(-1, *x.shape[targets.ndim :]) for x in (hidden, targets, weights))
+    axis, width = targets.ndim - 1, _width(targets.shape, chunk)
+    hidden, head = _collected(hidden, head)
 
     def one(total: jax.Array, part: tuple) -> tuple[jax.Array, None]:
         hidden, targets, weights = part
         return total + _chunk_loss(_logits(hidden, head), targets, weights)[0], None
 
     zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
-    return lax.scan(one, zero, tuple(_chunks(x, chunk) for x in parts))[0]
+    return lax.scan(one, zero, tuple(_chunks(x, axis, width) for x in (hidden, targets, weights)))[0]
 
 
 def _forward(hidden: Any, head: Any, targets: Any, weights: Any, chunk: int) -> tuple[jax.Array, tuple]:
     with_head = head.perturbed  # a frozen head needs no gradient of its own
     hidden, head, targets, weights = (x.value for x in (hidden, head, targets, weights))
-    shape = hidden.shape
-    parts = tuple(_chunks(x.reshape(-1, *x.shape[targets.ndim :]), chunk) for x in (hidden, targets, weights))
-    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    axis, width = targets.ndim - 1, _width(targets.shape, chunk)
+    shape, dtype = hidden.shape, jnp.promote_types(hidden.dtype, jnp.float32)
+    hidden, head = _collected(hidden, head)
+    parts = tuple(_chunks(x, axis, width) for x in (hidden, targets, weights))
 
     def one(carry: tuple, part: tuple) -> tuple[tuple, jax.Array]:
         total, head_gradient = carry
         hidden, targets, weights = part
         logits = _logits(hidden, head)
         loss, normaliser = _chunk_loss(logits, targets, weights)
-        # a comparison in the same pass over the logits; a scatter would be another
-        hit = targets[:, None] == lax.broadcasted_iota(targets.dtype, logits.shape, 1)
-        error = weights[:, None] * (jnp.exp(logits - normaliser[:, None]) - hit)
-        error = error.astype(head.dtype)  # [chunk, V]
+        error = weights[..., None] * (jnp.exp(logits - normaliser[..., None]) - _hits(logits, targets))
+        error = error.astype(head.dtype)  # [*rows, width, V]
         if with_head:
-            head_gradient = head_gradient + dot(error, hidden.astype(head.dtype), (0, 0))
+            errors, inputs = (x.reshape(-1, x.shape[-1]) for x in (error, hidden.astype(head.dtype)))
+            head_gradient = head_gradient + dot(errors, inputs, (0, 0))
         return (total + loss, head_gradient), dot(error, head, (-1, 0)).astype(hidden.dtype)
 
     zeros = jnp.zeros(head.shape if with_head else (), dtype)
-    (total, head_gradient), hidden_gradient = lax.scan(one, (jnp.zeros((), dtype), zeros), parts)
-    tokens = targets.size
-    hidden_gradient = hidden_gradient.reshape(-1, shape[-1])[:tokens].reshape(shape)
+    (total, head_gradient), gradients = lax.scan(one, (jnp.zeros((), dtype), zeros), parts)
+    gradients = jnp.moveaxis(gradients, 0, axis)  # [*rows, T / width, width, D]
+    gradients = gradients.reshape(*shape[:axis], -1, shape[-1])
+    hidden_gradient = lax.slice_in_dim(gradients, 0, shape[axis], axis=axis)
     return total, (hidden_gradient, head_gradient.astype(head.dtype) if with_head else None)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from spiel_jax.blocks import on_blocks
 from spiel_jax.sparse import SparseDelta
 from spiel_jax.targets import Target, by_target, like_values
 
@@ -108,19 +109,24 @@ def sm3_observe(
         Anil et al., `Memory-Efficient Adaptive Optimization <https://arxiv.org/abs/1901.11150>`_;
         SpIEL, section 3.3.
     """
-    rows, columns = delta.indices // delta.block[1], delta.indices % delta.block[1]
-    row_bound = jnp.take_along_axis(row, rows, axis=-1)
-    column_bound = jnp.take_along_axis(column, columns, axis=-1)
-    moments = jnp.minimum(row_bound, column_bound) + jnp.square(grads.astype(row.dtype))
+    width = delta.block[1]
 
-    def put(accumulator: jax.Array, at: jax.Array) -> jax.Array:
-        flat = accumulator.reshape(-1, accumulator.shape[-1])
-        # moments only grow, so a maximum with the old accumulator changes no row that has entries
-        spread = jax.vmap(lambda a, i, u: a.at[i].max(u, mode="promise_in_bounds"))
-        flat_at, flat_moments = (x.reshape(-1, x.shape[-1]) for x in (at, moments))
-        return spread(flat, flat_at, flat_moments).reshape(accumulator.shape)
+    def observe(row: jax.Array, column: jax.Array, indices: jax.Array, grads: jax.Array) -> tuple:
+        rows, columns = indices // width, indices % width
+        row_bound = jnp.take_along_axis(row, rows, axis=-1)
+        column_bound = jnp.take_along_axis(column, columns, axis=-1)
+        moments = jnp.minimum(row_bound, column_bound) + jnp.square(grads.astype(row.dtype))
 
-    return put(row, rows), put(column, columns), moments
+        def put(accumulator: jax.Array, at: jax.Array) -> jax.Array:
+            flat = accumulator.reshape(-1, accumulator.shape[-1])
+            # moments only grow, so a maximum with the old accumulator changes no row that has entries
+            spread = jax.vmap(lambda a, i, u: a.at[i].max(u, mode="promise_in_bounds"))
+            flat_at, flat_moments = (x.reshape(-1, x.shape[-1]) for x in (at, moments))
+            return spread(flat, flat_at, flat_moments).reshape(accumulator.shape)
+
+        return put(row, rows), put(column, columns), moments
+
+    return on_blocks(observe, delta.axes, delta.stack_axes, row, column, delta.indices, grads)
 
 
 class ScaleBySparseSM3State(NamedTuple):

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from spiel_jax.blocks import on_blocks
+
 _static = partial(field, metadata={"static": True})
 
 
@@ -34,6 +36,9 @@ class SparseDelta:
         shape: (rows, columns) of one matrix.
         grid: (rows, columns) of the block grid.
         layers: Which matrices of the stack are adapted, ascending; None for all of them.
+        axes: Mesh axes over which the rows and the columns of the grid, and the weight with them, are
+            spread under ``jax.set_mesh``; None where they are not. With axes, ``indices`` has those of
+            the grid even where that is (1, 1).
     """
 
     indices: jax.Array
@@ -41,6 +46,7 @@ class SparseDelta:
     shape: tuple[int, int] = _static()
     grid: tuple[int, int] = _static(default=(1, 1))
     layers: tuple[int, ...] | None = _static(default=None)
+    axes: tuple[str | None, str | None] | None = _static(default=None)
 
     @property
     def block(self) -> tuple[int, int]:
@@ -50,11 +56,34 @@ class SparseDelta:
     @property
     def block_axes(self) -> int:
         """Number of axes of ``indices`` that belong to one matrix: 1, or 3 with a block grid."""
-        return 1 if self.grid == (1, 1) else 3
+        return 1 if self.grid == (1, 1) and self.axes is None else 3
+
+    @property
+    def stack_axes(self) -> int:
+        """Number of axes of ``indices`` that are a stack of matrices."""
+        return self.indices.ndim - self.block_axes
 
     def with_values(self, values: jax.Array | None) -> "SparseDelta":
         """The same positions with other values."""
         return replace(self, values=values)
+
+    def part(self, indices: jax.Array) -> "SparseDelta":
+        """Some of the blocks, as a delta of the part of the weight that they make up; without values.
+
+        Args:
+            indices: Positions [*stack, ..., k] of a rectangle of blocks.
+        """
+        if self.block_axes == 1:
+            return replace(self, indices=indices, values=None)
+        (rows, columns), grid = self.block, indices.shape[-3:-1]
+        return replace(
+            self,
+            indices=indices,
+            values=None,
+            shape=(rows * grid[0], columns * grid[1]),
+            grid=grid,
+            axes=(None, None),
+        )
 
     def sort(self) -> "SparseDelta":
         """The same entries with ascending positions."""
@@ -73,7 +102,7 @@ class SparseDelta:
         """
         block_rows, block_columns = self.block
         rows, columns = self.indices // block_columns, self.indices % block_columns
-        if self.grid != (1, 1):
+        if self.block_axes == 3:
             unused = self.indices >= block_rows * block_columns
             grid_rows = jnp.arange(self.grid[0], dtype=jnp.int32)[:, None, None]
             grid_columns = jnp.arange(self.grid[1], dtype=jnp.int32)[:, None]
@@ -125,7 +154,7 @@ def _per_matrix(
 
     def apply(weight: jax.Array) -> jax.Array:
         mapped = function
-        for _ in range(delta.indices.ndim - delta.block_axes):
+        for _ in range(delta.stack_axes):
             mapped = jax.vmap(mapped)
         return mapped(weight, *coordinates, *arrays)
 
@@ -138,19 +167,23 @@ def gather(weight: jax.Array, delta: SparseDelta, *, transposed: bool = False) -
     Args:
         weight: [*stack, rows, columns].
         delta: Its positions; values are not read.
-        transposed: Whether ``weight`` is given as [*stack, columns, rows].
+        transposed: Whether ``weight`` is given as [*stack, columns, rows]; not where it is spread over
+            devices.
 
     Returns:
         Shaped like ``delta.indices``, dtype of ``weight``.
     """
-    if delta.layers is not None:
-        weight = weight[jnp.array(delta.layers)]
 
     def entries(matrix: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
         at = (columns, rows) if transposed else (rows, columns)
         return matrix.at[at].get(mode="fill", fill_value=0)
 
-    return _per_matrix(entries, delta)(weight)
+    def taken(weight: jax.Array, indices: jax.Array) -> jax.Array:
+        if delta.layers is not None:
+            weight = weight[jnp.array(delta.layers)]
+        return _per_matrix(entries, delta.part(indices))(weight)
+
+    return on_blocks(taken, delta.axes, delta.stack_axes, weight, delta.indices)
 
 
 def set_entries(weight: jax.Array, delta: SparseDelta, entries: jax.Array) -> jax.Array:
@@ -164,25 +197,26 @@ def set_entries(weight: jax.Array, delta: SparseDelta, entries: jax.Array) -> ja
     Returns:
         The new weight, same shape and dtype.
     """
+
+    def put(matrix: jax.Array, rows: jax.Array, columns: jax.Array, entries: jax.Array) -> jax.Array:
+        return matrix.at[rows, columns].set(entries, mode="drop", unique_indices=True)
+
+    def changed(weight: jax.Array, indices: jax.Array, entries: jax.Array) -> jax.Array:
+        part = delta.part(indices)
+        small = jnp.issubdtype(weight.dtype, jnp.floating) and weight.dtype.itemsize < 4
+        if part.layers is not None or (part.stack_axes and small):
+            # XLA's CPU backend upcasts the whole operand of a 16-bit scatter: one matrix at a time there.
+            return _set_matrix_by_matrix(weight, part, entries)
+        return _per_matrix(put, part, entries)(weight)
+
     entries = entries.astype(weight.dtype)
-    stacked = delta.indices.ndim > delta.block_axes
-    batched = _per_matrix(
-        lambda matrix, rows, columns, entries: matrix.at[rows, columns].set(
-            entries, mode="drop", unique_indices=True
-        ),
-        delta,
-        entries,
-    )
-    if delta.layers is not None or (stacked and weight.dtype.itemsize < 4):
-        # XLA's CPU backend upcasts the whole operand of a 16-bit scatter: one matrix at a time there.
-        return _set_matrix_by_matrix(weight, delta, entries)
-    return batched(weight)
+    return on_blocks(changed, delta.axes, delta.stack_axes, weight, delta.indices, entries)
 
 
 def _set_matrix_by_matrix(weight: jax.Array, delta: SparseDelta, entries: jax.Array) -> jax.Array:
     stack = weight.shape[:-2]
     matrices = weight.reshape(-1, *delta.shape)  # [M, rows, columns]
-    per_matrix = delta.indices.shape[delta.indices.ndim - delta.block_axes :]
+    per_matrix = delta.indices.shape[delta.stack_axes :]
     rows, columns = (x.reshape(-1, *per_matrix) for x in delta.coordinates())
     entries = entries.reshape(rows.shape)
     numbers = jnp.arange(matrices.shape[0]) if delta.layers is None else jnp.array(delta.layers)

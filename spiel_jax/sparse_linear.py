@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from spiel_jax.blocks import BATCH_AXES, in_force, on_blocks
 from spiel_jax.products import dot, input_gradient, weight_gradient
 from spiel_jax.selection import top_magnitudes
 from spiel_jax.sparse import SparseDelta, edit, gather, merge
@@ -37,6 +39,9 @@ class SparseLinear:
         merged: Static. True where ``weight`` already holds the active deltas (a resident merge); False
             where they are scattered into it on each use.
         propose_active: Static. Whether active entries may be proposed.
+        batch_axes: Static. Mesh axes over which the leading axis of ``x`` is spread under ``jax.set_mesh``.
+            An axis that is also one of the weight's (``active.axes``) is one over which the weight is
+            collected for its use, as "fsdp" is.
     """
 
     active: SparseDelta
@@ -45,6 +50,7 @@ class SparseLinear:
     enabled: jax.Array | None = None
     merged: bool = _static(default=True)
     propose_active: bool = _static(default=False)
+    batch_axes: tuple[str, ...] = _static(default=BATCH_AXES)
 
     def __call__(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         """[..., in] and [out, in] give [..., out], dtype of ``x``."""
@@ -77,19 +83,58 @@ def _sparse_linear_forward(x: jax.Array, weight: jax.Array, adapter: SparseLinea
 
 
 def _collect(x: jax.Array, dy: jax.Array, adapter: SparseLinear) -> tuple:
-    """Float32 cotangents of (active values, candidate values, proposal) from one dense gradient."""
-    # what is transposed on its way into the product is the narrower of the two
-    turned = x.shape[-1] < dy.shape[-1] and adapter.proposal is None
-    with jax.named_scope("weight_gradient"):
-        gradient = weight_gradient(dy, x) if turned else weight_gradient(x, dy)  # [in, out] if turned
-    with jax.named_scope("gather_gradient"):
-        entries = partial(gather, gradient, transposed=turned)
-        active = entries(adapter.active)
-        candidates = None if adapter.candidates is None else entries(adapter.candidates)
-    if adapter.proposal is None:
-        return active, candidates, None
-    with jax.named_scope("propose"):
-        return active, candidates, _propose(gradient, adapter)
+    """Float32 cotangents of (active values, candidate values, proposal) from one dense gradient.
+
+    On a mesh each device forms the gradient of its own examples, and takes the entries from it before
+    anything is summed over devices; only what proposes sums the dense gradient.
+    """
+    rows, columns = in_force(adapter.active.axes or (None, None))
+    batch = tuple(name for name in in_force(adapter.batch_axes) if name)
+    # for its use the weight is collected over these: (mesh axis, axis of the weight and of its grid)
+    whole = [(name, axis) for axis, name in enumerate((rows, columns)) if name in batch]
+    others = tuple(name for name in batch if name not in (rows, columns))
+
+    def reduced(x: jax.Array) -> jax.Array:
+        for name, axis in whole:
+            x = lax.psum_scatter(x, name, scatter_dimension=axis, tiled=True)
+        return lax.psum(x, others) if others else x
+
+    def collect(x: jax.Array, dy: jax.Array, active: Any, candidates: Any, proposal: Any) -> tuple:
+        proposes = proposal is not None
+        # what is transposed on its way into the product is the narrower of the two
+        turned = x.shape[-1] < dy.shape[-1] and not proposes
+        with jax.named_scope("weight_gradient"):
+            gradient = weight_gradient(dy, x) if turned else weight_gradient(x, dy)  # [in, out] if turned
+            gradient = reduced(gradient) if proposes else gradient
+
+        def entries(indices: jax.Array) -> jax.Array:
+            if proposes:
+                return gather(gradient, adapter.active.part(indices))
+            for name, axis in whole:
+                indices = lax.all_gather(indices, name, axis=axis, tiled=True)
+            return reduced(gather(gradient, adapter.active.part(indices), transposed=turned))
+
+        with jax.named_scope("gather_gradient"):
+            found = entries(active)
+            probed = None if candidates is None else entries(candidates)
+        if not proposes:
+            return found, probed, None
+        with jax.named_scope("propose"):
+            part = replace(adapter, active=adapter.active.part(active), proposal=proposal)
+            return found, probed, _propose(gradient, part)
+
+    candidates = None if adapter.candidates is None else adapter.candidates.indices
+    parts = (x, dy, adapter.active.indices, candidates, adapter.proposal)
+    if not (batch or rows or columns):
+        return collect(*parts)
+    between = [None] * (x.ndim - 2)
+    of_weight = PartitionSpec(rows, columns) if rows or columns else PartitionSpec()
+    specs = (
+        PartitionSpec(batch or None, *between, None if columns in batch else columns),
+        PartitionSpec(batch or None, *between, None if rows in batch else rows),
+        *[of_weight] * 3,
+    )
+    return jax.shard_map(collect, in_specs=specs, out_specs=of_weight, check_vma=False)(*parts)
 
 
 def _propose(gradient: jax.Array, adapter: SparseLinear) -> jax.Array:
@@ -187,21 +232,21 @@ def propose(
     found = {}
 
     def find(gradient: jax.Array, name: str, delta: SparseDelta) -> jax.Array:
-        selected = gradient if delta.layers is None else gradient[jnp.array(delta.layers)]
-        stack = selected.shape[:-2]
         dtype = jnp.promote_types(gradient.dtype, jnp.float32)
-        slots = jnp.zeros((*delta.indices.shape[:-1], 3, count[name]), dtype)
-        matrices = selected.reshape(-1, *delta.shape)
-        adapter = SparseLinear(
-            active=replace(
-                delta,
-                indices=delta.indices.reshape(-1, *delta.indices.shape[len(stack) :]),
-                values=None,
-                layers=None,
-            ),
-            proposal=slots.reshape(-1, *slots.shape[len(stack) :]),
-        )
-        proposal = lax.map(lambda item: _propose(*item), (matrices, adapter)).reshape(slots.shape)
+
+        def strongest(gradient: jax.Array, indices: jax.Array) -> jax.Array:
+            part = replace(delta.part(indices), layers=None)
+            selected = gradient if delta.layers is None else gradient[jnp.array(delta.layers)]
+            stack = part.stack_axes
+            slots = jnp.zeros((*indices.shape[:-1], 3, count[name]), dtype)
+            adapter = SparseLinear(
+                active=replace(part, indices=indices.reshape(-1, *indices.shape[stack:])),
+                proposal=slots.reshape(-1, *slots.shape[stack:]),
+            )
+            matrices = selected.reshape(-1, *part.shape)
+            return lax.map(lambda item: _propose(*item), (matrices, adapter)).reshape(slots.shape)
+
+        proposal = on_blocks(strongest, delta.axes, delta.stack_axes, gradient, delta.indices)
         found[name] = candidates_from_proposal(proposal, delta)
         return gradient
 

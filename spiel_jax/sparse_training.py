@@ -10,12 +10,13 @@ import optax
 
 from spiel_jax.baselines import place
 from spiel_jax.growth import AccumulatedGradients, Growth
+from spiel_jax.models.decoder import EMBEDDING, unpacked
+from spiel_jax.models.storage import stored_like, unpack
 from spiel_jax.objective import Batch, Objective, Params, supervised
 from spiel_jax.schedules import Phase
 from spiel_jax.selection import compact, largest
 from spiel_jax.sparse import (
     SparseDelta,
-    base_entries,
     gather,
     merge,
     merged_entries,
@@ -62,15 +63,29 @@ class SparseTraining:
         """See ``Training``: remembers the pretrained entries and merges, where merges are resident."""
         if not self.resident:
             return TrainState(params, {}, trainable, opt_state)
-        zipped = deltas(trainable, opt_state)
-        base = base_entries(params, zipped)
-        return TrainState(merge(params, zipped), base, trainable, opt_state)
+        zipped, params, base = deltas(trainable, opt_state), dict(params), {}
+        for name, delta in zipped.items():
+            weight = params[parameter_name(name)]
+            base[name] = _entries(params, name, delta)
+            entries = merged_entries(base[name], delta.values, base[name].dtype)
+            params[parameter_name(name)] = set_entries(weight, delta, stored_like(entries, weight))
+        return TrainState(params, base, trainable, opt_state)
 
     def tuned(self, state: TrainState) -> Params:
         """See ``Training``."""
         if self.resident:
             return state.params
-        return merge(state.params, deltas(state.trainable, state.opt_state))
+        return merge(unpacked(state.params), deltas(state.trainable, state.opt_state))
+
+    def pretrained(self, state: TrainState) -> Params:
+        """See ``Training``."""
+        if not self.resident:
+            return state.params
+        params = dict(state.params)
+        for name, delta in deltas(state.trainable, state.opt_state).items():
+            weight = params[parameter_name(name)]
+            params[parameter_name(name)] = set_entries(weight, delta, stored_like(state.base[name], weight))
+        return params
 
     def step(
         self, state: TrainState, batch: Batch, *, phase: Phase, reselect: bool
@@ -183,7 +198,7 @@ class SparseTraining:
             lead = active[group[0]].indices.shape[:-1]
             if active[group[0]].layers is not None:
                 lead = (self.objective.config.num_layers, *lead[1:])
-            dtype = jnp.promote_types(state.params[name].dtype, jnp.float32)
+            dtype = jnp.promote_types(state.params[EMBEDDING].dtype, jnp.float32)
             slots[name] = jnp.zeros((*lead, 3, max(counts[n] for n in group)), dtype)
         micro = jax.tree.map(lambda x: x[0], batch)
 
@@ -241,15 +256,22 @@ class SparseTraining:
         after = deltas(new.trainable, new.opt_state)
         for name, delta in after.items():
             weight = params[parameter_name(name)]
-            entries = merged_entries(base[name], delta.values, weight.dtype)
+            entries = merged_entries(base[name], delta.values, base[name].dtype)
             if not reselect:
-                weight = set_entries(weight, delta, entries)
+                weight = set_entries(weight, delta, stored_like(entries, weight))
             else:
                 replaced = before[name].indices != delta.indices
-                weight = set_entries(weight, before[name], jnp.where(replaced, base[name], entries))
-                base[name] = jnp.where(replaced, gather(weight, delta), base[name])
+                kept_or_pretrained = jnp.where(replaced, base[name], entries)
+                weight = set_entries(weight, before[name], stored_like(kept_or_pretrained, weight))
+                params[parameter_name(name)] = weight
+                base[name] = jnp.where(replaced, _entries(params, name, delta), base[name])
             params[parameter_name(name)] = weight
         return replace(new, params=params, base=base)
+
+
+def _entries(params: Params, target: str, delta: SparseDelta) -> jax.Array:
+    """Entries of a target's weight, which may be packed, at the positions of a delta."""
+    return unpack(gather(params[parameter_name(target)], delta), params[EMBEDDING].dtype)
 
 
 def _by_parameter(active: Mapping[str, SparseDelta]) -> dict[str, list[str]]:

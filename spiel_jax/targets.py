@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from spiel_jax.blocks import Axes
 from spiel_jax.sparse import SparseDelta, path_name
 
 
@@ -23,6 +24,7 @@ class Target:
         stack: Sizes of the leading axes of the values: how many matrices are adapted.
         grid: (rows, columns) of the block grid; each block holds count / blocks entries.
         layers: Which matrices of the stack are adapted, ascending; None for all.
+        axes: Mesh axes over which the rows and columns of the grid are spread; None for a grid that is not.
     """
 
     shape: tuple[int, int]
@@ -30,8 +32,11 @@ class Target:
     stack: tuple[int, ...] = ()
     grid: tuple[int, int] = (1, 1)
     layers: tuple[int, ...] | None = None
+    axes: Axes | None = None
 
     def __post_init__(self):
+        if self.grid == (1, 1) and self.axes is not None:
+            raise ValueError(f"a grid of one block cannot be spread over the mesh axes {self.axes}")
         blocks = math.prod(self.grid)
         if any(size % cut for size, cut in zip(self.shape, self.grid, strict=True)):
             raise ValueError(f"a grid of {self.grid} blocks does not divide a weight of {self.shape}")
@@ -72,7 +77,7 @@ class Target:
 
     def delta(self, indices: jax.Array, values: Any = None) -> SparseDelta:
         """A ``SparseDelta`` of this target's static shape."""
-        return SparseDelta(indices, values, self.shape, self.grid, self.layers)
+        return SparseDelta(indices, values, self.shape, self.grid, self.layers, self.axes)
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,7 @@ def find_targets(
     density: float | None = None,
     num_tunable: int | None = None,
     rules: Sequence[Rule | str] = (".*",),
-    grid: tuple[int, int] = (1, 1),
+    grid: tuple[int, int] | Callable[[str], tuple[int, int]] = (1, 1),
     layer_names: Callable[[str, tuple[int, ...]], Sequence[str]] = _default_layer_names,
 ) -> dict[str, Target]:
     """Chooses what is adapted: static, from shapes alone.
@@ -180,7 +185,7 @@ def find_targets(
             every rule has a density of its own.
         rules: ``Rule`` or its pattern, tried in order on each matrix's name, first match wins; a weight
             that no rule matches is not adapted.
-        grid: Block grid of every target.
+        grid: Block grid of every target, or a function of a parameter's name that gives it.
         layer_names: Names of the matrices of a stacked parameter, from its name and stack axes; the
             default appends the number of the matrix.
 
@@ -223,7 +228,9 @@ def find_targets(
         if density is not None or num_tunable is not None:
             raise ValueError("density or num_tunable given, but every rule has a density of its own")
 
-    def count(layer: str) -> int | None:
+    grids = {name: grid(name) if callable(grid) else grid for name in matrices}
+
+    def count(layer: str, grid: tuple[int, int]) -> int | None:
         rule = matched.get(layer)
         if rule is None or rule.density == 0:
             return None
@@ -243,18 +250,18 @@ def find_targets(
     for name, layers in matrices.items():
         groups: dict[int, list[int]] = {}
         for layer, number in layers.items():
-            entries = count(layer)
+            entries = count(layer, grids[name])
             if entries is not None:
                 groups.setdefault(entries, []).append(number)
         stack, shape = shapes[name]
         for entries, numbers in groups.items():
             if len(numbers) == len(layers):
-                targets[name] = Target(shape, entries, stack, grid)
+                targets[name] = Target(shape, entries, stack, grids[name])
             else:
                 if len(stack) != 1:
                     raise ValueError(f"{name}: only one stack axis can be adapted in part")
                 key = f"{name}@{_ranges(numbers)}"
-                targets[key] = Target(shape, entries, (len(numbers),), grid, tuple(numbers))
+                targets[key] = Target(shape, entries, (len(numbers),), grids[name], tuple(numbers))
     if not targets:
         raise ValueError("no weight is adapted: every matrix is left out by the rules")
     return targets

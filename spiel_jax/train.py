@@ -42,13 +42,10 @@ from spiel_jax.generate import reply
 from spiel_jax.metrics import Recorder, table
 from spiel_jax.models.fingerprint import differing, fingerprint
 from spiel_jax.models.loading import open_model
-from spiel_jax.objective import Params
 from spiel_jax.profile import Profile
 from spiel_jax.schedules import Phase, Reselection
-from spiel_jax.sparse import unmerge
 from spiel_jax.sparse_training import SparseTraining
 from spiel_jax.training import Training, TrainState
-from spiel_jax.transform import deltas
 
 _log = logging.getLogger(__name__)
 
@@ -109,13 +106,6 @@ def heldout_loss(
     sums = [evaluate(state, batch) for batch in batches]  # dispatched without waiting for each other
     losses, tokens = np.sum(np.array(jax.device_get(sums), np.float64), axis=0)
     return float(losses / tokens)
-
-
-def pretrained(state: TrainState) -> Params | None:
-    """The base model's parameters, exactly; None where the method does not keep them."""
-    if not state.base:
-        return state.params or None
-    return unmerge(state.params, deltas(state.trainable, state.opt_state), state.base)
 
 
 @contextmanager
@@ -187,7 +177,9 @@ def run(config: Config, workdir: str | Path, *, resume: bool = False, progress: 
     rate = build.learning_rate(config, total)
     training = build.training(config, source.config, adapted, schedule, rate)
 
-    params = source.load(jnp.dtype(config.model.dtype), seed=config.seed, progress=progress)
+    params = source.load(
+        jnp.dtype(config.model.dtype), seed=config.seed, packed=config.method != "full", progress=progress
+    )
     base_print = fingerprint(params)
     size = sum(param.size for param in params.values())
 
@@ -354,7 +346,7 @@ def _due(step: int, every: int) -> bool:
 def _show_sample(config: Config, model: Any, training: Training, state: TrainState, tokenizer: Any) -> None:
     """Prints what the base and the tuned model reply to the config's prompt."""
     print(f"\nprompt: {config.sample.prompt}")
-    for name, params in (("base", pretrained(state)), ("tuned", training.tuned(state))):
+    for name, params in (("base", training.pretrained(state)), ("tuned", training.tuned(state))):
         if params is not None:
             text = reply(
                 model, params, tokenizer, config.sample.prompt, max_new_tokens=config.sample.max_new_tokens

@@ -28,7 +28,8 @@ class TrainState:
     """What a step reads and writes.
 
     Attributes:
-        params: What the model runs with; holds the merged weights of a resident merge.
+        params: What the model runs with; holds the merged weights of a resident merge. Those that are not
+            trained themselves are packed (see ``models.storage``).
         base: Target name to pretrained entries at the active positions, for methods that merge.
         trainable: What the optimizer sees as its parameters.
         opt_state: State of the optimizer.
@@ -52,7 +53,11 @@ class Training(Protocol):
         ...
 
     def tuned(self, state: TrainState) -> Params:
-        """The tuned model's parameters."""
+        """The tuned model's parameters, some of them packed (see ``models.storage``)."""
+        ...
+
+    def pretrained(self, state: TrainState) -> Params | None:
+        """The base model's parameters, exactly, some of them packed; None where they are not kept."""
         ...
 
     def step(
@@ -169,6 +174,10 @@ class DenseTraining:
     def tuned(self, state: TrainState) -> Params:
         """See ``Training``: the trained parameters in the dtype that the model runs with."""
         return self._used(state.trainable)
+
+    def pretrained(self, state: TrainState) -> None:
+        """See ``Training``."""
+        del state
 
     def _used(self, trainable: Params) -> Params:
         return {name: param.astype(self.dtype) for name, param in trainable.items()}

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from spiel_jax.blocks import on_blocks
 from spiel_jax.growth import Flag, Growth, Observation
 from spiel_jax.inner import Slots, check_per_entry, reset
 from spiel_jax.optim import state_dtype
@@ -153,13 +154,19 @@ def _refuse_multi_steps(growth: Growth) -> None:
         frame = frame.f_back
 
 
-def _map_matrices(function: Any, lead: tuple[int, ...], *trees: Any) -> Any:
-    """Applies ``function`` to each matrix of arrays with leading axes ``lead``, one at a time."""
-    if not lead:
-        return function(*trees)
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(lead) :]), trees)
-    mapped = lax.map(lambda matrix: function(*matrix), flat)
-    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), mapped)
+def _map_matrices(function: Any, target: Target, *trees: Any) -> Any:
+    """Applies ``function`` to each matrix (or block) of a target's arrays, one at a time."""
+
+    def mapped(*trees: Any) -> Any:
+        axes = len(target.lead)
+        if not axes:
+            return function(*trees)
+        lead = jax.tree.leaves(trees)[0].shape[:axes]  # of this device's blocks
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), trees)
+        results = lax.map(lambda matrix: function(*matrix), flat)
+        return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), results)
+
+    return on_blocks(mapped, target.axes, len(target.stack), *trees)
 
 
 def spiel(
@@ -254,7 +261,7 @@ def spiel(
         for position, (name, target) in enumerate(targets.items()):
             one = partial(_reselect_matrix, n=table[position], target=target, growth=growth)
             indices, replaced[name], seeds[name] = _map_matrices(
-                one, target.lead, state.active[name].indices, new_values[name], state.growth[name]
+                one, target, state.active[name].indices, new_values[name], state.growth[name]
             )
             active[name] = target.delta(indices)
 

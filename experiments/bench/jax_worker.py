@@ -45,7 +45,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str], float]
     training = build.training(
         config, source.config, adapted, build.reselection(config, total), build.learning_rate(config, total)
     )
-    params = source.load(jnp.dtype(job["dtype"]), progress=False)
+    params = source.load(jnp.dtype(job["dtype"]), packed=job["method"] != "full", progress=False)
     state = jax.jit(training.init, donate_argnums=0)(params)
     del params
 

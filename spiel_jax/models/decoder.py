@@ -14,24 +14,27 @@ import functools
 import zlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from spiel_jax.blocks import BATCH_AXES, constrain
 from spiel_jax.models.cache import KVCache
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.layers import PROJECTION, Adapter, Embedding, Linear, RMSNorm
 from spiel_jax.models.rope import inverse_frequencies, rotate, rotation
-from spiel_jax.models.storage import loop_dtype, named, pack, unpack
+from spiel_jax.models.storage import loop_dtype, named, pack, packed_dtype, unpack
 from spiel_jax.products import linear
 from spiel_jax.sparse import path_name
 
 Remat = Literal["none", "dots", "full"]
 ATTENTION = "attention"
 """Name under which ``jax.checkpoint`` policies find rotated queries and keys, and what attention has seen."""
+EMBEDDING = "model.embed_tokens.weight"
+"""Name of the embedding table."""
 LAYERS = "model.layers."
 """Prefix of the names of stacked parameters."""
 
@@ -267,20 +270,24 @@ class CausalLM(nnx.Module):
         turn = rotation(positions, frequencies)
         graphdef, states = nnx.split(self.model.layers)
 
+        def own_dtype(leaf: jax.Array) -> Any:
+            return leaf.dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else dtype  # held packed
+
         def body(carry: tuple, inputs: tuple) -> tuple:
             x, cache = carry
             x = x.astype(dtype)
             packed, adapters, layer, slides = inputs
-            state = jax.tree.map(lambda part, whole: unpack(part, whole.dtype), packed, states)
+            state = jax.tree.map(lambda part, whole: unpack(part, own_dtype(whole)), packed, states)
             mask = None
             if masks is not None:
                 mask = masks[1] if slides is None else jnp.where(slides, masks[1], masks[0])
             x, cache = nnx.merge(graphdef, state)(x, turn, mask, adapters, cache, layer)
+            x = constrain(x, BATCH_AXES, None, None)
             return (x.astype(carried), cache), None
 
         layers = jnp.arange(config.num_layers, dtype=jnp.int32)
         slides = None if config.sliding_layers is None else jnp.array(config.sliding_layers)
-        x = self.model.embed_tokens(tokens)
+        x = constrain(self.model.embed_tokens(tokens), BATCH_AXES, None, None)
         dtype, carried = x.dtype, loop_dtype(x.dtype)
         carry = (x.astype(carried), cache)
         packed = jax.tree_util.tree_map_with_path(
@@ -344,13 +351,18 @@ def _as_state(params: Mapping[str, jax.Array]) -> nnx.State:
     return nnx.from_flat_state([(tuple(name.split(".")), params[name]) for name in sorted(params)])
 
 
-def abstract_params(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
-    """Names, shapes and dtype of a model's parameters; allocates nothing."""
+def abstract_params(
+    config: ModelConfig, dtype: DTypeLike = jnp.float32, *, packed: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Names, shapes and dtype of a model's parameters; allocates nothing. ``packed``: see ``init_params``."""
     shapes = _structure(config)[1]
-    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+    dtypes = {name: packed_dtype(dtype) if packed and name in ADAPTED else dtype for name in shapes}
+    return {name: jax.ShapeDtypeStruct(shape, dtypes[name]) for name, shape in shapes.items()}
 
 
-def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.float32) -> dict[str, jax.Array]:
+def init_params(
+    config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.float32, *, packed: bool = False
+) -> dict[str, jax.Array]:
     """Fresh parameters as Hugging Face initialises them: normal weights, norms 1, biases 0.
 
     Each tensor depends on the key and its own name only.
@@ -359,6 +371,7 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.floa
         config: The model's shape.
         key: A JAX random key.
         dtype: Of the result; drawn in float32.
+        packed: Whether the weights in ``ADAPTED`` are packed, see ``storage``.
     """
 
     def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
@@ -370,7 +383,8 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.floa
         if not name.startswith(LAYERS):
             return normal(own, shape)
         # layer by layer: the float32 draw of a whole stack can be larger than the model
-        return jax.lax.map(lambda k: normal(k, shape[1:]), jax.random.split(own, shape[0]))
+        hold = pack if packed and name in ADAPTED else lambda x: x
+        return jax.lax.map(lambda k: hold(normal(k, shape[1:])), jax.random.split(own, shape[0]))
 
     def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return (config.initializer_range * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
@@ -378,8 +392,14 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.floa
     return {name: draw(name, shape) for name, shape in _structure(config)[1].items()}
 
 
+def unpacked(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Parameters of which none is held packed, see ``storage``."""
+    dtype = params[EMBEDDING].dtype
+    return {name: unpack(param, dtype) if name in ADAPTED else param for name, param in params.items()}
+
+
 def bind(config: ModelConfig, params: Mapping[str, jax.Array]) -> CausalLM:
-    """The model with these parameters; cheap, and usable while tracing.
+    """The model with these parameters, packed ones too; cheap, and usable while tracing.
 
     Raises:
         ValueError: If a parameter is missing, unknown or of the wrong shape; it is named.

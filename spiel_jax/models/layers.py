@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from spiel_jax.blocks import constrain
 from spiel_jax.models.storage import named
 from spiel_jax.products import linear
 
@@ -67,7 +68,8 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[...] integers give [..., D]; an id beyond the vocabulary gives NaN, not another row."""
-        return jnp.take(self.weight[...], tokens, axis=0, mode="fill")
+        table = constrain(self.weight[...], "tensor", None)
+        return jnp.take(table, tokens, axis=0, mode="fill")
 
 
 class RMSNorm(nnx.Module):

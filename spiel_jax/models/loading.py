@@ -24,13 +24,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from spiel_jax.models.config import ModelConfig
-from spiel_jax.models.decoder import abstract_params, init_params
+from spiel_jax.models.decoder import EMBEDDING, abstract_params, init_params
 from spiel_jax.models.gguf_reader import GGUFFile
 from spiel_jax.models.names import Stored, check_tensors, expected_tensors
 from spiel_jax.models.safetensors_reader import SafetensorsFolder
+from spiel_jax.models.storage import stored_like
 
 _HEAD = "lm_head.weight"
-_EMBEDDING = "model.embed_tokens.weight"
 
 
 class Checkpoint(Protocol):
@@ -68,6 +68,7 @@ class ModelSource:
         *,
         sharding: Callable[[str], Sharding] | None = None,
         seed: int = 0,
+        packed: bool = False,
         progress: bool = True,
     ) -> dict[str, jax.Array]:
         """Load every parameter.
@@ -77,10 +78,11 @@ class ModelSource:
             sharding: Gives the sharding of a parameter by its name; it must not split the layers.
                 None: everything on the default device.
             seed: Of random weights; otherwise without effect.
+            packed: Hold the weights in ``ADAPTED`` packed, as training does; see ``storage``.
             progress: Show a progress bar if loading takes longer than a second.
 
         Returns:
-            The parameters by name, as ``abstract_params(config, dtype)`` describes them.
+            The parameters by name, as ``abstract_params(config, dtype, packed=packed)`` describes them.
 
         Raises:
             ValueError: If the dtype is not floating, or a tied model ships a head that differs from
@@ -89,14 +91,14 @@ class ModelSource:
         dtype = jnp.dtype(dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"parameters must be floating point, got dtype {dtype}")
-        specs = abstract_params(self.config, dtype)
-        total = sum(spec.size * dtype.itemsize for spec in specs.values())
+        specs = abstract_params(self.config, dtype, packed=packed)
+        total = sum(spec.size * spec.dtype.itemsize for spec in specs.values())
         with tqdm(
             total=total, unit="B", unit_scale=True, desc="loading", delay=1, disable=not progress
         ) as bar:
             if self.checkpoint is None:
-                return self._draw(specs, sharding, seed, bar)
-            return self._read(self.checkpoint, specs, sharding, bar)
+                return self._draw(dtype, specs, sharding, seed, bar)
+            return self._read(self.checkpoint, dtype, specs, sharding, bar)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that comes with the weights, with its chat template if it has one.
@@ -113,6 +115,7 @@ class ModelSource:
 
     def _draw(
         self,
+        dtype: jnp.dtype,
         specs: Mapping[str, jax.ShapeDtypeStruct],
         sharding: Callable[[str], Sharding] | None,
         seed: int,
@@ -121,8 +124,11 @@ class ModelSource:
         params = {}
         for name, spec in specs.items():
             # one program per parameter: what the others need is removed as dead code
+            packed = spec.dtype != dtype
             draw = jax.jit(
-                lambda key, name=name, dtype=spec.dtype: init_params(self.config, key, dtype)[name],
+                lambda key, name=name, packed=packed: init_params(self.config, key, dtype, packed=packed)[
+                    name
+                ],
                 out_shardings=_place(sharding, name),
             )
             params[name] = draw(jax.random.key(seed)).block_until_ready()
@@ -132,14 +138,15 @@ class ModelSource:
     def _read(
         self,
         checkpoint: Checkpoint,
+        dtype: jnp.dtype,
         specs: Mapping[str, jax.ShapeDtypeStruct],
         sharding: Callable[[str], Sharding] | None,
         bar: tqdm,
     ) -> dict[str, jax.Array]:
         ships_head = self.config.tie_embeddings and _HEAD in checkpoint.stored
-        if ships_head and not np.array_equal(checkpoint.read(_HEAD), checkpoint.read(_EMBEDDING)):
+        if ships_head and not np.array_equal(checkpoint.read(_HEAD), checkpoint.read(EMBEDDING)):
             raise ValueError(
-                f"{checkpoint.path} is a tied model, but {_HEAD} differs from {_EMBEDDING}: "
+                f"{checkpoint.path} is a tied model, but {_HEAD} differs from {EMBEDDING}: "
                 'set "tie_word_embeddings" to false in its config.json if the head is meant'
             )
         params = {}
@@ -148,7 +155,7 @@ class ModelSource:
             if slot.layer in (None, 0):
                 params[slot.parameter] = _zeros(spec, place)
             param, tensor = params[slot.parameter], checkpoint.read(name)
-            params[slot.parameter] = _write(param, tensor, slot.layer, place)
+            params[slot.parameter] = _write(param, tensor, dtype, slot.layer, place)
             bar.update(tensor.size * spec.dtype.itemsize)
         return params
 
@@ -262,18 +269,20 @@ def _zeros(spec: jax.ShapeDtypeStruct, place: Sharding) -> jax.Array:
     return jax.jit(lambda: jnp.zeros(spec.shape, spec.dtype), out_shardings=place)()
 
 
-def _write(param: jax.Array, tensor: np.ndarray, layer: int | None, place: Sharding) -> jax.Array:
+def _write(
+    param: jax.Array, tensor: np.ndarray, dtype: jnp.dtype, layer: int | None, place: Sharding
+) -> jax.Array:
     """Put a tensor in its place in a parameter, whose buffer is reused."""
     # the rank of the parameter, so that its sharding fits
     rows = tensor if layer is None else tensor[None]  # [1 or V, ...]
     part = jax.make_array_from_callback(rows.shape, place, lambda index: rows[index])
     # waiting bounds the tensors in flight to one
-    return _writer(place)(param, part, np.int32(layer or 0)).block_until_ready()
+    return _writer(dtype, place)(param, part, np.int32(layer or 0)).block_until_ready()
 
 
 @functools.cache
-def _writer(place: Sharding) -> Callable[[jax.Array, jax.Array, np.int32], jax.Array]:
+def _writer(dtype: jnp.dtype, place: Sharding) -> Callable[[jax.Array, jax.Array, np.int32], jax.Array]:
     def write(param: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(param, part.astype(param.dtype), start, axis=0)
+        return lax.dynamic_update_slice_in_dim(param, stored_like(part.astype(dtype), param), start, axis=0)
 
     return jax.jit(write, donate_argnums=0, out_shardings=place)

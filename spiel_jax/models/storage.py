@@ -2,8 +2,9 @@
 
 A CPU has no 16-bit float arithmetic but in products, so XLA's CPU backend rewrites every other operation on
 bfloat16 to float32. For slices of a stack inside a loop that means a float32 copy of the whole stack, made
-outside the loop: twice the memory, and time. Integers are left alone; so there, and only there, such stacks
-go through loops as the integers of the same bits.
+outside the loop, and for a scatter a float32 copy of its operand: twice the memory, and time. Integers are
+left alone; so there, and only there, such stacks are held and go through loops as the integers of the same
+bits.
 """
 
 from typing import Any
@@ -13,19 +14,33 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+_BITS = jnp.uint16
+
 
 def _as_bits(dtype: Any) -> bool:
-    return jax.default_backend() == "cpu" and dtype in (jnp.bfloat16, jnp.float16)
+    device = jax.sharding.get_abstract_mesh().abstract_device  # of the mesh in force: it may not be here
+    platform = jax.default_backend() if device is None else device.platform
+    return platform == "cpu" and dtype in (jnp.bfloat16, jnp.float16)
 
 
 def pack(x: jax.Array) -> jax.Array:
     """The bits of a 16-bit array, as integers, where that helps. Not differentiable there."""
-    return lax.bitcast_convert_type(x, jnp.uint16) if _as_bits(x.dtype) else x
+    return lax.bitcast_convert_type(x, _BITS) if _as_bits(x.dtype) else x
 
 
 def unpack(x: jax.Array, dtype: Any) -> jax.Array:
     """The inverse of ``pack``."""
     return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
+
+
+def packed_dtype(dtype: Any) -> Any:
+    """The dtype of what ``pack`` makes of an array of ``dtype``."""
+    return jnp.dtype(_BITS) if _as_bits(dtype) else jnp.dtype(dtype)
+
+
+def stored_like(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """``x`` as an array of its dtype is held in ``weight``: packed if that is."""
+    return lax.bitcast_convert_type(x, _BITS) if weight.dtype == _BITS else x
 
 
 def loop_dtype(dtype: Any) -> Any:

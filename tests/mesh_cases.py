@@ -1,0 +1,117 @@
+"""A model that eight devices divide in every way, and runs of it on meshes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import spiel_jax as sj
+from spiel_jax.config import LINEAR_LAYERS
+from spiel_jax.models import ModelConfig, abstract_params, init_params, layer_names
+from spiel_jax.models.sharding import (
+    batch_sharding,
+    make_mesh,
+    param_sharding,
+    state_shardings,
+    weight_axes,
+    weight_grid,
+)
+from spiel_jax.objective import Objective
+from spiel_jax.optim import aged_adamw, sparse_sm3
+from spiel_jax.sparse_training import SparseTraining
+
+CONFIG = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=3,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=4,
+    max_positions=64,
+    tie_embeddings=False,
+    initializer_range=0.3,
+)
+BLOCKS = {"fsdp": 8, "tensor": 8}
+ROWS, LENGTH = 8, 12
+PLAN = sj.Reselection(8, every=4, accumulation=2)
+
+
+def adapted(blocks=BLOCKS, rules=LINEAR_LAYERS, config=CONFIG, num_tunable=3 * 1600):
+    targets = sj.find_targets(
+        abstract_params(config),
+        num_tunable=num_tunable,
+        rules=rules,
+        grid=lambda name: weight_grid(name, blocks),
+        layer_names=lambda name, stack: layer_names(name, stack[0]),
+    )
+    return {
+        name: dataclasses.replace(target, axes=None if target.grid == (1, 1) else weight_axes(sj_name(name)))
+        for name, target in targets.items()
+    }
+
+
+def sj_name(target):
+    return target.partition("@")[0]
+
+
+def method(targets, growth, *, resident=True, remat="full", config=CONFIG):
+    inner = aged_adamw(1e-2) if growth.uses_candidates else sparse_sm3(1e-2, targets)
+    tx = sj.spiel(inner, targets, growth=growth, schedule=PLAN)
+    return SparseTraining(Objective(config, remat, loss_chunk=16), tx, targets, growth, resident)
+
+
+def batch(seed, micro_batches=1, rows=ROWS, length=LENGTH, vocab=CONFIG.vocab_size):
+    rng = np.random.default_rng(seed)
+    shape = (micro_batches, rows, length)
+    tokens = rng.integers(0, vocab, (*shape[:2], length + 1)).astype(np.int32)
+    return {
+        "tokens": tokens[..., :-1],
+        "targets": tokens[..., 1:],
+        "weights": (rng.random(shape) < 0.7).astype(np.float32),
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape).copy(),
+        "segment_ids": np.ones(shape, np.int32),
+    }
+
+
+def mesh_of(data, fsdp, tensor):
+    devices = jax.devices()[: data * fsdp * tensor]
+    return make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, devices)
+
+
+def placed(training, mesh, dtype=jnp.float32, config=CONFIG):
+    """The first state on a mesh, and where its arrays lie."""
+    params = init_params(config, jax.random.key(0), dtype)
+    params = {n: jax.device_put(p, param_sharding(n, p.shape, mesh)) for n, p in params.items()}
+    shardings = state_shardings(jax.eval_shape(training.init, params), training.targets, mesh)
+    return jax.jit(lambda p: training.init(p), out_shardings=shardings)(params), shardings
+
+
+def compiled_step(training, mesh, shardings):
+    return jax.jit(
+        lambda state, batch, phase, reselect: training.step(state, batch, phase=phase, reselect=reselect),
+        static_argnames=("phase", "reselect"),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
+
+
+def run(training, mesh, steps=8, micro_batches=1):
+    """Final state on the host, and the losses."""
+    with jax.set_mesh(mesh):
+        state, shardings = placed(training, mesh)
+        step = compiled_step(training, mesh, shardings)
+        losses = []
+        for number in range(1, steps + 1):
+            data = jax.device_put(batch(number, micro_batches), batch_sharding(mesh, 1))
+            phase = PLAN.phase(number) if training.growth.uses_candidates else sj.Phase.PLAIN
+            state, metrics = step(state, data, phase=phase, reselect=bool(PLAN.reselects(number)))
+            losses.append(float(metrics["loss"]))
+        assert state.params["model.layers.mlp.up_proj.weight"].sharding.mesh == mesh
+        return jax.device_get(state), losses
+
+
+def positions(state):
+    return {name: np.asarray(d.indices) for name, d in optax.tree.get(state.opt_state, "active").items()}
