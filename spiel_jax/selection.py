@@ -11,6 +11,7 @@ decide exactly.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -47,16 +48,17 @@ def _count(condition: jax.Array) -> jax.Array:
     return jnp.sum(condition, dtype=jnp.int32)
 
 
-def kth_largest(entries: jax.Array, n: jax.Array | int) -> jax.Array:
+def kth_largest(entries: jax.Array, n: jax.Array | int, without: jax.Array | None = None) -> jax.Array:
     """The n-th largest magnitude of floats; NaN entries are left out.
 
     Args:
         entries: Floats of any shape; NaN marks an entry that cannot be chosen.
         n: How many entries are wanted, at least 1; may be traced.
+        without: Those of the ``entries`` that cannot be chosen either, or None.
 
     Returns:
         Scalar of the dtype of ``entries``: the largest t with ``count(|entries| >= t) >= n``, and 0 where
-        fewer than n entries are not NaN.
+        fewer than n entries can be chosen.
     """
     bits = _bits_dtype(entries.dtype)
     infinity = lax.bitcast_convert_type(jnp.array(jnp.inf, entries.dtype), bits)
@@ -64,7 +66,8 @@ def kth_largest(entries: jax.Array, n: jax.Array | int) -> jax.Array:
     def enough(t: jax.Array) -> jax.Array:
         threshold = lax.bitcast_convert_type(t, entries.dtype)
         # two comparisons: |entries| would be taken out of the loop, and be a second dense array
-        return _count((entries >= threshold) | (entries <= -threshold)) >= n
+        reach = lambda x: _count((x >= threshold) | (x <= -threshold))  # noqa: E731
+        return reach(entries) - (0 if without is None else reach(without)) >= n
 
     t = _bisect(enough, jnp.zeros((), bits), infinity)
     return lax.bitcast_convert_type(t, entries.dtype)
@@ -117,6 +120,19 @@ def drop(values: jax.Array, indices: jax.Array, n: jax.Array | int) -> jax.Array
     return ~kept
 
 
+def _bitset(members: jax.Array, size: int) -> jax.Array:
+    """Words of 32 bits, [size / 32 + 1] uint32, that have a bit for each of ``members`` below ``size``."""
+    words = jnp.zeros((size // _BLOCK + 1,), jnp.uint32)
+    bit = jnp.left_shift(jnp.uint32(1), (members % _BLOCK).astype(jnp.uint32))
+    word = jnp.where(members < size, members // _BLOCK, words.size)
+    return words.at[word].add(bit, mode="drop")  # members are distinct: adding their bits is "or"
+
+
+def _in_bitset(words: jax.Array, positions: jax.Array) -> jax.Array:
+    found = words.at[positions // _BLOCK].get(mode="fill", fill_value=0)
+    return (jnp.right_shift(found, (positions % _BLOCK).astype(jnp.uint32)) & 1) == 1
+
+
 def isin(positions: jax.Array, members: jax.Array, size: int) -> jax.Array:
     """Whether each of ``positions`` [K] is one of ``members`` [M], through a set of size / 8 bytes.
 
@@ -128,13 +144,7 @@ def isin(positions: jax.Array, members: jax.Array, size: int) -> jax.Array:
     Returns:
         [K] bool.
     """
-    words = jnp.zeros((size // 32 + 1,), jnp.uint32)
-    bit = jnp.left_shift(jnp.uint32(1), (members % 32).astype(jnp.uint32))
-    word = jnp.where(members < size, members // 32, words.size)
-    words = words.at[word].add(bit, mode="drop")  # members are distinct: adding their bits is "or"
-    found = words.at[positions // 32].get(mode="fill", fill_value=0)
-    found = jnp.right_shift(found, (positions % 32).astype(jnp.uint32)) & 1
-    return (found == 1) & (positions < size)
+    return _in_bitset(_bitset(members, size), positions) & (positions < size)
 
 
 def compact(mask: jax.Array, payload: jax.Array, slots: int, fill: int) -> jax.Array:
@@ -183,45 +193,55 @@ def replace(indices: jax.Array, dropped: jax.Array, incoming: jax.Array, size: i
     return Replacement(jnp.where(leaving, new, indices), leaving, source)
 
 
-def _compact_dense(chosen: Callable[[jax.Array], jax.Array], flat: jax.Array, slots: int):
-    """Ascending positions at which ``chosen(flat)`` holds, in ``slots`` slots, ``flat.size`` as filler.
+def _marks(chosen: jax.Array) -> jax.Array:
+    """[N] bool as words of 32 bits, [N / 32] uint32; N is a multiple of 32."""
+    bits = jnp.left_shift(jnp.uint32(1), jnp.arange(_BLOCK, dtype=jnp.uint32))
+    # distinct bits: their sum is "or"
+    return jnp.sum(jnp.where(chosen.reshape(-1, _BLOCK), bits[None], 0), axis=1, dtype=jnp.uint32)
 
-    Counts per block of 32 entries first, so that only [size / 32] and [slots] integers are materialised.
-    """
-    size = flat.size
-    blocks = flat.reshape(-1, _BLOCK)
-    counts = jnp.sum(chosen(blocks), axis=1, dtype=jnp.int32)
+
+def _positions(marks: jax.Array, slots: int) -> jax.Array:
+    """Ascending positions of the bits of ``marks`` [W] in ``slots`` slots, 32 W as filler."""
+    counts = lax.population_count(marks).astype(jnp.int32)
     ends = jnp.cumsum(counts)
     starts = ends - counts
-    # block of each slot: mark the first slot of every non-empty block, then spread by a running maximum
-    marks = jnp.zeros((slots,), jnp.int32)
-    marks = marks.at[jnp.where(counts > 0, starts, slots)].set(
-        jnp.arange(blocks.shape[0], dtype=jnp.int32), mode="drop"
+    # word of each slot: mark the first slot of every word with bits, then spread by a running maximum
+    firsts = jnp.zeros((slots,), jnp.int32)
+    firsts = firsts.at[jnp.where(counts > 0, starts, slots)].set(
+        jnp.arange(marks.size, dtype=jnp.int32), mode="drop"
     )
-    block = lax.cummax(marks)
-    rank = jnp.arange(slots, dtype=jnp.int32) - starts[block]
-
-    def scan_column(column: jax.Array, carry: tuple[jax.Array, jax.Array]):
-        seen, offset = carry
-        here = flat.at[block * _BLOCK + column].get(mode="promise_in_bounds")
-        seen = seen + chosen(here).astype(jnp.int32)
-        return seen, offset + (seen <= rank)
-
-    zeros = jnp.zeros((slots,), jnp.int32)
-    _, offset = lax.fori_loop(0, _BLOCK, scan_column, (zeros, zeros), unroll=8)
-    live = jnp.arange(slots, dtype=jnp.int32) < ends[-1]
-    return jnp.where(live, block * _BLOCK + offset, size)
+    word = lax.cummax(firsts)
+    slot = jnp.arange(slots, dtype=jnp.int32)
+    offset = _nth_bit(marks[word], slot - starts[word])
+    return jnp.where(slot < ends[-1], word * _BLOCK + offset, marks.size * _BLOCK)
 
 
-def _top_exact(flat: jax.Array, k: int) -> jax.Array:
-    """Positions of the k largest magnitudes by bisection over all entries: always right, 31 passes."""
-    threshold = kth_largest(flat, k)
-    above = _count(jnp.abs(flat) > threshold)
-    strictly = _compact_dense(lambda x: jnp.abs(x) > threshold, flat, k)
-    ties = _compact_dense(lambda x: jnp.abs(x) == threshold, flat, k)
+def _nth_bit(words: jax.Array, rank: jax.Array) -> jax.Array:
+    """Place, int32, of the bit of each word that ``rank`` bits precede."""
+    place = jnp.zeros_like(rank)
+    for width in (16, 8, 4, 2, 1):
+        low = words & jnp.uint32((1 << width) - 1)
+        below = lax.population_count(low).astype(jnp.int32)
+        higher = rank >= below
+        rank = jnp.where(higher, rank - below, rank)
+        words = jnp.where(higher, words >> width, low)
+        place = jnp.where(higher, place + width, place)
+    return place
+
+
+def _top_exact(flat: jax.Array, k: int, exclude: jax.Array | None, excluded: jax.Array) -> jax.Array:
+    """Positions of the k largest magnitudes by bisection over all entries: always right, 31 passes.
+
+    ``excluded`` [N / 32] has a bit for each of ``exclude``.
+    """
+    without = None if exclude is None else flat.at[exclude].get(mode="fill", fill_value=jnp.nan)
+    threshold = kth_largest(flat, k, without)
+    above = _marks((flat > threshold) | (flat < -threshold)) & ~excluded
+    tied = _marks((flat == threshold) | (flat == -threshold)) & ~excluded
     slot = jnp.arange(k, dtype=jnp.int32)
-    joined = jnp.where(slot < above, strictly, ties[jnp.maximum(slot - above, 0)])
-    return jnp.sort(joined)
+    count = jnp.sum(lax.population_count(above), dtype=jnp.int32)
+    ties = _positions(tied, k)
+    return jnp.sort(jnp.where(slot < count, _positions(above, k), ties[jnp.maximum(slot - count, 0)]))
 
 
 def _sampling(k: int) -> tuple[int, int]:
@@ -237,14 +257,14 @@ def _sampling(k: int) -> tuple[int, int]:
 def top_magnitudes(dense: jax.Array, k: int, exclude: jax.Array | None = None) -> jax.Array:
     """Positions of the k entries of largest magnitude, exactly; ties: lowest position first.
 
-    A bound from a sample of the entries cuts the matrix down to little more than k of them, and the exact
-    bisection runs on those; where the bound turns out too high or too low (a count tells), the bisection
-    runs on all entries. No dense temporary, nothing dense is sorted.
+    A bound from a sample of the entries cuts the matrix down to little more than k of them, in one pass that
+    leaves a bit per entry, and the exact bisection runs on those; where the bound turns out too high or too
+    low (a count tells), the bisection runs on all entries. No dense temporary, nothing dense is sorted.
 
     Args:
         dense: Floats of any shape. NaN entries are never chosen.
         k: How many, static.
-        exclude: [A] positions that must not be chosen (the active ones), or None.
+        exclude: [A] distinct positions that must not be chosen (the active ones), or None.
 
     Returns:
         [k] int32, ascending; ``dense.size`` in the last slots where fewer than k entries can be chosen.
@@ -260,28 +280,33 @@ def top_magnitudes(dense: jax.Array, k: int, exclude: jax.Array | None = None) -
     if size > jnp.iinfo(jnp.int32).max - _BLOCK:  # positions in the padding must fit too
         raise ValueError(f"{size} entries do not fit int32 positions: use a finer block grid")
     flat = dense.reshape(-1)
-    if exclude is not None:
-        flat = flat.at[exclude].set(jnp.nan, mode="drop")
     if size % _BLOCK:
         flat = jnp.pad(flat, (0, -size % _BLOCK), constant_values=jnp.nan)
     if k == 0:
         return jnp.zeros((0,), jnp.int32)
 
+    excluded = jnp.zeros((flat.size // _BLOCK,), jnp.uint32)
+    if exclude is not None:
+        excluded = _bitset(exclude, size)[: excluded.size]
+    all_entries = partial(_top_exact, flat, k, exclude, excluded)
+
     rank, room = _sampling(k)
     if room >= size // 2:  # too small a matrix for a sample to save anything
-        return jnp.minimum(_top_exact(flat, k), size)
+        return jnp.minimum(all_entries(), size)
 
-    bound = kth_largest(flat[::_SAMPLE], rank)
-    count = _count(jnp.abs(flat) >= bound)
+    places = jnp.arange(0, flat.size, _SAMPLE, dtype=jnp.int32)
+    bound = kth_largest(jnp.where(_in_bitset(excluded, places), jnp.nan, flat[::_SAMPLE]), rank)
+    marks = _marks((flat >= bound) | (flat <= -bound)) & ~excluded
+    count = jnp.sum(lax.population_count(marks), dtype=jnp.int32)
 
     def few() -> jax.Array:
-        positions = _compact_dense(lambda x: jnp.abs(x) >= bound, flat, room)
+        positions = _positions(marks, room)
         entries = jnp.abs(flat.at[positions].get(mode="fill", fill_value=jnp.nan))
         chosen = largest(entries, positions, k)
         return compact(chosen, positions, k, size)
 
     fits = (count >= k) & (count <= room)
-    return jnp.minimum(lax.cond(fits, few, lambda: _top_exact(flat, k)), size)
+    return jnp.minimum(lax.cond(fits, few, all_entries), size)
 
 
 def top_products(

@@ -102,10 +102,12 @@ def _collect(x: jax.Array, dy: jax.Array, adapter: SparseLinear) -> tuple:
     def collect(x: jax.Array, dy: jax.Array, active: Any, candidates: Any, proposal: Any) -> tuple:
         proposes = proposal is not None
         # what is transposed on its way into the product is the narrower of the two
-        turned = x.shape[-1] < dy.shape[-1] and not proposes
+        turned = x.shape[-1] < dy.shape[-1]
         with jax.named_scope("weight_gradient"):
             gradient = weight_gradient(dy, x) if turned else weight_gradient(x, dy)  # [in, out] if turned
-            gradient = reduced(gradient) if proposes else gradient
+            if proposes:
+                # the barrier keeps XLA from exchanging the operands again
+                gradient = reduced(lax.optimization_barrier(gradient).T if turned else gradient)
 
         def entries(indices: jax.Array) -> jax.Array:
             if proposes:
@@ -155,6 +157,8 @@ def _propose(gradient: jax.Array, adapter: SparseLinear) -> jax.Array:
         parts = (entries, positions // columns, positions % columns)
         return jnp.stack([part.astype(slots.dtype) for part in parts])
 
+    if blocks.shape[0] == 1:  # a loop would copy the block
+        return one((blocks[0], exclude[0])).reshape(slots.shape)
     return lax.map(one, (blocks, exclude)).reshape(slots.shape)
 
 
