@@ -1,5 +1,6 @@
 """From a checked config to the objects of a run: learning-rate schedule, optimizer, method."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,9 +14,11 @@ from spiel_jax.baselines import NoGrowth, RandomGrowth, magnitude_positions
 from spiel_jax.config import SPARSE, Config, flatten
 from spiel_jax.growth import AccumulatedGradients, Growth
 from spiel_jax.models import ModelConfig, abstract_params, layer_names
+from spiel_jax.models.sharding import weight_axes, weight_grid
 from spiel_jax.objective import Objective
 from spiel_jax.optim import aged_adamw, sparse_sm3
 from spiel_jax.schedules import Reselection
+from spiel_jax.sparse import parameter_name
 from spiel_jax.sparse_training import SparseTraining
 from spiel_jax.targets import Target, find_targets
 from spiel_jax.training import DenseTraining, Training
@@ -76,13 +79,19 @@ def targets(config: Config, model: ModelConfig) -> dict[str, Target]:
     """
     if config.method not in SPARSE:
         return {}
-    return find_targets(
+    blocks = {axis: number or 1 for axis, number in config.targets.grid.items()}
+    found = find_targets(
         abstract_params(model),
         density=config.targets.density,
         num_tunable=config.targets.num_tunable,
         rules=tuple(config.targets.rules),
+        grid=partial(weight_grid, blocks=blocks),
         layer_names=lambda name, stack: layer_names(name, stack[0]),
     )
+    return {
+        name: target if target.grid == (1, 1) else replace(target, axes=weight_axes(parameter_name(name)))
+        for name, target in found.items()
+    }
 
 
 def training(

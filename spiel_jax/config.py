@@ -24,7 +24,7 @@ METHODS = (*SPARSE, "lora", "ia3", "full")
 LINEAR_LAYERS = (r"model\.layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj\.weight",)
 """Default rules: every linear layer inside the transformer blocks."""
 
-ADJUSTABLE = ("log_every", "checkpoint_every", "checkpoint_keep", "profile", "sample.*")
+ADJUSTABLE = ("log_every", "checkpoint_every", "checkpoint_keep", "mesh.*", "profile", "sample.*")
 """Keys that may differ when a run is continued: they change nothing that is trained."""
 
 
@@ -59,6 +59,15 @@ def default_config() -> Config:
                 "rules": LINEAR_LAYERS,  # regular expressions on names, first match wins; of adapters too
                 "density": optional(float),  # of sparse methods: tunable entries as a share of all parameters
                 "num_tunable": optional(int),  # or their number
+                # blocks of each weight along the mesh axes, each with its own share of the entries; a run's
+                # mesh must divide them. Default: as the mesh at the start; 1 and 1 is the paper's algorithm
+                "grid": {"fsdp": optional(int), "tensor": optional(int)},
+            },
+            # devices along each axis; -1: the rest of them
+            "mesh": {
+                "data": -1,  # each has its own sequences and all weights
+                "fsdp": 1,  # its own sequences and a part of the weights
+                "tensor": 1,  # the same sequences and a part of every layer's heads and hidden units
             },
             "spiel": {
                 "every": 20,  # steps between reselections
@@ -167,6 +176,8 @@ def check_config(config: Config) -> None:
     else:
         _check(config.steps > 0, "steps", config.steps, "at least 1")
     _check(config.seed >= 0, "seed", config.seed, "0 or more")
+    for axis, blocks in config.targets.grid.items():
+        _check(blocks is None or blocks > 0, f"targets.grid.{axis}", blocks, "at least 1")
     for key in ("eval_every", "checkpoint_every", "profile"):
         _check(config[key] >= 0, key, config[key], "0 or more")
     for key in ("log_every", "checkpoint_keep"):

@@ -16,19 +16,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
 from absl import logging as absl_logging
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from spiel_jax import build
 from spiel_jax.checkpoint import FOLDER, CheckpointError, Checkpoints
 from spiel_jax.config import (
+    SPARSE,
     Config,
     ConfigError,
     check_config,
@@ -39,19 +41,15 @@ from spiel_jax.config import (
 )
 from spiel_jax.data import Data, DataError, load_data
 from spiel_jax.generate import reply
+from spiel_jax.loop import Loop, NonFiniteError
 from spiel_jax.metrics import Recorder, table
 from spiel_jax.models.fingerprint import differing, fingerprint
-from spiel_jax.models.loading import open_model
+from spiel_jax.models.loading import ModelSource, open_model
+from spiel_jax.models.sharding import check_mesh, make_mesh, param_sharding, spread_batch, state_shardings
 from spiel_jax.profile import Profile
-from spiel_jax.schedules import Phase, Reselection
-from spiel_jax.sparse_training import SparseTraining
 from spiel_jax.training import Training, TrainState
 
 _log = logging.getLogger(__name__)
-
-
-class NonFiniteError(FloatingPointError):
-    """The loss or the gradient of a step is not finite, and the config says to stop."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +97,27 @@ def check_workdir(workdir: Path, config: Config, resume: bool) -> None:
     temporary.replace(path)
 
 
-def heldout_loss(
-    evaluate: Callable[..., tuple[jax.Array, jax.Array]], state: TrainState, batches: list[dict]
-) -> float:
-    """Mean loss over the supervised tokens of the held-out batches."""
-    sums = [evaluate(state, batch) for batch in batches]  # dispatched without waiting for each other
-    losses, tokens = np.sum(np.array(jax.device_get(sums), np.float64), axis=0)
-    return float(losses / tokens)
+def with_grid(config: Config, workdir: Path, mesh: Mesh) -> Config:
+    """The config with its block grid filled in: that of the run in the folder, or the mesh's.
+
+    Raises:
+        ConfigError: If a micro-batch cannot be spread over the mesh.
+    """
+    config = config.copy_and_resolve_references()
+    path, known = workdir / "config.json", {}
+    if path.exists() and any(child.name.isdigit() for child in workdir.glob(f"{FOLDER}/*")):
+        known = json.loads(path.read_text())
+    for axis, blocks in config.targets.grid.items():
+        if blocks is None:
+            sparse = config.method in SPARSE
+            config.targets.grid[axis] = known.get(f"targets.grid.{axis}", mesh.shape[axis] if sparse else 1)
+    rows, shards = micro_batch_size(config), mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % shards:
+        raise ConfigError(
+            f"config.micro_batch_size = {rows}: expected a multiple of {shards}, the size of data x fsdp in "
+            "config.mesh"
+        )
+    return config
 
 
 @contextmanager
@@ -158,12 +170,21 @@ def run(config: Config, workdir: str | Path, *, resume: bool = False, progress: 
         CheckpointError: If a checkpoint does not fit the run, or is of another base model.
         NonFiniteError: If a step is not finite and ``on_nonfinite`` is "stop".
     """
-    began = time.perf_counter()
     check_config(config)
     workdir = Path(workdir).expanduser()
+    mesh = make_mesh(config.mesh)
+    config = with_grid(config, workdir, mesh)
     check_workdir(workdir, config, resume)
-
     source = open_model(config.model.source, preset=config.model.preset)
+    check_mesh(source.config, mesh, config.targets.grid)
+    with jax.set_mesh(mesh):
+        return _run(config, workdir, source, mesh, resume, progress)
+
+
+def _run(
+    config: Config, workdir: Path, source: ModelSource, mesh: Mesh, resume: bool, progress: bool
+) -> Summary:
+    began = time.perf_counter()
     named = source if config.model.tokenizer is None else open_model(config.model.tokenizer)
     tokenizer = named.tokenizer()
     if len(tokenizer) > source.config.vocab_size:
@@ -178,7 +199,11 @@ def run(config: Config, workdir: str | Path, *, resume: bool = False, progress: 
     training = build.training(config, source.config, adapted, schedule, rate)
 
     params = source.load(
-        jnp.dtype(config.model.dtype), seed=config.seed, packed=config.method != "full", progress=progress
+        jnp.dtype(config.model.dtype),
+        sharding=lambda name, shape: param_sharding(name, shape, mesh),
+        seed=config.seed,
+        packed=config.method != "full",
+        progress=progress,
     )
     base_print = fingerprint(params)
     size = sum(param.size for param in params.values())
@@ -189,7 +214,9 @@ def run(config: Config, workdir: str | Path, *, resume: bool = False, progress: 
     ):
         if resume and checkpoints.latest is None:
             raise CheckpointError(f"--resume: {workdir} holds no checkpoint to continue from")
-        state = jax.jit(lambda params: training.init(params), donate_argnums=0)(params)
+        shardings = state_shardings(jax.eval_shape(training.init, params), adapted, mesh)
+        begin = jax.jit(lambda params: training.init(params), donate_argnums=0, out_shardings=shardings)
+        state = begin(params)
         del params
         tunable = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
         _log.info("%d tunable of %d parameters (%.2f%%)", tunable, size, 100 * tunable / size)
@@ -204,18 +231,20 @@ def run(config: Config, workdir: str | Path, *, resume: bool = False, progress: 
             start = facts["step"]
             batches.set_state(facts["data"])
             restored = checkpoints.restore(state)
-            state = jax.jit(lambda *parts: training.attach(*parts), donate_argnums=0)(
-                state.params, restored.trainable, restored.opt_state
+            attach = jax.jit(
+                lambda *parts: training.attach(*parts), donate_argnums=0, out_shardings=shardings
             )
+            state = attach(state.params, restored.trainable, restored.opt_state)
             _log.info("continuing after step %d of %d", start, total)
 
         def save(step: int, state: TrainState) -> None:
             facts = {"config": flatten(config), "fingerprint": base_print, "data": batches.get_state()}
             checkpoints.save(step, state, adapted, facts)
 
+        place = partial(spread_batch, mesh=mesh)
         with Recorder(workdir, start, total, progress) as recorder:
             profile = Profile(workdir / "profile", start + 3, config.profile)
-            loop = _Loop(config, training, schedule, rate, heldout, recorder, save, profile)
+            loop = Loop(config, training, schedule, rate, place, heldout, recorder, save, profile)
             state, step = loop.run(state, batches, start, total, stop_asked)
             if step < total:
                 recorder.say(f"stopped after step {step} of {total}: run the same command to continue")
@@ -235,112 +264,6 @@ def run(config: Config, workdir: str | Path, *, resume: bool = False, progress: 
     if config.sample.prompt and step == total:
         _show_sample(config, source.config, training, state, tokenizer)
     return Summary(step, loop.heldout_losses, loop.skipped, time.perf_counter() - began, rows)
-
-
-@dataclass
-class _Loop:
-    """The loop over steps. Metrics are read one step late, so that the device never waits for the host."""
-
-    config: Config
-    training: Training
-    schedule: Reselection
-    rate: Callable[[int], Any]
-    heldout: list[dict]
-    recorder: Recorder
-    save: Callable[[int, TrainState], None]
-    profile: Profile
-
-    def __post_init__(self):
-        self.heldout_losses: list[tuple[int, float]] = []
-        self.skipped = 0
-        self.seconds = 0.0
-        training = self.training
-        self._step = jax.jit(
-            lambda state, batch, phase, reselect: training.step(state, batch, phase=phase, reselect=reselect),
-            static_argnames=("phase", "reselect"),
-            donate_argnums=0,
-        )
-        self._evaluate = jax.jit(lambda state, batch: training.evaluate(state, batch))
-        self._unread: list[tuple[int, dict[str, jax.Array], int]] = []  # step, metrics, tokens
-
-    def run(
-        self,
-        state: TrainState,
-        batches: Any,
-        start: int,
-        total: int,
-        stop_asked: Callable[[], bool],
-    ) -> tuple[TrainState, int]:
-        """Steps from ``start`` to ``total``, or until asked to stop: the state and the step reached."""
-        config = self.config
-        began = time.perf_counter()
-        if start == 0:
-            self._evaluate_now(0, state)
-        micro = micro_batch_size(config)
-        step = start
-        growth = self.training.growth if isinstance(self.training, SparseTraining) else None
-        for step in range(start + 1, total + 1):
-            batch = next(batches)
-            grouped = {name: array.reshape(-1, micro, array.shape[-1]) for name, array in batch.items()}
-            estimating = growth is not None and growth.uses_candidates
-            phase = self.schedule.phase(step) if estimating else Phase.PLAIN
-            reselect = growth is not None and bool(self.schedule.reselects(step))
-            with self.profile.step(step):
-                state, metrics = self._step(state, grouped, phase=phase, reselect=reselect)
-            self._unread.append((step, metrics, int(np.count_nonzero(batch["segment_ids"]))))
-            stopping = stop_asked()
-            self.profile.end(step, state, last=stopping or step == total)
-            saving = stopping or step == total or _due(step, config.checkpoint_every)
-            evaluating = step == total or _due(step, config.eval_every)
-            if saving or evaluating:
-                self._read(keep=0)
-            elif _due(step, config.log_every):
-                self._read(keep=1)
-            if saving:
-                self.save(step, state)
-            if evaluating:
-                self._evaluate_now(step, state)
-            if saving or evaluating:
-                self.recorder.restart_clock()
-            if stopping:
-                break
-        self.seconds = time.perf_counter() - began
-        return state, step
-
-    def _evaluate_now(self, step: int, state: TrainState) -> None:
-        if self.heldout:
-            loss = heldout_loss(self._evaluate, state, self.heldout)
-            self.heldout_losses.append((step, loss))
-            self.recorder.evaluation(step, loss)
-
-    def _read(self, keep: int) -> None:
-        """Records the metrics of all steps but the last ``keep``."""
-        count = len(self._unread) - keep
-        if count < 1:
-            return
-        read, self._unread = self._unread[:count], self._unread[count:]
-        for position, (step, metrics, _) in enumerate(read):
-            numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            finite = bool(numbers.pop("finite"))
-            numbers["learning_rate"] = float(self.rate(step - 1))
-            if position == len(read) - 1:
-                self.recorder.step(step, numbers, len(read), sum(tokens for _, _, tokens in read))
-            else:
-                self.recorder.write(step, numbers)
-            if finite:
-                continue
-            what = f"step {step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}"
-            if self.config.on_nonfinite == "stop":
-                raise NonFiniteError(
-                    f"{what}. Nothing was changed by this step; the last checkpoint is whole. Lower the "
-                    "learning rate, set config.optimizer.clip_norm, or config.on_nonfinite='skip'."
-                )
-            self.skipped += 1
-            self.recorder.say(f"{what}: skipped")
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def _show_sample(config: Config, model: Any, training: Training, state: TrainState, tokenizer: Any) -> None:

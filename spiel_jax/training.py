@@ -71,6 +71,24 @@ class Training(Protocol):
         ...
 
 
+def compiled_step(training: Training, shardings: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The step of a method as a compiled function that reuses the memory of the state it is given.
+
+    Args:
+        training: The method.
+        shardings: Where the arrays of the state lie, and stay.
+
+    Returns:
+        ``step(state, batch, phase=..., reselect=...)``; one program for each phase.
+    """
+    return jax.jit(
+        lambda state, batch, phase, reselect: training.step(state, batch, phase=phase, reselect=reselect),
+        static_argnames=("phase", "reselect"),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
+
+
 def scan_micro_batches(function: Callable[[Batch], tuple[Any, Any]], batch: Batch) -> tuple[Any, Any]:
     """Sums the first result of ``function`` over micro-batches, and stacks the second.
 

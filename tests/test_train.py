@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from spiel_jax import train
 from spiel_jax.checkpoint import CheckpointError, read_facts, restore_deltas, restore_trainable
 from spiel_jax.config import LINEAR_LAYERS, ConfigError, default_config
+from spiel_jax.loop import Loop
 from spiel_jax.metrics import read_metrics
 from spiel_jax.models import open_model
 from spiel_jax.sparse import merge
@@ -42,6 +43,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def config(llama_folder, data):
     config = default_config()
+    config.mesh.data = 1
     config.model.source = str(llama_folder)
     config.model.dtype = "float32"
     config.data.sources = (str(data),)
@@ -143,8 +145,8 @@ def test_a_hundred_steps_compile_few_programs(config, tmp_path, monkeypatch, met
     config.steps = 100
     config.optimizer.learning_rate = 1e-3
     loops = []
-    original = train._Loop.run
-    monkeypatch.setattr(train._Loop, "run", lambda loop, *args: loops.append(loop) or original(loop, *args))
+    original = Loop.run
+    monkeypatch.setattr(Loop, "run", lambda loop, *args: loops.append(loop) or original(loop, *args))
     assert run(config, tmp_path).step == 100
     assert loops[0]._step._cache_size() == programs
 
@@ -359,6 +361,7 @@ def test_command_line(tmp_path, llama_folder, data):
         "    config.data.sequence_length = 64\n"
         "    config.targets.num_tunable = 200\n"
         "    config.targets.rules = (r'.*up_proj.weight',)\n"
+        "    config.mesh.data = 1\n"
         "    config.batch_size = 2\n"
         "    config.steps = 2\n"
         "    return config\n"

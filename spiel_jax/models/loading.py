@@ -66,7 +66,7 @@ class ModelSource:
         self,
         dtype: DTypeLike,
         *,
-        sharding: Callable[[str], Sharding] | None = None,
+        sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
         seed: int = 0,
         packed: bool = False,
         progress: bool = True,
@@ -75,7 +75,7 @@ class ModelSource:
 
         Args:
             dtype: Of the parameters.
-            sharding: Gives the sharding of a parameter by its name; it must not split the layers.
+            sharding: Gives the sharding of a parameter by name and shape; it must not split the layers.
                 None: everything on the default device.
             seed: Of random weights; otherwise without effect.
             packed: Hold the weights in ``ADAPTED`` packed, as training does; see ``storage``.
@@ -117,7 +117,7 @@ class ModelSource:
         self,
         dtype: jnp.dtype,
         specs: Mapping[str, jax.ShapeDtypeStruct],
-        sharding: Callable[[str], Sharding] | None,
+        sharding: Callable[[str, tuple[int, ...]], Sharding] | None,
         seed: int,
         bar: tqdm,
     ) -> dict[str, jax.Array]:
@@ -129,7 +129,7 @@ class ModelSource:
                 lambda key, name=name, packed=packed: init_params(self.config, key, dtype, packed=packed)[
                     name
                 ],
-                out_shardings=_place(sharding, name),
+                out_shardings=_place(sharding, name, spec),
             )
             params[name] = draw(jax.random.key(seed)).block_until_ready()
             bar.update(params[name].nbytes)
@@ -140,7 +140,7 @@ class ModelSource:
         checkpoint: Checkpoint,
         dtype: jnp.dtype,
         specs: Mapping[str, jax.ShapeDtypeStruct],
-        sharding: Callable[[str], Sharding] | None,
+        sharding: Callable[[str, tuple[int, ...]], Sharding] | None,
         bar: tqdm,
     ) -> dict[str, jax.Array]:
         ships_head = self.config.tie_embeddings and _HEAD in checkpoint.stored
@@ -151,7 +151,8 @@ class ModelSource:
             )
         params = {}
         for name, slot in expected_tensors(self.config, checkpoint.naming).items():
-            spec, place = specs[slot.parameter], _place(sharding, slot.parameter)
+            spec = specs[slot.parameter]
+            place = _place(sharding, slot.parameter, spec)
             if slot.layer in (None, 0):
                 params[slot.parameter] = _zeros(spec, place)
             param, tensor = params[slot.parameter], checkpoint.read(name)
@@ -261,8 +262,10 @@ def _download(source: str, cache_dir: str | Path | None) -> Path:
     return Path(folder)
 
 
-def _place(sharding: Callable[[str], Sharding] | None, name: str) -> Sharding:
-    return jnp.zeros(()).sharding if sharding is None else sharding(name)
+def _place(
+    sharding: Callable[[str, tuple[int, ...]], Sharding] | None, name: str, spec: jax.ShapeDtypeStruct
+) -> Sharding:
+    return jnp.zeros(()).sharding if sharding is None else sharding(name, spec.shape)
 
 
 def _zeros(spec: jax.ShapeDtypeStruct, place: Sharding) -> jax.Array:

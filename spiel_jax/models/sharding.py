@@ -5,11 +5,11 @@ own examples too, and a part of the weights, which are collected for their use l
 the same examples, and a part of every layer's heads and hidden units.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spiel_jax.blocks import Axes
@@ -61,7 +61,7 @@ def mesh_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
     """The sizes of all mesh axes, with that of an axis of -1 filled in.
 
     Raises:
-        ValueError: If a size is neither positive nor -1, several are -1, or they do not make up the devices.
+        ValueError: If a size is neither positive nor -1, several are -1, or there are not enough devices.
 
     Example:
         >>> mesh_sizes({"data": -1, "fsdp": 2, "tensor": 1}, 8)
@@ -74,11 +74,13 @@ def mesh_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
     open_axes = [name for name, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
         raise ValueError(f"mesh of {shown}: only one axis can take the rest of the devices")
-    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    known = math.prod(size for size in sizes.values() if size != -1)
     if open_axes and devices % known == 0:
         sizes[open_axes[0]] = devices // known
-    elif open_axes or known != devices:
-        raise ValueError(f"mesh of {shown}: the sizes do not make up {devices} devices")
+    elif open_axes:
+        raise ValueError(f"mesh of {shown}: {known} does not divide the {devices} devices")
+    elif known > devices:
+        raise ValueError(f"mesh of {shown}: that is more than the {devices} devices there are")
     return sizes
 
 
@@ -87,7 +89,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
     Args:
         sizes: Of the axes ``data``, ``fsdp`` and ``tensor``.
-        devices: Default: all devices of all processes.
+        devices: Default: all devices of all processes. The first of them are used where the sizes make up
+            fewer.
 
     Raises:
         ValueError: See ``mesh_sizes``.
@@ -95,23 +98,38 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     devices = jax.devices() if devices is None else devices
     complete = mesh_sizes(sizes, len(devices))
     kinds = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(complete.values()), MESH_AXES, axis_types=kinds, devices=devices)
+    used = devices[: math.prod(complete.values())]
+    return jax.make_mesh(tuple(complete.values()), MESH_AXES, axis_types=kinds, devices=used)
 
 
-def check_mesh(model: ModelConfig, mesh: Mesh) -> None:
-    """Makes sure that a mesh divides a model.
+def check_mesh(model: ModelConfig, mesh: Mesh, blocks: Mapping[str, int]) -> None:
+    """Makes sure that a mesh divides a model and the block grid of a run.
+
+    Args:
+        model: Shape of the model.
+        mesh: From ``make_mesh``.
+        blocks: Blocks of each weight along the mesh axes "fsdp" and "tensor".
 
     Raises:
-        ValueError: If an adapted weight cannot be cut up as the mesh asks; the weight and the axis are named.
+        ValueError: If it does not; the sizes that would do are named.
     """
+    for axis in blocks:
+        if blocks[axis] % mesh.shape[axis]:
+            fits = [size for size in range(1, blocks[axis] + 1) if blocks[axis] % size == 0]
+            fitting = math.lcm(blocks[axis], mesh.shape[axis])
+            raise ValueError(
+                f"mesh {axis}={mesh.shape[axis]} does not divide the run's grid of {blocks[axis]} blocks "
+                f"along {axis}: use a mesh of {axis}={' or '.join(map(str, fits))}, or regrid the run to "
+                f"{fitting} blocks (python -m spiel_jax.regrid)"
+            )
     for name, shape in abstract_params(model).items():
         if name not in ADAPTED:
             continue
         for size, axis in zip(shape.shape[-2:], weight_axes(name), strict=True):
-            if axis is not None and size % mesh.shape[axis]:
+            if axis is not None and size % max(mesh.shape[axis], blocks[axis]):
                 raise ValueError(
-                    f"mesh {axis}={mesh.shape[axis]} does not divide {name} of {shape.shape[-2:]}: "
-                    f"expected a divisor of {size}"
+                    f"{axis}={max(mesh.shape[axis], blocks[axis])} does not divide {name} of "
+                    f"{shape.shape[-2:]}: expected a divisor of {size}"
                 )
 
 
@@ -128,6 +146,11 @@ def param_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Of a batch's arrays [*leading, examples, tokens]."""
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, ("data", "fsdp")))
+
+
+def spread_batch(batch: Any, mesh: Mesh) -> Any:
+    """A batch's arrays [..., examples, tokens] from the host to the devices of a mesh."""
+    return jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.ndim - 2)), batch)
 
 
 def state_shardings(state: Any, targets: Mapping[str, Target], mesh: Mesh) -> Any:
