@@ -1,5 +1,6 @@
 """From a checked config to the objects of a run: learning-rate schedule, optimizer, method."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from spiel_jax.baselines import NoGrowth, RandomGrowth, magnitude_positions
 from spiel_jax.config import SPARSE, Config, flatten
 from spiel_jax.growth import AccumulatedGradients, Growth
 from spiel_jax.models import ModelConfig, abstract_params, layer_names
-from spiel_jax.models.sharding import weight_axes, weight_grid
+from spiel_jax.models.axes import weight_axes, weight_grid
 from spiel_jax.objective import Objective
 from spiel_jax.optim import aged_adamw, sparse_sm3
 from spiel_jax.schedules import Reselection
@@ -88,9 +89,14 @@ def targets(config: Config, model: ModelConfig) -> dict[str, Target]:
         grid=partial(weight_grid, blocks=blocks),
         layer_names=lambda name, stack: layer_names(name, stack[0]),
     )
+    return with_axes(found)
+
+
+def with_axes(targets: Mapping[str, Target]) -> dict[str, Target]:
+    """The targets with the mesh axes of their weights, where they have a block grid."""
     return {
         name: target if target.grid == (1, 1) else replace(target, axes=weight_axes(parameter_name(name)))
-        for name, target in found.items()
+        for name, target in targets.items()
     }
 
 

@@ -1,6 +1,8 @@
 """A model that eight devices divide in every way, and runs of it on meshes."""
 
+import collections
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +12,15 @@ import optax
 import spiel_jax as sj
 from spiel_jax.config import LINEAR_LAYERS
 from spiel_jax.models import ModelConfig, abstract_params, init_params, layer_names
-from spiel_jax.models.sharding import (
-    batch_sharding,
-    make_mesh,
-    param_sharding,
-    state_shardings,
-    weight_axes,
-    weight_grid,
-)
+from spiel_jax.models.axes import weight_axes, weight_grid
+from spiel_jax.models.decoder import ADAPTED
+from spiel_jax.models.sharding import batch_sharding, make_mesh, param_sharding, state_shardings
 from spiel_jax.objective import Objective
 from spiel_jax.optim import aged_adamw, sparse_sm3
+from spiel_jax.products import linear
+from spiel_jax.sparse import parameter_name
 from spiel_jax.sparse_training import SparseTraining
+from spiel_jax.training import compiled_step
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -48,13 +48,11 @@ def adapted(blocks=BLOCKS, rules=LINEAR_LAYERS, config=CONFIG, num_tunable=3 * 1
         layer_names=lambda name, stack: layer_names(name, stack[0]),
     )
     return {
-        name: dataclasses.replace(target, axes=None if target.grid == (1, 1) else weight_axes(sj_name(name)))
+        name: dataclasses.replace(
+            target, axes=None if target.grid == (1, 1) else weight_axes(parameter_name(name))
+        )
         for name, target in targets.items()
     }
-
-
-def sj_name(target):
-    return target.partition("@")[0]
 
 
 def method(targets, growth, *, resident=True, remat="full", config=CONFIG):
@@ -83,26 +81,17 @@ def mesh_of(data, fsdp, tensor):
 
 def placed(training, mesh, dtype=jnp.float32, config=CONFIG):
     """The first state on a mesh, and where its arrays lie."""
-    params = init_params(config, jax.random.key(0), dtype)
+    params = init_params(config, jax.random.key(0), dtype, packed=True)
     params = {n: jax.device_put(p, param_sharding(n, p.shape, mesh)) for n, p in params.items()}
     shardings = state_shardings(jax.eval_shape(training.init, params), training.targets, mesh)
     return jax.jit(lambda p: training.init(p), out_shardings=shardings)(params), shardings
-
-
-def compiled_step(training, mesh, shardings):
-    return jax.jit(
-        lambda state, batch, phase, reselect: training.step(state, batch, phase=phase, reselect=reselect),
-        static_argnames=("phase", "reselect"),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
 
 
 def run(training, mesh, steps=8, micro_batches=1):
     """Final state on the host, and the losses."""
     with jax.set_mesh(mesh):
         state, shardings = placed(training, mesh)
-        step = compiled_step(training, mesh, shardings)
+        step = compiled_step(training, shardings)
         losses = []
         for number in range(1, steps + 1):
             data = jax.device_put(batch(number, micro_batches), batch_sharding(mesh, 1))
@@ -115,3 +104,42 @@ def run(training, mesh, steps=8, micro_batches=1):
 
 def positions(state):
     return {name: np.asarray(d.indices) for name, d in optax.tree.get(state.opt_state, "active").items()}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A frozen linear whose only gradient is that of a scalar: what is left is the passes themselves."""
+
+    scale: jax.Array
+
+    def __call__(self, x, weight):
+        return linear(x, jax.lax.stop_gradient(weight)) * self.scale
+
+
+def frozen_passes(objective, params, batch):
+    """Loss, and the input gradients through every layer, of the model without anything trained."""
+    scales = {name: jnp.ones((objective.config.num_layers,)) for name in ADAPTED}
+    micro = jax.tree.map(lambda x: x[0], batch)
+
+    def loss(scales):
+        return objective(params, micro, {name: Frozen(scale) for name, scale in scales.items()}, frozen=True)
+
+    return jax.value_and_grad(loss)(scales)
+
+
+def collectives(compiled):
+    """Every array that a program's collectives give, once per instruction: Counter of (kind, dtype, shape).
+
+    Scalars are left out.
+    """
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    found = collections.Counter()
+    for line in compiled.as_text().splitlines():
+        match = re.match(rf"\s*(?:ROOT )?%\S+ = (.*?) ({kinds})(?:-start)?\(", line)
+        if match is None:
+            continue
+        for dtype, shape in re.findall(r"\b(\w+)\[([\d,]*)\]", match[1]):
+            if shape:
+                found[match[2], dtype, tuple(map(int, shape.split(",")))] += 1
+    return found

@@ -14,7 +14,7 @@ import functools
 import zlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from spiel_jax.blocks import BATCH_AXES, constrain
+from spiel_jax.models.axes import LAYERS, collected
 from spiel_jax.models.cache import KVCache
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.layers import PROJECTION, Adapter, Embedding, Linear, RMSNorm
@@ -35,8 +36,6 @@ ATTENTION = "attention"
 """Name under which ``jax.checkpoint`` policies find rotated queries and keys, and what attention has seen."""
 EMBEDDING = "model.embed_tokens.weight"
 """Name of the embedding table."""
-LAYERS = "model.layers."
-"""Prefix of the names of stacked parameters."""
 
 ADAPTED = tuple(
     f"{LAYERS}{name}.weight"
@@ -270,14 +269,19 @@ class CausalLM(nnx.Module):
         turn = rotation(positions, frequencies)
         graphdef, states = nnx.split(self.model.layers)
 
-        def own_dtype(leaf: jax.Array) -> Any:
-            return leaf.dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else dtype  # held packed
+        def used(path: tuple, part: jax.Array, whole: jax.Array) -> jax.Array:
+            held_packed = not jnp.issubdtype(whole.dtype, jnp.floating)
+            part = unpack(part, dtype if held_packed else whole.dtype)
+            name = path_name(path[:-1])
+            if LAYERS + name not in ADAPTED or not (frozen or name in adapters):
+                return part  # the gradient of a trained weight would be collected too
+            return collected(LAYERS + name, part)
 
         def body(carry: tuple, inputs: tuple) -> tuple:
             x, cache = carry
             x = x.astype(dtype)
             packed, adapters, layer, slides = inputs
-            state = jax.tree.map(lambda part, whole: unpack(part, own_dtype(whole)), packed, states)
+            state = jax.tree_util.tree_map_with_path(used, packed, states)
             mask = None
             if masks is not None:
                 mask = masks[1] if slides is None else jnp.where(slides, masks[1], masks[0])

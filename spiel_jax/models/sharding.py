@@ -12,49 +12,13 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from spiel_jax.blocks import Axes
+from spiel_jax.models.axes import MESH_AXIS, logical_axes, weight_axes
 from spiel_jax.models.config import ModelConfig
-from spiel_jax.models.decoder import ADAPTED, LAYERS, abstract_params
+from spiel_jax.models.decoder import ADAPTED, abstract_params
 from spiel_jax.sparse import parameter_name
 from spiel_jax.targets import Target
 
 MESH_AXES = ("data", "fsdp", "tensor")
-
-_MESH_AXIS = {"layers": None, "embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
-_OUTWARD = {"q_proj": "heads", "k_proj": "heads", "v_proj": "heads", "gate_proj": "mlp", "up_proj": "mlp"}
-_INWARD = {"o_proj": "heads", "down_proj": "mlp"}
-
-
-def _logical_axes(parameter: str) -> tuple[str | None, ...] | None:
-    """Logical axes of a matrix or bias of the model; None for what every device holds whole."""
-    if parameter in ("model.embed_tokens.weight", "lm_head.weight"):
-        return ("vocab", "embed")
-    layer, _, kind = parameter.removeprefix(LAYERS).partition(".")[2].rpartition(".")
-    if layer in _OUTWARD:
-        return ("layers", _OUTWARD[layer], "embed") if kind == "weight" else ("layers", _OUTWARD[layer])
-    if layer in _INWARD and kind == "weight":
-        return ("layers", "embed", _INWARD[layer])
-    return None
-
-
-def weight_axes(parameter: str) -> Axes:
-    """Mesh axes of the rows and the columns of an adapted weight.
-
-    >>> weight_axes("model.layers.mlp.down_proj.weight")
-    ('fsdp', 'tensor')
-    """
-    rows, columns = (_logical_axes(parameter) or (None, None))[-2:]
-    return _MESH_AXIS.get(rows or ""), _MESH_AXIS.get(columns or "")
-
-
-def weight_grid(parameter: str, blocks: Mapping[str, int]) -> tuple[int, int]:
-    """(rows, columns) of a weight's block grid, from the number of blocks along each mesh axis.
-
-    >>> weight_grid("model.layers.mlp.down_proj.weight", {"fsdp": 4, "tensor": 2})
-    (4, 2)
-    """
-    rows, columns = weight_axes(parameter)
-    return blocks.get(rows or "", 1), blocks.get(columns or "", 1)
 
 
 def mesh_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
@@ -135,7 +99,7 @@ def check_mesh(model: ModelConfig, mesh: Mesh, blocks: Mapping[str, int]) -> Non
 
 def param_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """Where a parameter lies; whole on every device along the axes that do not divide it."""
-    axes = [_MESH_AXIS.get(axis or "") for axis in _logical_axes(name) or ()]
+    axes = [MESH_AXIS.get(axis or "") for axis in logical_axes(name) or ()]
     kept = [
         axis if axis is not None and size % mesh.shape[axis] == 0 else None
         for axis, size in zip(axes, shape, strict=False)
@@ -148,9 +112,26 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, ("data", "fsdp")))
 
 
-def spread_batch(batch: Any, mesh: Mesh) -> Any:
-    """A batch's arrays [..., examples, tokens] from the host to the devices of a mesh."""
-    return jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.ndim - 2)), batch)
+def local_rows(rows: int, mesh: Mesh) -> list[int]:
+    """Which examples of a batch of so many the devices of this process hold, in order."""
+    parts = batch_sharding(mesh).addressable_devices_indices_map((rows, 1))
+    return sorted({row for part in parts.values() if part is not None for row in range(rows)[part[0]]})
+
+
+def spread_batch(batch: Any, mesh: Mesh, rows: int) -> Any:
+    """A batch's arrays [..., examples, tokens] from the hosts to the devices of a mesh.
+
+    Args:
+        batch: Holds this process's examples: those of ``local_rows``.
+        mesh: From ``make_mesh``.
+        rows: Number of examples in all processes together.
+    """
+
+    def spread(x: Any) -> jax.Array:
+        shape = (*x.shape[:-2], rows, x.shape[-1])
+        return jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim - 2), x, shape)
+
+    return jax.tree.map(spread, batch)
 
 
 def state_shardings(state: Any, targets: Mapping[str, Target], mesh: Mesh) -> Any:
@@ -176,14 +157,14 @@ def state_shardings(state: Any, targets: Mapping[str, Target], mesh: Mesh) -> An
                 if target.axes is None or leaf.ndim < len(target.lead):
                     return whole
                 return NamedSharding(mesh, PartitionSpec(*[None] * len(target.stack), *target.axes))
-            if _logical_axes(parameter) is None:
+            if logical_axes(parameter) is None:
                 continue
             rows, columns = weight_axes(parameter)
             if names[-1] == "lora_A":  # [layers, r, in]
                 return NamedSharding(mesh, PartitionSpec(None, None, columns))
             if names[-1] == "lora_B":  # [layers, out, r]
                 return NamedSharding(mesh, PartitionSpec(None, rows))
-            if len(leaf.shape) == len(_logical_axes(parameter) or ()):
+            if len(leaf.shape) == len(logical_axes(parameter) or ()):
                 return param_sharding(parameter, leaf.shape, mesh)
         return whole
 
