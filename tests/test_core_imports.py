@@ -7,6 +7,7 @@ CORE = [
     "spiel_jax",
     "spiel_jax.alias",
     "spiel_jax.baselines",
+    "spiel_jax.blocks",
     "spiel_jax.growth",
     "spiel_jax.inner",
     "spiel_jax.loss",

@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 
 from spiel_jax.models.decoder import EMBEDDING
+from spiel_jax.models.storage import pack
 
 
 def fingerprint(params: Mapping[str, jax.Array]) -> dict[str, str]:
@@ -23,9 +24,9 @@ def fingerprint(params: Mapping[str, jax.Array]) -> dict[str, str]:
     Returns:
         Parameter name to, for example, ``"bfloat16[30,576,576]:1c291ca3"``; sorted by name.
     """
-    digests = {name: _digest(params[name]) for name in sorted(params)}  # dispatched without waiting
     found = {}
-    for name, digest in digests.items():
+    for name in sorted(params):
+        digest = _digest(params[name])
         shape = ",".join(map(str, params[name].shape))
         dtype = params[name].dtype
         if not jnp.issubdtype(dtype, jnp.floating):  # packed
@@ -42,6 +43,7 @@ def differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
 @jax.jit
 def _digest(array: jax.Array) -> jax.Array:
     """[] uint32."""
+    array = pack(array)
     matrices = (
         array.reshape(-1, *array.shape[-2:]) if array.ndim > 2 else array.reshape(1, -1, array.shape[-1])
     )

@@ -1,5 +1,6 @@
 """GGUF files: weights dequantised one by one, config and tokenizer from the metadata."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -49,29 +50,58 @@ class GGUFFile:
         self.config = ModelConfig.from_gguf(
             self.fields,
             tied="output.weight" not in self.stored,
-            rope_factors=self._dequantise(_ROPE_FACTORS) if _ROPE_FACTORS in self.stored else None,
+            rope_factors=self._rope_factors(),
         )
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in float32, rows in the Hugging Face order."""
-        tensor = self._dequantise(name)
-        if self.fields["general.architecture"] == "llama":
-            if ".attn_q." in name:
-                return _unpermute(tensor, self.config.num_heads)
-            if ".attn_k." in name:
-                return _unpermute(tensor, self.config.num_kv_heads)
-        return tensor
+    def read(self, name: str, parts: Sequence[tuple[slice, ...]]) -> list[np.ndarray]:
+        """Parts of one tensor in float32, rows in the Hugging Face order."""
+        offset, dtype, shape, kind = self._tensors[name]
+        # mapped anew each time: what a mapped file has shown stays resident until the map is closed
+        stored = np.memmap(self.path, dtype, "r", offset, shape)
+        order = self._row_order(name)
+        return [
+            _dequantise(stored, kind, rows if order is None else order[rows], *columns)
+            for rows, *columns in parts
+        ]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the metadata describes."""
         return build_tokenizer(self.fields)
 
-    def _dequantise(self, name: str) -> np.ndarray:
-        # read, not mapped: pages of a memory map would count as resident, a second copy of the file
-        offset, dtype, shape, kind = self._tensors[name]
-        count = int(np.prod(shape))
-        raw = np.fromfile(self.path, dtype=dtype, count=count, offset=offset).reshape(shape)
-        return gguf.quants.dequantize(raw, kind)
+    def _rope_factors(self) -> np.ndarray | None:
+        return self.read(_ROPE_FACTORS, [(slice(None),)])[0] if _ROPE_FACTORS in self.stored else None
+
+    def _row_order(self, name: str) -> np.ndarray | None:
+        """Numbers in the file of a tensor's rows, in the Hugging Face order; None: as they are."""
+        if self.fields["general.architecture"] == "llama":
+            if ".attn_q." in name:
+                return _llama_cpp_rows(self.stored[name].shape[0], self.config.num_heads)
+            if ".attn_k." in name:
+                return _llama_cpp_rows(self.stored[name].shape[0], self.config.num_kv_heads)
+        return None
+
+
+def _dequantise(
+    stored: np.ndarray,
+    kind: gguf.GGMLQuantizationType,
+    rows: slice | np.ndarray,
+    columns: slice | None = None,
+) -> np.ndarray:
+    """Entries of a tensor in float32.
+
+    Args:
+        stored: [out, blocks of a row as they are in the file], or [in the file] of a vector.
+        kind: How they are stored.
+        rows: Of the matrix, or entries of the vector.
+        columns: Of the matrix; with start and stop.
+    """
+    if columns is None:  # small
+        return gguf.quants.dequantize(np.array(stored), kind)[rows]
+    size, size_bytes = gguf.GGML_QUANT_SIZES[kind]
+    width = size_bytes // stored.itemsize
+    first, end = columns.start // size, -(-columns.stop // size)  # whole blocks
+    blocks = np.array(stored[rows, first * width : end * width], order="C")
+    return gguf.quants.dequantize(blocks, kind)[:, columns.start - first * size : columns.stop - first * size]
 
 
 def _can_dequantise(kind: gguf.GGMLQuantizationType) -> bool:
@@ -83,11 +113,13 @@ def _can_dequantise(kind: gguf.GGMLQuantizationType) -> bool:
     return True
 
 
-def _unpermute(tensor: np.ndarray, heads: int) -> np.ndarray:
-    """Undo the row order of q and k that llama.cpp's converter gives the architecture "llama".
+def _llama_cpp_rows(rows: int, heads: int) -> np.ndarray:
+    """Where llama.cpp's converter puts the rows of q and k for the architecture "llama".
 
     llama.cpp rotates neighbouring pairs of a head, Hugging Face its halves: row 2i + h of a head
-    there is row h * head_dim / 2 + i here. Weights [H * head_dim, D] or biases [H * head_dim].
+    there is row h * head_dim / 2 + i here.
+
+    >>> _llama_cpp_rows(8, 2)
+    array([0, 2, 1, 3, 4, 6, 5, 7])
     """
-    pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])  # [H, head_dim / 2, 2, ...]
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(tensor.shape)
+    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(rows)

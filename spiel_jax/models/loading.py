@@ -2,13 +2,15 @@
 
 Weights are streamed: one layer's tensor at a time is read, then converted and written in place into
 the stacked parameter on the device, so that beside the parameters the host never holds more than
-one such tensor.
+one such tensor. Of a tensor that is spread over devices a process reads what its own devices hold.
 """
 
 import functools
 import importlib.util
+import itertools
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,11 +28,17 @@ from transformers import PreTrainedTokenizerBase
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import EMBEDDING, abstract_params, init_params
 from spiel_jax.models.gguf_reader import GGUFFile
-from spiel_jax.models.names import Stored, check_tensors, expected_tensors
+from spiel_jax.models.names import Slot, Stored, check_tensors, expected_tensors
 from spiel_jax.models.safetensors_reader import SafetensorsFolder
 from spiel_jax.models.storage import stored_like
 
+Index = tuple[slice, ...]
+"""A part of an array, as a slice of each axis."""
+Bounds = tuple[tuple[int, int], ...]
+"""A part of an array, as start and stop on each axis: slices cannot be keys of a dict."""
+
 _HEAD = "lm_head.weight"
+_COMPARED = 1 << 24  # entries compared at a time
 
 
 class Checkpoint(Protocol):
@@ -41,8 +49,16 @@ class Checkpoint(Protocol):
     stored: dict[str, Stored]
     naming: Callable[[str, int], list[str]]
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor by its name in the checkpoint, in Hugging Face orientation."""
+    def read(self, name: str, parts: Sequence[Index]) -> list[np.ndarray]:
+        """Parts of one tensor, by its name in the checkpoint; no more than they take is read.
+
+        Args:
+            name: One of ``stored``.
+            parts: For every axis, in Hugging Face orientation, a slice with start and stop and no step.
+
+        Returns:
+            The parts, as arrays of their own.
+        """
         ...
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -144,7 +160,7 @@ class ModelSource:
         bar: tqdm,
     ) -> dict[str, jax.Array]:
         ships_head = self.config.tie_embeddings and _HEAD in checkpoint.stored
-        if ships_head and not np.array_equal(checkpoint.read(_HEAD), checkpoint.read(EMBEDDING)):
+        if ships_head and not _equal(checkpoint, _HEAD, EMBEDDING):
             raise ValueError(
                 f"{checkpoint.path} is a tied model, but {_HEAD} differs from {EMBEDDING}: "
                 'set "tie_word_embeddings" to false in its config.json if the head is meant'
@@ -155,9 +171,9 @@ class ModelSource:
             place = _place(sharding, slot.parameter, spec)
             if slot.layer in (None, 0):
                 params[slot.parameter] = _zeros(spec, place)
-            param, tensor = params[slot.parameter], checkpoint.read(name)
-            params[slot.parameter] = _write(param, tensor, dtype, slot.layer, place)
-            bar.update(tensor.size * spec.dtype.itemsize)
+            read = functools.partial(checkpoint.read, name)
+            params[slot.parameter] = _write(params[slot.parameter], read, slot, dtype, place)
+            bar.update(math.prod(slot.shape) * spec.dtype.itemsize)
         return params
 
 
@@ -201,6 +217,20 @@ def open_model(source: str, *, preset: str | None = None, cache_dir: str | Path 
         optional=[_HEAD] if config.tie_embeddings else [],
     )
     return ModelSource(config, checkpoint)
+
+
+def distinct_parts(indices: Iterable[Index | None], shape: Sequence[int]) -> list[Bounds]:
+    """The parts of an array that these indices select, each once.
+
+    >>> distinct_parts([(slice(0, 2), slice(None)), (slice(2, 4), slice(None)), (slice(2, 4),)], (4, 8))
+    [((0, 2), (0, 8)), ((2, 4), (0, 8))]
+    """
+    return list(dict.fromkeys(_bounds(index, shape) for index in indices))
+
+
+def _bounds(index: Index | None, shape: Sequence[int]) -> Bounds:
+    slices = itertools.chain(index or (), itertools.repeat(slice(None)))
+    return tuple(part.indices(size)[:2] for part, size in zip(slices, shape, strict=False))
 
 
 def _preset(name: str | None) -> ModelConfig:
@@ -272,15 +302,41 @@ def _zeros(spec: jax.ShapeDtypeStruct, place: Sharding) -> jax.Array:
     return jax.jit(lambda: jnp.zeros(spec.shape, spec.dtype), out_shardings=place)()
 
 
+def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors are equal; every process looks at all of them, so that all come to the same."""
+    shape = checkpoint.stored[one].shape
+    if shape != checkpoint.stored[other].shape:
+        return False
+    step = max(1, _COMPARED // math.prod(shape[1:]))
+    for start in range(0, shape[0], step):
+        rows = slice(start, min(start + step, shape[0]))
+        part = (rows, *(slice(0, size) for size in shape[1:]))
+        (left,), (right,) = checkpoint.read(one, [part]), checkpoint.read(other, [part])
+        if not np.array_equal(left, right):
+            return False
+    return True
+
+
 def _write(
-    param: jax.Array, tensor: np.ndarray, dtype: jnp.dtype, layer: int | None, place: Sharding
+    param: jax.Array,
+    read: Callable[[Sequence[Index]], list[np.ndarray]],
+    slot: Slot,
+    dtype: jnp.dtype,
+    place: Sharding,
 ) -> jax.Array:
     """Put a tensor in its place in a parameter, whose buffer is reused."""
     # the rank of the parameter, so that its sharding fits
-    rows = tensor if layer is None else tensor[None]  # [1 or V, ...]
-    part = jax.make_array_from_callback(rows.shape, place, lambda index: rows[index])
+    lead = () if slot.layer is None else (1,)
+    shape = (*lead, *slot.shape)
+    held = distinct_parts(place.addressable_devices_indices_map(shape).values(), shape)
+    wanted = [tuple(slice(*bounds) for bounds in part[len(lead) :]) for part in held]
+    # devices that hold the same part share what is read
+    parts = {
+        part: found.reshape(place.shard_shape(shape)) for part, found in zip(held, read(wanted), strict=True)
+    }
+    tensor = jax.make_array_from_callback(shape, place, lambda index: parts[_bounds(index, shape)])
     # waiting bounds the tensors in flight to one
-    return _writer(dtype, place)(param, part, np.int32(layer or 0)).block_until_ready()
+    return _writer(dtype, place)(param, tensor, np.int32(slot.layer or 0)).block_until_ready()
 
 
 @functools.cache

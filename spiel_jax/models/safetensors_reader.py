@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,12 @@ class SafetensorsFolder:
         if problems:
             raise ValueError(f"{path / INDEX} and its shards disagree:\n  " + "\n  ".join(problems))
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, in the type it is stored in."""
+    def read(self, name: str, parts: Sequence[tuple[slice, ...]]) -> list[np.ndarray]:
+        """Parts of one tensor, in the type it is stored in."""
         # opened anew each time: what a mapped file has shown stays resident until it is closed
         with safe_open(self._files[name], framework="np") as file:
-            return file.get_tensor(name)
+            tensor = file.get_slice(name)
+            return [tensor[part] for part in parts]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The folder's tokenizer."""

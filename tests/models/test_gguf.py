@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from jax.sharding import NamedSharding, PartitionSpec
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spiel_jax.models.config import ModelConfig
@@ -77,7 +78,10 @@ def write(path, *, config=CONFIG, architecture="llama", kind=Kind.F32, edit=lamb
 
 def assert_loads(source, wanted, config):
     assert source.config == config
-    params = source.load(jnp.float32, progress=False)
+    assert_same(source.load(jnp.float32, progress=False), wanted, config)
+
+
+def assert_same(params, wanted, config):
     for name, param in params.items():
         layers = param if name.startswith("model.layers.") else [param]
         for theirs, ours in zip(layer_names(name, config.num_layers), layers, strict=True):
@@ -90,6 +94,24 @@ class TestTinyFiles:
     def test_dequantises(self, tmp_path, kind):
         wanted = write(tmp_path / "tiny.gguf", kind=kind)
         assert_loads(open_model(str(tmp_path / "tiny.gguf")), wanted, CONFIG)
+
+    @pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0])
+    @pytest.mark.parametrize("axes", [("rows", "columns"), ("columns", "rows")])
+    def test_shards_over_devices(self, tmp_path, kind, axes):
+        # 4 shards of 64 columns cut blocks of 32 in two, 8 of 64 rows cut a head's
+        wanted = write(tmp_path / "tiny.gguf", kind=kind)
+        source = open_model(str(tmp_path / "tiny.gguf"))
+        mesh = jax.make_mesh((2, 4), axes)
+
+        def place(name, shape):
+            spec = {1: ("columns",), 2: (None, "rows"), 3: (None, ("rows", "columns"))}[len(shape)]
+            if name == Q:
+                spec = (None, "rows", "columns")
+            return NamedSharding(mesh, PartitionSpec(*spec))
+
+        params = source.load(jnp.float32, sharding=place, progress=False)
+        assert params[Q].sharding == place(Q, params[Q].shape)
+        assert_same(params, wanted, CONFIG)
 
     def test_rounds_once_to_the_dtype_asked_for(self, tmp_path):
         wanted = write(tmp_path / "tiny.gguf", kind=Kind.Q8_0)

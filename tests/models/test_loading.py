@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +21,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from spiel_jax.models import loading
 from spiel_jax.models.config import ModelConfig
-from spiel_jax.models.decoder import abstract_params, init_params, layer_names
-from spiel_jax.models.loading import ModelSource, open_model
+from spiel_jax.models.decoder import ADAPTED, abstract_params, bind, init_params, layer_names
+from spiel_jax.models.loading import ModelSource, distinct_parts, open_model
+from spiel_jax.models.safetensors_reader import SafetensorsFolder
 
 SIZES = {
     "vocab_size": 96,
@@ -161,6 +165,186 @@ class TestFolders:
         backend.pre_tokenizer = Whitespace()
         transformers.PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(single_copy)
         assert open_model(str(single_copy)).tokenizer()("world hello").input_ids == [1, 0]
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """(name, shapes of the parts) of every read from a safetensors folder."""
+    calls = []
+    read = SafetensorsFolder.read
+
+    def recorded(self, name, parts):
+        found = read(self, name, parts)
+        calls.append((name, [part.shape for part in found]))
+        return found
+
+    monkeypatch.setattr(SafetensorsFolder, "read", recorded)
+    return calls
+
+
+def entries(shapes):
+    return sum(int(np.prod(shape)) for shape in shapes)
+
+
+SPECS = {1: ("fsdp",), 2: (None, "fsdp"), 3: (None, "fsdp", "tensor")}
+
+SHARE = """
+import json, sys
+
+import jax
+
+jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[3]))
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from spiel_jax.models.loading import open_model
+from spiel_jax.models.safetensors_reader import SafetensorsFolder
+
+source = open_model(sys.argv[1])
+whole = source.load(jnp.float32, progress=False)
+read, taken = SafetensorsFolder.read, []
+
+def counted(self, name, parts):
+    found = read(self, name, parts)
+    taken.append(sum(part.size for part in found))
+    return found
+
+SafetensorsFolder.read = counted
+mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"))  # the first axis is that of the processes
+specs = {1: ("fsdp",), 2: (None, "fsdp"), 3: (None, "fsdp", "tensor")}
+place = lambda name, shape: NamedSharding(mesh, PartitionSpec(*specs[len(shape)]))
+spread = source.load(jnp.float32, sharding=place, progress=False)
+for name, param in spread.items():
+    assert len(param.addressable_shards) == 4
+    for shard in param.addressable_shards:
+        np.testing.assert_array_equal(np.asarray(shard.data), np.asarray(whole[name])[shard.index])
+print(json.dumps([sum(taken), sum(param.size for param in spread.values())]))
+"""
+
+
+class TestShares:
+    def test_devices_that_hold_the_same_share_a_read(self, sharded, reads):
+        mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
+
+        def place(name, shape):
+            return NamedSharding(mesh, PartitionSpec(*SPECS[len(shape)]))
+
+        params = load(sharded, sharding=place)
+        assert sorted(name for name, _ in reads) == sorted(open_model(str(sharded)).checkpoint.stored)
+        assert entries(shape for _, shapes in reads for shape in shapes) == sum(
+            param.size for param in params.values()
+        )
+        assert dict(reads)[UP] == [(24, 16)] * 4
+
+    @pytest.mark.parametrize(
+        ("spec", "shapes"),
+        [
+            ((), [(3, 48, 32)]),
+            ((None, "fsdp"), [(3, 24, 32)]),
+            ((None, None, "tensor"), [(3, 48, 8)] * 4),
+            ((None, "tensor", "fsdp"), [(3, 12, 16)] * 4),
+            ((None, ("fsdp", "tensor")), [(3, 6, 32)] * 4),
+        ],
+    )
+    def test_parts_of_some_of_the_devices(self, spec, shapes):
+        mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"))
+        indices = NamedSharding(mesh, PartitionSpec(*spec)).devices_indices_map((3, 48, 32))
+        ours = [indices[device] for device in mesh.devices[1]]
+        parts = distinct_parts(ours, (3, 48, 32))
+        whole = np.arange(3 * 48 * 32).reshape(3, 48, 32)
+        found = [whole[tuple(slice(*bounds) for bounds in part)] for part in parts]
+        assert [part.shape for part in found] == shapes
+        selected = np.unique(np.concatenate([whole[index].ravel() for index in ours]))
+        np.testing.assert_array_equal(np.sort(np.concatenate([part.ravel() for part in found])), selected)
+
+    @pytest.mark.slow
+    def test_each_process_reads_its_part(self, sharded):
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = str(probe.getsockname()[1])
+        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        runs = [
+            subprocess.Popen(
+                [sys.executable, "-c", SHARE, str(sharded), port, number],
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for number in "01"
+        ]
+        try:
+            outs = [run.communicate(timeout=300)[0] for run in runs]
+        finally:
+            for run in runs:
+                run.kill()
+        for run, out in zip(runs, outs, strict=True):
+            assert run.returncode == 0
+            taken, total = json.loads(out.splitlines()[-1])
+            assert taken == total / 2
+
+    @pytest.mark.parametrize("differs", [False, True])
+    def test_a_head_is_compared_by_rows(self, tmp_path, monkeypatch, reads, differs):
+        save(tmp_path, tie_word_embeddings=True)
+
+        def edit(tensors):
+            head = tensors["model.embed_tokens.weight"].copy()
+            head[-1, -1] += differs
+            tensors["lm_head.weight"] = head
+
+        change(tmp_path, edit)
+        monkeypatch.setattr(loading, "_COMPARED", 10 * 32 + 5)
+        if differs:
+            with pytest.raises(ValueError, match=r"lm_head.weight differs from model.embed_tokens"):
+                load(tmp_path)
+        else:
+            load(tmp_path)
+        compared = [shapes for name, shapes in reads if name == "lm_head.weight"]
+        assert compared == [[(10, 32)]] * 9 + [[(6, 32)]]
+
+    def test_a_head_of_another_shape_differs(self, tmp_path):
+        save(tmp_path, tie_word_embeddings=True)
+        change(
+            tmp_path,
+            lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"][:-1].copy()}),
+        )
+        with pytest.raises(ValueError, match=r"lm_head.weight differs from model.embed_tokens"):
+            load(tmp_path)
+
+
+@pytest.fixture(scope="module", params=["safetensors", "random"])
+def both(request, single):
+    """A model's shape, its parameters as they are, and packed."""
+    source = open_model(str(single))
+    if request.param == "random":
+        source = ModelSource(source.config, None)
+    plain = source.load(jnp.bfloat16, progress=False)
+    return source.config, plain, source.load(jnp.bfloat16, packed=True, progress=False)
+
+
+class TestPacked:
+    def test_bits_are_those_of_the_numbers(self, both):
+        config, plain, packed = both
+        specs = abstract_params(config, jnp.bfloat16, packed=True)
+        assert plain.keys() == packed.keys() == specs.keys()
+        for name, param in packed.items():
+            assert plain[name].dtype == jnp.bfloat16
+            assert param.dtype == specs[name].dtype == (jnp.uint16 if name in ADAPTED else jnp.bfloat16)
+            np.testing.assert_array_equal(
+                np.asarray(param).view(np.uint16), np.asarray(plain[name]).view(np.uint16), err_msg=name
+            )
+
+    def test_gives_the_same_logits(self, both):
+        config, plain, packed = both
+        tokens = jnp.arange(10).reshape(2, 5)
+        run = jax.jit(lambda params: bind(config, params)(tokens))
+        ours, theirs = np.asarray(run(packed)), np.asarray(run(plain))
+        assert np.isfinite(ours).all()
+        np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32))
+
+    def test_other_widths_stay_as_they_are(self, single):
+        assert {param.dtype for param in load(single, packed=True).values()} == {jnp.dtype(jnp.float32)}
 
 
 class TestTensorsThatDoNotFit:
