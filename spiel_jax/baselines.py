@@ -54,9 +54,9 @@ class RandomGrowth(NamedTuple):
         """Nothing to learn from a step."""
         return stats
 
-    def available(self, stats: jax.Array, indices: jax.Array, target: Target) -> int:
+    def available(self, stats: jax.Array, indices: jax.Array, target: Target) -> jax.Array:
         """All entries that are not active."""
-        return target.block_size - indices.size
+        return target.block_size - jnp.sum(indices < target.block_size, dtype=jnp.int32)
 
     def incoming(
         self, stats: jax.Array, indices: jax.Array, dropped: jax.Array, n: jax.Array, target: Target
@@ -64,13 +64,14 @@ class RandomGrowth(NamedTuple):
         """N distinct inactive entries, each about equally likely; dropped ones count as active."""
         count = indices.size
         slot = jnp.arange(count, dtype=jnp.int32)
-        free = target.block_size - count
+        free = self.available(stats, indices, target)
         width, longer = free // jnp.maximum(n, 1), free % jnp.maximum(n, 1)
         widths = jnp.maximum(width + (slot < longer), 1)
         # the ranks of the drawn entries among the inactive ones
         rank = slot * width + jnp.minimum(slot, longer)
         rank = rank + jax.random.randint(jax.random.wrap_key_data(stats), (count,), 0, widths, jnp.int32)
-        before = jnp.sort(indices) - slot  # inactive entries before each active one
+        before = jnp.sort(indices) - slot  # inactive entries before each active one; unused slots are last
+        before = jnp.where(slot < target.block_size - free, before, free)
         position = rank + jnp.searchsorted(before, rank, side="right").astype(jnp.int32)
         return jnp.where(slot < n, position, target.block_size)
 

@@ -79,8 +79,15 @@ def _state(items: Mapping[str, Any], like: TrainState) -> TrainState:
     )
 
 
+@jax.jit
+def _copy(items: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(jnp.copy, items)
+
+
 class Checkpoints:
     """The checkpoints of one run, saved in the background and committed atomically.
+
+    All processes of the run do the same with them at the same time; each writes and reads what it holds.
 
     Args:
         directory: The run's folder; checkpoints go to its "checkpoints" folder.
@@ -122,7 +129,7 @@ class Checkpoints:
             facts: JSON-like: config, data position, fingerprint, ...
         """
         # The next step reuses these buffers, and on a CPU the background save reads them in place.
-        items = jax.tree.map(jnp.copy, _items(state))
+        items = _copy(_items(state))
         stored = {name: _target_json(target) for name, target in targets.items()}
         self._checkpointer.save_checkpointables_async(
             step, items, custom_metadata={**facts, "step": step, "targets": stored}
@@ -144,14 +151,10 @@ class Checkpoints:
         Raises:
             CheckpointError: If there is no such checkpoint, or it does not fit ``like``.
         """
-        step = _existing(self._checkpointer, step)
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _items(like)
         )
-        try:
-            return _state(self._checkpointer.load_checkpointables(step, abstract), like)
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise CheckpointError(f"checkpoint {step} does not fit this run: {error}") from error
+        return _state(_load(self._checkpointer, step, abstract), like)
 
     def wait(self) -> None:
         """Waits until everything is saved."""
@@ -167,6 +170,14 @@ def _existing(checkpointer: Any, step: int | None) -> int:
     if step not in steps:
         raise CheckpointError(f"no checkpoint {step} in {checkpointer.directory}: there are {steps}")
     return step
+
+
+def _load(checkpointer: Any, step: int | None, abstract: Any) -> Any:
+    step = _existing(checkpointer, step)
+    try:
+        return checkpointer.load_checkpointables(step, abstract)
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise CheckpointError(f"checkpoint {step} does not fit this run: {error}") from error
 
 
 def _facts(checkpointer: Any, step: int | None) -> dict[str, Any]:
@@ -194,6 +205,35 @@ def read_facts(directory: str | Path, step: int | None = None) -> dict[str, Any]
         return _facts(checkpointer, step)
 
 
+def newest_facts(directory: str | Path) -> dict[str, Any] | None:
+    """What ``read_facts`` gives for a run's newest checkpoint; None if it has none yet."""
+    if not (Path(directory).expanduser() / FOLDER).is_dir():
+        return None
+    with _open(directory) as checkpointer:
+        return None if checkpointer.latest is None else _facts(checkpointer, None)
+
+
+def stored_targets(facts: Mapping[str, Any]) -> dict[str, Target]:
+    """The targets of a checkpoint from its facts, without mesh axes; empty where nothing has deltas."""
+    return {name: _target(stored) for name, stored in facts["targets"].items()}
+
+
+def restore_state(directory: str | Path, like: TrainState, step: int | None = None) -> TrainState:
+    """What was trained and the optimizer's state, on one device.
+
+    Args:
+        directory: The run's folder (``--workdir``).
+        like: Its structure, shapes and dtypes.
+        step: Which checkpoint; None for the newest.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint, or it does not fit ``like``.
+    """
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_here()), _items(like))
+    with _open(directory) as checkpointer:
+        return _state(_load(checkpointer, step, abstract), like)
+
+
 def restore_deltas(directory: str | Path, step: int | None = None) -> dict[str, SparseDelta]:
     """The deltas of a run's checkpoint, sorted by position; nothing else is read.
 
@@ -208,7 +248,7 @@ def restore_deltas(directory: str | Path, step: int | None = None) -> dict[str, 
         CheckpointError: If there is no such checkpoint, or it holds no deltas (another method).
     """
     with _open(directory) as checkpointer:
-        targets = {name: _target(stored) for name, stored in _facts(checkpointer, step)["targets"].items()}
+        targets = stored_targets(_facts(checkpointer, step))
         if not targets:
             raise CheckpointError(f"{directory} holds no sparse deltas: its method trains none")
         abstract = {
@@ -244,4 +284,4 @@ def restore_trainable(directory: str | Path, step: int | None = None) -> Any:
 
 def _here() -> jax.sharding.Sharding:
     """On one device, wherever it was saved."""
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

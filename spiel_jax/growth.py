@@ -68,7 +68,10 @@ class Growth(Protocol):
         ...
 
     def available(self, stats: Any, indices: jax.Array, target: Target) -> jax.Array | int:
-        """How many entries of one matrix could be grown, given its active positions [k]."""
+        """How many entries of one matrix could be grown, given its active positions [k].
+
+        ``target.block_size`` marks unused slots among them, here and in ``incoming``.
+        """
         ...
 
     def incoming(
@@ -320,9 +323,9 @@ class MomentApproximation(NamedTuple):
             for name, (row, column) in stats.items()
         }
 
-    def available(self, stats: Any, indices: jax.Array, target: Target) -> int:
+    def available(self, stats: Any, indices: jax.Array, target: Target) -> jax.Array:
         """All entries that are not active."""
-        return target.block_size - indices.size
+        return target.block_size - jnp.sum(indices < target.block_size, dtype=jnp.int32)
 
     def incoming(
         self,

@@ -1,7 +1,7 @@
 """The loop of a run over its steps: phases, metrics, evaluations and checkpoints when they are due."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from spiel_jax.metrics import Recorder
 from spiel_jax.profile import Profile
 from spiel_jax.schedules import Phase, Reselection
 from spiel_jax.sparse_training import SparseTraining
-from spiel_jax.training import Training, TrainState, compiled_step
+from spiel_jax.training import Training, TrainState, compiled_step, compiler_options
 
 
 class NonFiniteError(FloatingPointError):
@@ -37,7 +37,8 @@ class Loop:
     training: Training
     schedule: Reselection
     rate: Callable[[int], Any]
-    place: Callable[[Any], Any]  # a batch [..., B, S] from the host to the devices
+    place: Callable[[Any], Any]  # this process's rows of a batch [..., B, S] to the devices
+    tokens: Sequence[int]  # of each step, in the rows of all processes
     heldout: list[dict]
     recorder: Recorder
     save: Callable[[int, TrainState], None]
@@ -49,8 +50,10 @@ class Loop:
         self.seconds = 0.0
         training = self.training
         self._step: Any = None
-        self._evaluate = jax.jit(lambda state, batch: training.evaluate(state, batch))
-        self._unread: list[tuple[int, dict[str, jax.Array], int]] = []  # step, metrics, tokens
+        self._evaluate = jax.jit(
+            lambda state, batch: training.evaluate(state, batch), compiler_options=compiler_options()
+        )
+        self._unread: list[tuple[int, dict[str, jax.Array]]] = []  # step, metrics
 
     def run(
         self,
@@ -65,20 +68,20 @@ class Loop:
         began = time.perf_counter()
         if start == 0:
             self._evaluate_now(0, state)
-        micro = micro_batch_size(config)
+        groups = config.batch_size // micro_batch_size(config)
         step = start
         shardings = jax.tree.map(lambda x: x.sharding, state)
         self._step = compiled_step(self.training, shardings)
         growth = self.training.growth if isinstance(self.training, SparseTraining) else None
         for step in range(start + 1, total + 1):
             batch = next(batches)
-            grouped = {name: array.reshape(-1, micro, array.shape[-1]) for name, array in batch.items()}
+            grouped = {name: array.reshape(groups, -1, array.shape[-1]) for name, array in batch.items()}
             estimating = growth is not None and growth.uses_candidates
             phase = self.schedule.phase(step) if estimating else Phase.PLAIN
             reselect = growth is not None and bool(self.schedule.reselects(step))
             with self.profile.step(step):
                 state, metrics = self._step(state, self.place(grouped), phase=phase, reselect=reselect)
-            self._unread.append((step, metrics, int(np.count_nonzero(batch["segment_ids"]))))
+            self._unread.append((step, metrics))
             stopping = stop_asked()
             self.profile.end(step, state, last=stopping or step == total)
             saving = stopping or step == total or _due(step, config.checkpoint_every)
@@ -110,12 +113,13 @@ class Loop:
         if count < 1:
             return
         read, self._unread = self._unread[:count], self._unread[count:]
-        for position, (step, metrics, _) in enumerate(read):
+        for position, (step, metrics) in enumerate(read):
             numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
             finite = bool(numbers.pop("finite"))
             numbers["learning_rate"] = float(self.rate(step - 1))
             if position == len(read) - 1:
-                self.recorder.step(step, numbers, len(read), sum(tokens for _, _, tokens in read))
+                tokens = sum(self.tokens[done - 1] for done, _ in read)
+                self.recorder.step(step, numbers, len(read), int(tokens))
             else:
                 self.recorder.write(step, numbers)
             if finite:

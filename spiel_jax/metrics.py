@@ -23,17 +23,24 @@ class Recorder:
     TensorBoard too.
 
     Args:
-        directory: The run's folder.
+        directory: The run's folder; None: write and show nothing, as another process does.
         start: Steps done already; lines of later steps, of a run that was interrupted, are cut off.
         total: Steps of the run, for the progress bar.
         progress: Whether to show the bar.
     """
 
-    def __init__(self, directory: Path, start: int, total: int, progress: bool = True):
-        self._files = {name: _open_after(directory / name, start) for name in (METRICS, TIMING)}
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start or None)
+    def __init__(self, directory: Path | None, start: int, total: int, progress: bool = True):
+        self._files, self._board = {}, None
+        if directory is not None:
+            self._files = {name: _open_after(directory / name, start) for name in (METRICS, TIMING)}
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start or None)
         self._bar = tqdm(
-            total=total, initial=start, unit="step", desc="training", dynamic_ncols=True, disable=not progress
+            total=total,
+            initial=start,
+            unit="step",
+            desc="training",
+            dynamic_ncols=True,
+            disable=directory is None or not progress,
         )
         self._last = time.perf_counter()
         self._shown: dict[str, str] = {}
@@ -45,12 +52,15 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
         for file in self._files.values():
             file.close()
 
     def write(self, step: int, numbers: Mapping[str, float], file: str = METRICS) -> None:
         """Records numbers of a step; a number that is not finite is written as a string."""
+        if self._board is None:
+            return
         for name, number in numbers.items():
             if math.isfinite(number):
                 self._board.add_scalar(name, number, step)
@@ -93,7 +103,8 @@ class Recorder:
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
-        tqdm.write(text)
+        if self._board is not None:
+            tqdm.write(text)
 
 
 def _open_after(path: Path, step: int) -> Any:

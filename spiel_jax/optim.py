@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from spiel_jax.blocks import on_blocks
-from spiel_jax.sparse import SparseDelta
+from spiel_jax.sparse import SparseDelta, divided
 from spiel_jax.targets import Target, by_target, like_values
 
 
@@ -103,24 +103,26 @@ def sm3_observe(
 
     Returns:
         New row accumulators, new column accumulators, and [..., k] the moments ``u = min(row, column) +
-        g^2`` of the entries (SM3-II). In dtype of the accumulators.
+        g^2`` of the entries (SM3-II), where the accumulators of an unused slot are 0. In dtype of the
+        accumulators.
 
     References:
         Anil et al., `Memory-Efficient Adaptive Optimization <https://arxiv.org/abs/1901.11150>`_;
         SpIEL, section 3.3.
     """
-    width = delta.block[1]
+    height, width = delta.block
 
     def observe(row: jax.Array, column: jax.Array, indices: jax.Array, grads: jax.Array) -> tuple:
-        rows, columns = indices // width, indices % width
-        row_bound = jnp.take_along_axis(row, rows, axis=-1)
-        column_bound = jnp.take_along_axis(column, columns, axis=-1)
+        rows, columns = divided(indices, width)
+        columns = jnp.where(rows < height, columns, width)  # of unused slots neither is there
+        row_bound = jnp.take_along_axis(row, rows, axis=-1, mode="fill", fill_value=0)
+        column_bound = jnp.take_along_axis(column, columns, axis=-1, mode="fill", fill_value=0)
         moments = jnp.minimum(row_bound, column_bound) + jnp.square(grads.astype(row.dtype))
 
         def put(accumulator: jax.Array, at: jax.Array) -> jax.Array:
             flat = accumulator.reshape(-1, accumulator.shape[-1])
             # moments only grow, so a maximum with the old accumulator changes no row that has entries
-            spread = jax.vmap(lambda a, i, u: a.at[i].max(u, mode="promise_in_bounds"))
+            spread = jax.vmap(lambda a, i, u: a.at[i].max(u, mode="drop"))
             flat_at, flat_moments = (x.reshape(-1, x.shape[-1]) for x in (at, moments))
             return spread(flat, flat_at, flat_moments).reshape(accumulator.shape)
 

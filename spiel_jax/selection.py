@@ -98,26 +98,30 @@ def largest(scores: jax.Array, positions: jax.Array, n: jax.Array | int) -> jax.
     return above | (tied & (positions < last))
 
 
-def drop(values: jax.Array, indices: jax.Array, n: jax.Array | int) -> jax.Array:
+def drop(values: jax.Array, indices: jax.Array, n: jax.Array | int, size: int) -> jax.Array:
     """Marks the n active entries that moved least: those of smallest ``|value|`` (paper, section 3.1).
 
     Args:
         values: [K] deltas.
-        indices: [K] int32 positions.
+        indices: [K] int32 positions; ``size`` in unused slots, which go first, in their order.
         n: How many to drop, at most K; may be traced.
+        size: Number of entries of the matrix.
 
     Returns:
         [K] bool, true for a dropped slot.
 
     Example:
-        >>> drop(jnp.array([0.3, -0.1, 0.2]), jnp.array([0, 5, 7]), 1)
+        >>> drop(jnp.array([0.3, -0.1, 0.2]), jnp.array([0, 5, 7]), 1, 8)
         Array([False,  True, False], dtype=bool)
     """
     # The n smallest are what the K - n largest leave. Ties must fall to the lowest position among the
     # dropped, so the order of positions is mirrored for the kept.
+    unused = indices >= size
     moved = jnp.where(jnp.isnan(values), jnp.inf, jnp.abs(values))  # exactly n, whatever the values
-    kept = largest(moved, jnp.max(indices, initial=0) - indices, values.size - n)
-    return ~kept
+    moved = jnp.where(unused, jnp.nan, moved)
+    keeps = values.size - jnp.maximum(n, _count(unused))
+    first = jnp.cumsum(unused, dtype=jnp.int32) <= n
+    return jnp.where(unused, first, ~largest(moved, size - indices, keeps))
 
 
 def _bitset(members: jax.Array, size: int) -> jax.Array:
@@ -264,7 +268,7 @@ def top_magnitudes(dense: jax.Array, k: int, exclude: jax.Array | None = None) -
     Args:
         dense: Floats of any shape. NaN entries are never chosen.
         k: How many, static.
-        exclude: [A] distinct positions that must not be chosen (the active ones), or None.
+        exclude: [A] distinct positions that must not be chosen, or None; ``dense.size`` in unused slots.
 
     Returns:
         [k] int32, ascending; ``dense.size`` in the last slots where fewer than k entries can be chosen.
@@ -328,9 +332,9 @@ def top_products(
     Args:
         row: [R] non-negative finite floats.
         column: [C] non-negative finite floats, same dtype.
-        n: How many, at most ``slots`` and at most R * C - A; may be traced.
+        n: How many, at most ``slots`` and at most what is not excluded; may be traced.
         slots: Static size of the answer.
-        exclude: [A] distinct positions that must not be chosen.
+        exclude: [A] distinct positions that must not be chosen; R * C in unused slots.
         combine: The score of (i, j) from ``row[i]`` and ``column[j]``: monotone in both, such as
             ``jnp.multiply`` (the paper's choice) or ``jnp.minimum`` (SM3's own bound).
 
@@ -357,8 +361,9 @@ def top_products(
         return length
 
     bits = _bits_dtype(row.dtype)
-    exclude_row = exclude // columns
+    exclude_row = jnp.minimum(exclude // columns, rows - 1)
     excluded = combine(row[exclude_row], column[exclude % columns])  # [A]
+    excluded = jnp.where(exclude < size, excluded, -1)  # an unused slot reaches no threshold
 
     def enough(t: jax.Array) -> jax.Array:
         threshold = lax.bitcast_convert_type(t, row.dtype)

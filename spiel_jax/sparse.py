@@ -101,7 +101,7 @@ class SparseDelta:
         Unused slots get a row past the last one, so that a scatter can drop and a gather can fill them.
         """
         block_rows, block_columns = self.block
-        rows, columns = self.indices // block_columns, self.indices % block_columns
+        rows, columns = divided(self.indices, block_columns)
         if self.block_axes == 3:
             unused = self.indices >= block_rows * block_columns
             grid_rows = jnp.arange(self.grid[0], dtype=jnp.int32)[:, None, None]
@@ -109,6 +109,12 @@ class SparseDelta:
             rows = jnp.where(unused, self.shape[0], rows + grid_rows * block_rows)
             columns = columns + grid_columns * block_columns
         return rows, columns
+
+
+def divided(positions: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    """Row and column of flat positions. Positions are not negative, so no rounding has to be mended."""
+    divisor = jnp.array(width, positions.dtype)
+    return lax.div(positions, divisor), lax.rem(positions, divisor)
 
 
 def parameter_name(target: str) -> str:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from spiel_jax.blocks import BATCH_AXES, in_force, on_blocks
 from spiel_jax.products import dot, input_gradient, weight_gradient
 from spiel_jax.selection import top_magnitudes
-from spiel_jax.sparse import SparseDelta, edit, gather, merge
+from spiel_jax.sparse import SparseDelta, divided, edit, gather, merge
 
 _static = partial(field, metadata={"static": True})
 
@@ -154,7 +154,7 @@ def _propose(gradient: jax.Array, adapter: SparseLinear) -> jax.Array:
         positions = top_magnitudes(block, count, None if adapter.propose_active else active)
         entries = block.reshape(-1).at[positions].get(mode="fill", fill_value=0)
         # one by one: a stack of bfloat16 entries and positions would round the positions
-        parts = (entries, positions // columns, positions % columns)
+        parts = (entries, *divided(positions, columns))
         return jnp.stack([part.astype(slots.dtype) for part in parts])
 
     if blocks.shape[0] == 1:  # a loop would copy the block

@@ -359,7 +359,7 @@ def _reselect_matrix(
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """Drop and grow in one matrix: new indices [k], replaced [k], seeds."""
     n = jnp.minimum(n, growth.available(stats, indices, target))
-    dropped = drop(values, indices, n)
+    dropped = drop(values, indices, n, target.block_size)
     incoming = growth.incoming(stats, indices, dropped, n, target)
     new = replace(indices, dropped, incoming, target.block_size)
     return new.indices, new.replaced, growth.seed(stats, new.source)

@@ -27,7 +27,7 @@ def test_two_steps_of_llama2_7b(llama_folder, jsonl, tmp_path):
         "model.tokenizer": str(llama_folder),
         "data.sources": f"('{jsonl(rows)}',)",
         "data.heldout": 2,
-        "data.sequence_length": 32,
+        "data.sequence_length": 96,
         "batch_size": 2,
         "micro_batch_size": 2,
         "steps": 2,

@@ -71,6 +71,30 @@ def test_random_growth_is_spread_over_all_inactive_entries():
     assert counts[inactive].max() < 260
 
 
+def test_random_growth_with_unused_slots():
+    """Any number of them: n distinct entries that are not active, and each of these."""
+    size, slots = 20, 8
+    target, growth, rng = sj.Target((1, size), slots), sj.RandomGrowth(), np.random.default_rng(0)
+    keys = jax.random.key_data(jax.random.split(jax.random.key(0), 300))
+    incoming = jax.jit(
+        jax.vmap(lambda key, active, n: growth.incoming(key, active, None, n, target), (0, None, None))
+    )
+    for used in range(slots + 1):
+        active = np.full(slots, size, np.int32)
+        active[rng.permutation(slots)[:used]] = rng.permutation(size)[:used]
+        inactive = np.setdiff1d(np.arange(size), active)
+        assert int(growth.available(keys[0], jnp.array(active), target)) == inactive.size
+        for n in (0, 1, 3, slots):
+            found = np.asarray(incoming(keys, active, n))
+            assert np.all(found[:, n:] == size)
+            assert all(len(set(row)) == n for row in found[:, :n])
+            assert np.isin(found[:, :n], inactive).all()
+        counts = np.bincount(found.ravel(), minlength=size)[inactive]
+        width = inactive.size // slots  # of a stratum, or one more
+        assert counts.min() > 0.7 * len(keys) / (width + 1)
+        assert counts.max() < 1.3 * len(keys) / width
+
+
 def test_random_growth_depends_on_its_key_and_matrix():
     one, same, other = run(sj.RandomGrowth(1), 2), run(sj.RandomGrowth(1), 2), run(sj.RandomGrowth(2), 2)
     jax.tree.map(np.testing.assert_array_equal, one, same)

@@ -150,6 +150,26 @@ def test_sm3_equals_a_loop_over_entries(lead):
         np.testing.assert_allclose(column.reshape(-1, columns), expected[1], rtol=1e-5)
 
 
+def test_sm3_passes_over_unused_slots():
+    """Whatever their gradient: no accumulator moves, and the moments of the others are theirs alone."""
+    rows, columns, rng = 4, 5, np.random.default_rng(0)
+    indices, g = rng.permutation(rows * columns)[:9].astype(np.int32), gradients(1, 9)[0]
+    row, column = rng.random(rows).astype(np.float32), rng.random(columns).astype(np.float32)
+    used = np.array([1, 0, 1, 1, 0, 0, 1, 0, 1], bool)
+    some = np.where(used, indices, rows * columns)
+    for grid in ((1, 1), (2, 2)):
+        lead = () if grid == (1, 1) else grid
+        arrays = [np.broadcast_to(x, (*lead, x.size)) for x in (row, column, some, g)]
+        delta = SparseDelta(jnp.array(arrays[2]), None, (rows * grid[0], columns * grid[1]), grid)
+        found = jax.jit(sm3_observe)(arrays[0], arrays[1], delta, arrays[3])
+        alone = SparseDelta(jnp.array(indices[used]), None, (rows, columns))
+        expected = sm3_observe(jnp.array(row), jnp.array(column), alone, g[used])
+        for ours, theirs, places in zip(found, expected, (slice(None), slice(None), used), strict=True):
+            assert np.all(np.isfinite(ours))
+            np.testing.assert_array_equal(ours[..., places], np.broadcast_to(theirs, (*lead, theirs.size)))
+        np.testing.assert_array_equal(found[2][..., ~used], np.square(arrays[3])[..., ~used])
+
+
 def test_sm3_keeps_float32_accumulators_of_bfloat16_values():
     target = Target((2, 3), 2)
     tx = scale_by_sparse_sm3({"w": target})

@@ -16,7 +16,7 @@ from spiel_jax import selection
 
 kth_largest = jax.jit(selection.kth_largest)
 largest = jax.jit(selection.largest)
-drop = jax.jit(selection.drop)
+drop = jax.jit(selection.drop, static_argnums=3)
 isin = jax.jit(selection.isin, static_argnums=2)
 compact = jax.jit(selection.compact, static_argnums=(2, 3))
 replace = jax.jit(selection.replace, static_argnums=3)
@@ -34,6 +34,14 @@ def arrays(elements: st.SearchStrategy, slots: int = SLOTS) -> st.SearchStrategy
 
 def distinct(size: int, slots: int = SLOTS) -> st.SearchStrategy:
     return st.permutations(range(size)).map(lambda p: np.array(p[:slots], np.int32))
+
+
+def partly_used(size: int, slots: int = SLOTS) -> st.SearchStrategy:
+    """Distinct positions, and ``size`` in some of the slots: none to all of them."""
+    used = arrays(st.booleans(), slots) | st.booleans().map(lambda all_or_none: np.full(slots, all_or_none))
+    return st.tuples(distinct(size, slots), used).map(
+        lambda drawn: np.where(drawn[1], drawn[0], size).astype(np.int32)
+    )
 
 
 def best(scores: np.ndarray, positions: np.ndarray, n: int) -> np.ndarray:
@@ -125,7 +133,7 @@ def test_largest_at_the_last_position_of_int32():
 def test_drop_by_hand():
     values = jnp.array([0.5, 0.0, -0.25, 0.0, 0.25, -0.0])
     indices = jnp.array([3, 9, 50, 4, 7, 6])
-    marks = {n: list(np.flatnonzero(drop(values, indices, n))) for n in range(7)}
+    marks = {n: list(np.flatnonzero(drop(values, indices, n, 60))) for n in range(7)}
     # zeros first, by position 4, 6, 9; then |0.25| by position 7, 50; then 0.5
     assert marks == {
         0: [],
@@ -139,24 +147,26 @@ def test_drop_by_hand():
 
 
 @few
-@given(arrays(floats), distinct(40), st.integers(0, SLOTS))
+@given(arrays(floats), partly_used(40), st.integers(0, SLOTS))
 def test_drop_equals_sorting(values, indices, n):
     moved = np.where(np.isnan(values), np.inf, np.abs(values))  # NaN is not "moved least"
-    marks = drop(values.astype(np.float32), indices, n)
-    assert set(np.flatnonzero(marks)) == set(best(-moved, indices, n))
+    unused = list(np.flatnonzero(indices == 40))[:n]  # they go before any entry, even one that is 0
+    moved[indices == 40] = np.nan
+    marks = drop(values.astype(np.float32), indices, n, 40)
+    assert set(np.flatnonzero(marks)) == {*unused, *best(-moved, indices, n - len(unused))}
 
 
 def test_drop_does_not_depend_on_the_order_of_slots():
     rng = np.random.default_rng(0)
     values, indices = rng.integers(-2, 3, 50).astype(np.float32), rng.permutation(200)[:50]
     order = rng.permutation(50)
-    marks = drop(values, indices, 20)
-    np.testing.assert_array_equal(drop(values[order], indices[order], 20), marks[order])
+    marks = drop(values, indices, 20, 200)
+    np.testing.assert_array_equal(drop(values[order], indices[order], 20, 200), marks[order])
 
 
 def test_drop_of_bfloat16_values():
     values = jnp.array([0.3, -0.1, 0.2], jnp.bfloat16)
-    assert list(drop(values, jnp.array([0, 5, 7]), 2)) == [False, True, True]
+    assert list(drop(values, jnp.array([0, 5, 7]), 2, 8)) == [False, True, True]
 
 
 # --------------------------------------------------------------------------------------------- isin, compact
@@ -210,7 +220,7 @@ def test_replace_everything_and_nothing():
 
 
 @few
-@given(distinct(30), arrays(st.booleans()), st.permutations(range(30)), st.permutations(range(SLOTS)))
+@given(partly_used(30), arrays(st.booleans()), st.permutations(range(30)), st.permutations(range(SLOTS)))
 def test_replace_keeps_its_invariants(indices, dropped, others, slots):
     size, kept = 30, set(indices[~dropped])
     grown = [p for p in others if p not in kept][: dropped.sum()]
@@ -218,8 +228,10 @@ def test_replace_keeps_its_invariants(indices, dropped, others, slots):
     incoming[sorted(slots[: len(grown)]) or slice(0)] = grown  # unused slots anywhere
     new = jax.tree.map(np.asarray, replace(indices, dropped, incoming, size))
 
+    used = new.indices[new.indices < size]
     assert set(new.indices) == kept | set(grown)
-    assert len(set(new.indices)) == SLOTS
+    assert len(set(used)) == used.size
+    assert SLOTS - used.size == np.sum(indices[~dropped] == size)  # a dropped unused slot is filled
     np.testing.assert_array_equal(new.indices[~new.replaced], indices[~new.replaced])
     np.testing.assert_array_equal(new.replaced, dropped & ~np.isin(indices, grown))
     np.testing.assert_array_equal(incoming[new.source[new.replaced]], new.indices[new.replaced])
@@ -355,7 +367,7 @@ def products_by_sorting(row, column, n, exclude, combine) -> set[int]:
     with np.errstate(over="ignore"):
         scores = combine(row[:, None], column[None, :]).reshape(-1)
     scores = scores.astype(np.float64)
-    scores[exclude] = np.nan
+    scores[[position for position in exclude if position < scores.size]] = np.nan
     return set(best(scores, np.arange(scores.size), n))
 
 
@@ -412,10 +424,13 @@ def test_top_products_equals_sorting(shape, active, combine):
         exclude = rng.permutation(size)[:active].astype(np.int32)
         for n in {0, 1, slots // 2, slots}:
             check_products(row, column, n, slots, exclude, combine, name)
+        exclude[::2] = size  # unused slots
+        for n in {1, slots}:
+            check_products(row, column, n, slots, exclude, combine, name)
 
 
 @few
-@given(arrays(st.integers(0, 3), 6), arrays(st.integers(0, 3), 8), distinct(48, 10), st.integers(0, 20))
+@given(arrays(st.integers(0, 3), 6), arrays(st.integers(0, 3), 8), partly_used(48, 10), st.integers(0, 20))
 def test_top_products_with_ties_everywhere(row, column, exclude, n):
     check_products(row.astype(np.float32), column.astype(np.float32), n, 20, exclude)
 
@@ -429,6 +444,8 @@ def test_top_products_of_a_larger_matrix():
         for exclude in (top, rng.permutation(size)[:active].astype(np.int32)):
             for n in (1, 333, slots):
                 check_products(row, column, n, slots, exclude, message=name)
+        none = np.full(active, size, np.int32)
+        check_products(row, column, slots, slots, none, message=name)
 
 
 def test_top_products_in_float64():

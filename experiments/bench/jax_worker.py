@@ -20,6 +20,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str], float]
     from spiel_jax.models import ModelConfig, open_model
     from spiel_jax.schedules import Phase
     from spiel_jax.targets import Rule
+    from spiel_jax.training import compiled_step, compiler_options
 
     config = default_config()
     config.method = job["method"]
@@ -46,7 +47,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str], float]
         config, source.config, adapted, build.reselection(config, total), build.learning_rate(config, total)
     )
     params = source.load(jnp.dtype(job["dtype"]), packed=job["method"] != "full", progress=False)
-    state = jax.jit(training.init, donate_argnums=0)(params)
+    state = jax.jit(training.init, donate_argnums=0, compiler_options=compiler_options())(params)
     del params
 
     shape = (1, job["batch"], job["length"])
@@ -58,11 +59,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str], float]
         "positions": np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape).copy(),
         "segment_ids": np.ones(shape, np.int32),
     }
-    step = jax.jit(
-        lambda state, batch, phase, reselect: training.step(state, batch, phase=phase, reselect=reselect),
-        static_argnames=("phase", "reselect"),
-        donate_argnums=0,
-    )
+    step = compiled_step(training, jax.tree.map(lambda x: x.sharding, state))
     kinds = {"ordinary": (Phase.PLAIN, False)}
     growth = getattr(training, "growth", None)
     if growth is not None and job["method"] in ("spiel_ag", "spiel_ma", "random"):

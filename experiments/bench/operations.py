@@ -66,11 +66,11 @@ def operations(rows: int, columns: int, k: int) -> dict[str, dict[str, tuple[Ope
             ),
         },
         "drop: smallest |value|": {
-            "spiel_jax": (lambda v: drop(v, active, n), (values,)),
+            "spiel_jax": (lambda v: drop(v, active, n, size), (values,)),
             "lax.top_k": (lambda v: lax.top_k(-jnp.abs(v), n)[1], (values,)),
         },
         "replace": {
-            "spiel_jax": (lambda v: replace(active, drop(v, active, n), incoming, size), (values,)),
+            "spiel_jax": (lambda v: replace(active, drop(v, active, n, size), incoming, size), (values,)),
         },
         "gather": {
             "spiel_jax": (lambda d: gather(d, delta), (dense,)),

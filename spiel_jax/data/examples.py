@@ -147,7 +147,13 @@ class Examples:
 
 
 def read_examples(
-    source: SourceSpec, encoder: Encoder, *, max_tokens: int, truncate: str, on_malformed: str
+    source: SourceSpec,
+    encoder: Encoder,
+    *,
+    max_tokens: int,
+    truncate: str,
+    on_malformed: str,
+    progress: bool = True,
 ) -> tuple[Examples, SourceReport]:
     """Reads, tokenizes and cuts the examples of a source.
 
@@ -160,6 +166,7 @@ def read_examples(
       truncate: what happens to longer ones: ``end`` keeps the beginning (turns beyond 8 characters
         per token are cut before they are tokenized), ``skip`` leaves them out.
       on_malformed: ``skip`` counts malformed rows and logs the first ones, ``error`` raises.
+      progress: on a terminal, show a progress bar if reading takes long.
 
     Raises:
       MalformedRow: a row is malformed and ``on_malformed`` is ``error``.
@@ -180,7 +187,9 @@ def read_examples(
         pending.clear()
 
     rows = read_rows(source.path, split=source.split, name=source.name)
-    bar = tqdm.tqdm(rows, f"tokenizing {source.path}", unit=" rows", delay=1, disable=None)
+    bar = tqdm.tqdm(
+        rows, f"tokenizing {source.path}", unit=" rows", delay=1, disable=None if progress else True
+    )
     for row in bar:
         counts["read"] += 1
         try:

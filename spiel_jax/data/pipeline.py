@@ -86,6 +86,11 @@ class DataConfig:
             raise ValueError(f"seed must be an int from 0 to 2**63 - 1, not {self.seed!r}")
 
 
+def _check_rows(rows: Sequence[int], batch_size: int):
+    if not rows or min(rows) < 0 or max(rows) >= batch_size:
+        raise ValueError(f"rows must be some of 0 to {batch_size - 1}, not {list(rows)}")
+
+
 def _check_sources(field: str, sources: object):
     if not isinstance(sources, tuple) or not all(isinstance(s, SourceSpec) for s in sources):
         raise ValueError(f"{field} must be a tuple of SourceSpec, not {sources!r}")
@@ -134,6 +139,22 @@ class _Rows:
     def __getitem__(self, index: int) -> Batch:
         epoch = int(np.searchsorted(self._starts, index, side="right")) - 1
         return fill_row(self._examples, self._plans[epoch], index - int(self._starts[epoch]))
+
+
+class _Part:
+    """Some rows of every whole batch, as a source for Grain."""
+
+    def __init__(self, rows: _Rows, batch_size: int, chosen: Sequence[int]):
+        self._rows = rows
+        self._batch_size = batch_size
+        self._chosen = chosen
+
+    def __len__(self) -> int:
+        return len(self._rows) // self._batch_size * len(self._chosen)
+
+    def __getitem__(self, index: int) -> Batch:
+        batch, number = divmod(index, len(self._chosen))
+        return self._rows[batch * self._batch_size + self._chosen[number]]
 
 
 class Data:
@@ -188,24 +209,8 @@ class Data:
         """The number of rows of an epoch (epochs pack a little differently)."""
         return len(self._epoch_plan(epoch))
 
-    def train_dataset(
-        self, batch_size: int, *, epochs: int | None = None, steps: int | None = None
-    ) -> grain.MapDataset[Batch]:
-        """The batches of training as a random-access dataset; ``len`` of it is their number.
-
-        The rows of all epochs follow each other without a gap, so a batch may hold the last rows
-        of an epoch and the first of the next. Only at the very end are up to ``batch_size - 1``
-        rows dropped, which do not fill a batch.
-
-        Args:
-          batch_size: rows of a batch.
-          epochs: how many epochs, or
-          steps: how many batches, over as many epochs as they need.
-
-        Raises:
-          ValueError: not exactly one of epochs and steps, one below 1, or not enough rows for one
-            batch.
-        """
+    def _train_plans(self, batch_size: int, epochs: int | None, steps: int | None) -> tuple[list[Plan], int]:
+        """The plans of the epochs of training, and the number of its batches."""
         if (epochs is None) == (steps is None):
             raise ValueError(f"give either epochs or steps, not epochs={epochs}, steps={steps}")
         for name, value in (("batch_size", batch_size), ("epochs", epochs), ("steps", steps)):
@@ -218,54 +223,110 @@ class Data:
                 rows += self.rows(epochs)
                 epochs += 1
         plans = [self._epoch_plan(epoch) for epoch in range(epochs)]
-        rows = _Rows(self._train, plans)
-        if len(rows) < batch_size:
+        rows = sum(map(len, plans))
+        if rows < batch_size:
             raise ValueError(
-                f"{len(rows)} rows in {epochs} epochs do not fill one batch of {batch_size}: lower "
+                f"{rows} rows in {epochs} epochs do not fill one batch of {batch_size}: lower "
                 "batch_size or sequence_length, or train for more epochs"
             )
-        batches = grain.MapDataset.source(rows).batch(batch_size, drop_remainder=True)
-        return batches if steps is None else batches[:steps]
+        return plans, rows // batch_size if steps is None else steps
+
+    def train_dataset(
+        self,
+        batch_size: int,
+        *,
+        epochs: int | None = None,
+        steps: int | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> grain.MapDataset[Batch]:
+        """The batches of training as a random-access dataset; ``len`` of it is their number.
+
+        The rows of all epochs follow each other without a gap, so a batch may hold the last rows
+        of an epoch and the first of the next. Only at the very end are up to ``batch_size - 1``
+        rows dropped, which do not fill a batch.
+
+        Args:
+          batch_size: rows of a batch.
+          epochs: how many epochs, or
+          steps: how many batches, over as many epochs as they need.
+          rows: make only these rows of every batch, for a process that needs no others.
+
+        Raises:
+          ValueError: not exactly one of epochs and steps, one below 1, not enough rows for one
+            batch, or ``rows`` that a batch does not have.
+        """
+        plans, count = self._train_plans(batch_size, epochs, steps)
+        source = _Rows(self._train, plans)
+        if rows is not None:
+            _check_rows(rows, batch_size)
+            source, batch_size = _Part(source, batch_size, rows), len(rows)
+        return grain.MapDataset.source(source).batch(batch_size, drop_remainder=True)[:count]
 
     def train_iterator(
-        self, batch_size: int, *, epochs: int | None = None, steps: int | None = None
+        self,
+        batch_size: int,
+        *,
+        epochs: int | None = None,
+        steps: int | None = None,
+        rows: Sequence[int] | None = None,
     ) -> grain.DatasetIterator[Batch]:
         """Iterates over `train_dataset`, one thread ahead.
 
         ``get_state()`` gives the position as a small dict, ``set_state`` continues from one: the
-        batches that follow are those of the uninterrupted run, bit for bit.
+        batches that follow are those of the uninterrupted run, bit for bit. The position does not
+        depend on ``rows``.
         """
         # Rows are made by copying: one thread is plenty, and a deep buffer would only cost memory.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-        dataset = self.train_dataset(batch_size, epochs=epochs, steps=steps)
+        dataset = self.train_dataset(batch_size, epochs=epochs, steps=steps, rows=rows)
         return iter(dataset.to_iter_dataset(options))
 
-    def heldout_batches(self, batch_size: int) -> list[Batch]:
+    def batch_tokens(
+        self, batch_size: int, *, epochs: int | None = None, steps: int | None = None
+    ) -> np.ndarray:
+        """How many tokens each batch of `train_dataset` holds, in all its rows: int64 [batches]."""
+        plans, count = self._train_plans(batch_size, epochs, steps)
+        slots = self._train.lengths - 1
+        tokens = np.concatenate([np.add.reduceat(slots[p.examples], p.starts[:-1]) for p in plans])
+        return tokens[: count * batch_size].reshape(count, batch_size).sum(axis=1)
+
+    def heldout_batches(self, batch_size: int, rows: Sequence[int] | None = None) -> list[Batch]:
         """The held-out examples in whole batches; rows of padding complete the last one.
 
         Packed like the training rows and always in the same order. Empty if nothing is held out.
 
+        Args:
+          batch_size: rows of a batch.
+          rows: make only these rows of every batch.
+
         Raises:
-          ValueError: batch_size is below 1.
+          ValueError: batch_size is below 1, or ``rows`` that a batch does not have.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        rows = range(batch_size) if rows is None else rows
+        _check_rows(rows, batch_size)
         plan = self._heldout_plan
-        rows = [fill_row(self._heldout, plan, row) for row in range(len(plan))]
-        rows += [empty_row(plan.sequence_length)] * (-len(rows) % batch_size)
-        return [
-            {key: np.stack([row[key] for row in rows[i : i + batch_size]]) for key in rows[i]}
-            for i in range(0, len(rows), batch_size)
-        ]
+
+        def make(row: int) -> Batch:
+            within = row < len(plan)
+            return fill_row(self._heldout, plan, row) if within else empty_row(plan.sequence_length)
+
+        batches = []
+        for start in range(0, len(plan), batch_size):
+            made = [make(start + row) for row in rows]
+            batches.append({key: np.stack([row[key] for row in made]) for key in made[0]})
+        return batches
 
 
-def load_data(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> Data:
+def load_data(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, progress: bool = True) -> Data:
     """Reads, tokenizes and splits the data.
 
     Args:
       config: what to read, and how.
       tokenizer: a fast tokenizer, with the chat template of the model (Tülu's is used when it has
         none: see `chat.chat_template`).
+      progress: on a terminal, show progress bars for what takes long.
 
     Raises:
       DataError: a source cannot be read; `MalformedRow`: a row is malformed, and refused;
@@ -283,6 +344,7 @@ def load_data(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> Data:
                 max_tokens=config.sequence_length + 1,  # the last token is only a target
                 truncate=config.truncate,
                 on_malformed=config.on_malformed,
+                progress=progress,
             )
             if not len(examples):
                 raise EmptyDataset(f"no examples: {report}")

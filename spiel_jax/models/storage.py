@@ -17,10 +17,14 @@ from jax.ad_checkpoint import checkpoint_name
 _BITS = jnp.uint16
 
 
+def runs_on_cpu() -> bool:
+    """Whether the devices of the mesh in force, which may not be here, or else the default ones are CPUs."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.default_backend() if device is None else device.platform) == "cpu"
+
+
 def _as_bits(dtype: Any) -> bool:
-    device = jax.sharding.get_abstract_mesh().abstract_device  # of the mesh in force: it may not be here
-    platform = jax.default_backend() if device is None else device.platform
-    return platform == "cpu" and dtype in (jnp.bfloat16, jnp.float16)
+    return dtype in (jnp.bfloat16, jnp.float16) and runs_on_cpu()
 
 
 def pack(x: jax.Array) -> jax.Array:

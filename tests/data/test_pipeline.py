@@ -100,6 +100,62 @@ def test_interrupted_and_resumed_is_uninterrupted(load):
         same(start + list(resumed), whole)
 
 
+def joined(parts, shares):
+    """Whole batches from those that have the rows of each share."""
+    order = np.argsort(np.concatenate(shares))
+    return [
+        {key: np.concatenate([part[key] for part in batch])[order] for key in batch[0]}
+        for batch in zip(*parts, strict=True)
+    ]
+
+
+SHARES = [
+    [[0, 1, 2, 3, 4, 5]],
+    [[0, 1, 2], [3, 4, 5]],
+    [[0, 3], [1, 4], [2, 5]],  # of every micro-batch of three rows one each
+    [[4], [0, 1, 5], [2, 3]],
+]
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_processes_together_make_the_batches_of_one(load, shares):
+    data = load(pairs(40), heldout=4)
+    whole = list(data.train_iterator(6, epochs=4))
+    iterators = [data.train_iterator(6, epochs=4, rows=rows) for rows in shares]
+    assert {len(data.train_dataset(6, epochs=4, rows=rows)) for rows in shares} == {len(whole)}
+    start = [[next(iterator) for _ in range(2)] for iterator in iterators]
+    assert {len(batch["tokens"]) for batch in start[0]} == {len(shares[0])}
+    same(joined(start, shares), whole[:2])
+    # each goes on where one that makes whole batches has stopped
+    alone = data.train_iterator(6, epochs=4)
+    for _ in range(2):
+        next(alone)
+    for iterator in iterators:
+        assert iterator.get_state() == alone.get_state()
+        iterator.set_state(alone.get_state())
+    same(joined([list(iterator) for iterator in iterators], shares), whole[2:])
+    heldout = [data.heldout_batches(6, rows) for rows in shares]
+    same(joined(heldout, shares), data.heldout_batches(6))
+
+
+def test_rows_that_a_batch_does_not_have_are_refused(load):
+    data = load(pairs(9))
+    for rows in ([0, 4], [-1], []):
+        with pytest.raises(ValueError, match="rows must be some of 0 to 3"):
+            data.train_iterator(4, steps=2, rows=rows)
+        with pytest.raises(ValueError, match="rows must be some of 0 to 3"):
+            data.heldout_batches(4, rows)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_tokens_of_batches_are_counted_without_making_them(load, packing):
+    data = load(pairs(40), packing=packing)
+    batches = list(data.train_iterator(4, steps=12))
+    counted = [np.count_nonzero(batch["segment_ids"]) for batch in batches]
+    assert data.batch_tokens(4, steps=12).tolist() == counted
+    assert len(data.batch_tokens(4, epochs=2)) == len(data.train_dataset(4, epochs=2))
+
+
 def test_seed_and_epoch_change_the_order(load, make_tokenizer):
     def order(seed):
         data = load(pairs(30), seed=seed, packing=False)

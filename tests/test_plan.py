@@ -1,0 +1,501 @@
+"""Plans for hardware that is not here: what lies on a device, what is exchanged, what fits."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from runpy import run_path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mesh_cases import adapted, mesh_of
+
+from spiel_jax import hardware, planning
+from spiel_jax.config import ConfigError, default_config
+from spiel_jax.hardware import MissingCompilerError, TopologyError, open_topology
+from spiel_jax.models import ModelConfig
+from spiel_jax.plan import plan, show
+from spiel_jax.planning import as_flags, easier, model_shape, prepare
+from spiel_jax.programs import (
+    Program,
+    _refused,
+    collectives,
+    product_flops,
+    reported_memory,
+    shape_bytes,
+)
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+GIB = 2**30
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+WEIGHTS = 3 * (4 * 32 * 32 + 3 * 32 * 64)  # of the linears
+HEADS = 2 * 64 * 32  # embedding and head
+NORMS = 7 * 32
+SETTINGS = {"targets.num_tunable": 4800, "batch_size": 16, "data.sequence_length": 32, "model.loss_chunk": 32}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model of which there is nothing but the shape."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    return tmp_path
+
+
+@pytest.fixture
+def config(folder):
+    config = default_config()
+    config.model.source = str(folder)
+    config.data.sources = ("nowhere.jsonl",)
+    config.update_from_flattened_dict(SETTINGS)
+    return config
+
+
+@pytest.fixture
+def command(folder):
+    file = folder / "tiny.py"
+    file.write_text(
+        "from spiel_jax.config import default_config\n\n\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        f"    config.model.source = {str(folder)!r}\n"
+        "    config.data.sources = ('nowhere.jsonl',)\n"
+        f"    config.update_from_flattened_dict({SETTINGS!r})\n"
+        "    return config\n"
+    )
+
+    def run(*arguments, hide=None):
+        code = (
+            f"import runpy, sys; sys.modules[{hide!r}] = None; runpy.run_module('spiel_jax.plan', run_name="
+        )
+        code += "'__main__', alter_sys=True)"
+        how = ["-m", "spiel_jax.plan"] if hide is None else ["-c", code]
+        return subprocess.run(
+            [sys.executable, *how, f"--config={file}", *arguments], capture_output=True, text=True, cwd=folder
+        )
+
+    return run
+
+
+def entries(fsdp, tensor):
+    """Active entries of all targets on one device."""
+    targets = adapted({"fsdp": fsdp, "tensor": tensor}, num_tunable=4800)
+    return sum(3 * target.block_count for target in targets.values())
+
+
+def test_command_line(command, folder):
+    assert "--topology" in command("--help").stdout
+    file = folder / "plan.json"
+    done = command("--topology=cpu:8", "--mesh=fsdp=4,tensor=2", f"--json={file}", "--steps=ordinary")
+    assert done.returncode == 0, done.stderr
+    assert "verdict              fits: ordinary needs most" in done.stdout
+    found = json.loads(file.read_text())
+    assert found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert (found["config"]["targets.grid.fsdp"], found["config"]["targets.grid.tensor"]) == (4, 2)
+    assert list(found["steps"]) == ["ordinary"]
+    step = found["steps"]["ordinary"]
+    memory = step["memory"]
+    k = entries(4, 2)
+    assert memory["weights"] == 2 * ((WEIGHTS + HEADS) // 8 + NORMS)
+    assert memory["deltas"] == k * (4 + 4 + 2)  # indices, values, pretrained entries
+    # three numbers an entry; three a candidate, and two a block of each of 7 stacks of 3; counts, share
+    assert memory["optimizer"] == k * 3 * 4 + k * 3 * 4 + 2 * 7 * 3 * 4 + 3 * 4
+    assert memory["batch"] == 5 * 4 * 16 * 32 // 4  # a data x fsdp shard
+    held = sum(memory[part] for part in ("weights", "deltas", "optimizer", "batch"))
+    assert memory["peak"] == held + memory["temporaries"] + memory["programs"] == found["peak"]
+    assert memory["temporaries"] > 2 * 3 * 4 * 32 * 32  # what each layer was given, in float32
+    assert max(item["bytes"] for item in step["largest_temporaries"]) < memory["temporaries"]
+    assert step["exchanged"]["all-gather"]["count"] > 7 * 3 * 2
+    assert step["exchanged"]["reduce-scatter"]["bytes"] > 0
+    assert sum(one["count"] * one["bytes"] for one in step["exchanges"]) == sum(
+        kind["bytes"] for kind in step["exchanged"].values()
+    )
+
+    little = command(
+        "--topology=cpu:8", "--mesh=fsdp=8", "--memory=0.0001", "--steps=ordinary", "--no-search"
+    )
+    assert little.returncode == 1, little.stderr
+    assert "does not fit" in little.stdout
+
+
+def test_a_bad_command_line_exits_with_2(command):
+    for hide, arguments, message in (
+        (None, ["--topology=v9:2x2"], "error: unknown topology 'v9:2x2': expected one such as v5e:2x2"),
+        ("libtpu", ["--topology=v5e:2x2"], 'pip install --no-deps "libtpu=='),
+    ):
+        done = command(*arguments, hide=hide)
+        assert done.returncode == 2
+        assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ({"fsdp": 3}, "3 does not divide the 8 devices"),
+        ({"fsdp": 16}, "more than the 8 devices"),
+        ({"fsdp": 5, "data": 1}, "config.batch_size = 16: expected a multiple of 5"),
+        ({"tensor": 6, "data": 1}, "tensor=6 does not divide model.layers.self_attn.q_proj.weight"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_is_refused(config, mesh, message):
+    with pytest.raises(ValueError, match=message):
+        plan(config, "cpu:8", mesh=mesh, progress=False)
+
+
+def test_a_step_that_a_run_does_not_have_is_refused(config):
+    config.method = "spiel_ma"
+    with pytest.raises(ConfigError, match="'proposing': it has ordinary, reselecting"):
+        plan(config, "cpu:8", kinds=["proposing"], progress=False)
+
+
+@pytest.mark.parametrize("name", ["", "v5e", "v5e:", "v5e:8", "cpu:2x2", "cpu:0", "h100:x", "gpu:8"])
+def test_an_unknown_topology_is_refused(name):
+    with pytest.raises(TopologyError, match="unknown topology"):
+        open_topology(name)
+
+
+@pytest.mark.parametrize(
+    ("topology", "packages"),
+    [
+        ("v5p:2x2x1", r'pip install --no-deps "libtpu==0'),
+        ("h100:8", r'"jax-cuda12-plugin==.*" "jax-cuda12-pjrt==.*" nvidia-cuda-nvcc-cu12'),
+    ],
+)
+def test_a_missing_compiler_is_named(monkeypatch, topology, packages):
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingCompilerError, match=packages):
+        open_topology(topology)
+
+
+def prepared(config, mesh, **settings):
+    config.update_from_flattened_dict(settings)
+    return prepare(config, model_shape(config.model.source), mesh)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kinds"),
+    [
+        ({}, ["ordinary", "proposing", "estimating", "estimating+reselecting"]),
+        ({"spiel.accumulation": 1}, ["ordinary", "proposing+reselecting"]),
+        ({"method": "spiel_ma"}, ["ordinary", "reselecting"]),
+        ({"method": "spiel_ma", "steps": 4}, ["ordinary"]),
+        ({"method": "magnitude"}, ["ordinary"]),
+        ({"method": "lora", "lora.rank": 2}, ["ordinary"]),
+        ({"method": "full"}, ["ordinary"]),
+    ],
+)
+def test_kinds_of_step(config, settings, kinds):
+    assert list(prepared(config, mesh_of(1, 4, 2), **settings).kinds) == kinds
+
+
+def test_what_is_held_of_other_methods(config):
+    mesh = mesh_of(2, 2, 2)
+    k = entries(2, 2)
+    linears, frozen = WEIGHTS // 4, HEADS // 4 + NORMS
+    ma = prepared(config, mesh, method="spiel_ma").held()
+    assert ma["weights"] == 2 * (linears + frozen)
+    assert ma["deltas"] == k * 10
+    blocks = 4 * (16 + 16) + 3 * (32 + 16)  # rows and columns of a block of each stack
+    assert ma["optimizer"] == 3 * blocks * 4 + 3 * 4
+    full = prepared(config, mesh, method="full").held()
+    assert full["weights"] == 0
+    assert full["deltas"] == 4 * (linears + frozen)
+    assert full["optimizer"] == 2 * full["deltas"] + 2 * 4
+    assert full["batch"] == 5 * 4 * 16 * 32 // 4
+
+
+def test_a_micro_batch_that_can_be_spread_is_planned(config):
+    mesh = mesh_of(2, 4, 1)
+    assert prepared(config, mesh, micro_batch_size=2).config.micro_batch_size == 8
+    assert prepared(config, mesh, micro_batch_size=16).config.micro_batch_size == 16
+    assert prepared(config, mesh_of(1, 1, 1), micro_batch_size=2).batch["tokens"].shape == (8, 2, 32)
+
+
+def test_the_step_is_compiled_for_the_devices_and_the_search_ends_at_one_that_fits(config):
+    """Half of the micro-batch fits where all of it does not; nothing is compiled that cannot fit."""
+    config.method = "spiel_ma"
+    config.data.sequence_length = 64  # activations count
+    options = {"kinds": ["ordinary"], "mesh": {"fsdp": 2, "data": 1}, "progress": False}
+    config.micro_batch_size = 4
+    fits = plan(config, "cpu:8", **options)
+    assert fits["fits"]
+    assert not fits["trials"]
+    config.micro_batch_size = 16
+    tight = plan(config, "cpu:8", memory=(fits["peak"] + 1000) / GIB, **options)
+    assert not tight["fits"]
+    assert [(trial["changes"], trial["fits"]) for trial in tight["trials"]] == [
+        ({"micro_batch_size": 8}, False),
+        ({"micro_batch_size": 4}, True),
+    ]
+    assert tight["trials"][-1]["needed"] == fits["peak"]
+    assert tight["proposal"] == "--config.micro_batch_size=4"
+    assert "fits" in show(tight).splitlines()[-1]
+    nothing = plan(config, "cpu:8", memory=fits["steps"]["ordinary"]["memory"]["weights"] / GIB, **options)
+    assert not any(trial["compiled"] or trial["fits"] for trial in nothing["trials"])
+    assert nothing["proposal"] is None
+
+
+def test_settings_are_tried_from_the_cheapest_on(config, monkeypatch):
+    tried = []
+
+    def compiled(run, kind, hardware):
+        tried.append((run.config.method, run.config.micro_batch_size, run.config.model.remat, kind))
+        return Program(0.0, 0, GIB)
+
+    monkeypatch.setattr(planning.Run, "compiled", compiled)
+    run = prepared(config, mesh_of(2, 4, 1), **{"model.remat": "dots"})
+    kinds = [as_flags(changes) for changes in easier(run.config, run.mesh.shape)]
+    least = "--config.micro_batch_size=8 --config.model.remat=full"
+    spread = "--config.mesh.data=1 --config.mesh.fsdp={} --config.mesh.tensor={}"
+    assert kinds[:5] == [
+        "--config.micro_batch_size=8",
+        least,
+        f"{least} {spread.format(8, 1)}",
+        f"{least} {spread.format(8, 1)} --config.method=spiel_ma",
+        f"--config.micro_batch_size=4 --config.model.remat=full {spread.format(4, 2)}",
+    ]
+    memory = {"temporaries": 0, "programs": 0}
+    shape = model_shape(config.model.source)
+    few = replace(open_topology("cpu:8"), usable=GIB - 1)
+    trials = planning.search(run, shape, few, "estimating", memory, 4, progress=False)
+    assert [trial.needed for trial in trials] == [GIB] * 4
+    assert tried == [
+        ("spiel_ag", 8, "dots", "estimating"),
+        ("spiel_ag", 8, "full", "estimating"),
+        ("spiel_ag", 8, "full", "estimating"),
+        ("spiel_ma", 8, "full", "ordinary"),
+    ]
+
+
+def test_shapes_need_no_weights_and_no_network(folder):
+    for size in ("7b", "13b", "70b"):
+        assert model_shape(f"meta-llama/Llama-2-{size}-hf") == getattr(ModelConfig, f"llama2_{size}")()
+    assert model_shape("random", "smollm2_135m") == ModelConfig.smollm2_135m()
+    assert model_shape(str(folder)).hidden_size == 32
+    with pytest.raises(FileNotFoundError, match=r"config\.model\.preset"):
+        model_shape("nobody/nothing")
+
+
+HLO = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%spread_over.1 (p: bf16[4,16]) -> bf16[32,16] {
+  %p = bf16[4,16]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.1 = bf16[32,16]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=3, dimensions={0}
+}
+
+%spread_over.2 (p.1: bf16[4,16]) -> bf16[32,16] {
+  %p.1 = bf16[4,16]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[32,16]{1,0} all-gather(%p.1), channel_id=3, dimensions={0}
+}
+
+%inner_condition (i: (s32[], f32[64])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  %i = (s32[]{:T(128)}, f32[64]{0:T(1024)}) parameter(0)
+  %number = s32[]{:T(128)} get-tuple-element(%i), index=0
+  ROOT %less = pred[]{:T(512)} compare(%number, %limit), direction=LT
+}
+
+%inner (a: (s32[], f32[64])) -> (s32[], f32[64]) {
+  %a = (s32[]{:T(128)}, f32[64]{0:T(1024)}) parameter(0)
+  %number.1 = s32[] get-tuple-element(%a), index=0
+  %whole = f32[64]{0} get-tuple-element(%a), index=1
+  %part = f32[8]{0} reduce-scatter(%whole), channel_id=4, dimensions={0}, to_apply=%add
+  ROOT %next = (s32[], /*index=1*/f32[64]{0}) tuple(%number.1, %whole)
+}
+
+%unknown_condition (b: (s32[], s32[])) -> pred[] {
+  %b = (s32[], s32[]) parameter(0)
+  %low = s32[] get-tuple-element(%b), index=0
+  %high = s32[] get-tuple-element(%b), index=1
+  ROOT %less.1 = pred[] compare(%low, %high), direction=LT
+}
+
+%unknown (c: (s32[], s32[])) -> (s32[], s32[]) {
+  %c = (s32[], s32[]) parameter(0)
+  %low.1 = s32[] get-tuple-element(%c), index=0
+  %all-reduce.3 = s32[] all-reduce(%low.1), channel_id=8, to_apply=%add
+  ROOT %again = (s32[], s32[]) tuple(%all-reduce.3, %low.1)
+}
+
+%body (q: (s32[], f32[64])) -> (s32[], f32[64]) {
+  %q = (s32[], f32[64]{0}) parameter(0)
+  %slice = bf16[4,16]{1,0} constant({...})
+  %first = bf16[32,16]{1,0} fusion(%slice), kind=kCustom, calls=%spread_over.1
+  %second = bf16[32,16]{1,0} fusion(%slice), kind=kCustom, calls=%spread_over.2
+  %loop = (s32[], f32[64]{0}) while(%q), condition=%inner_condition, body=%inner
+  ROOT %out = (s32[], f32[64]{0}) tuple(%loop)
+}
+
+%condition (r: (s32[], f32[64])) -> pred[] {
+  ROOT %r = (s32[], f32[64]{0}) parameter(0)
+}
+
+%little (u: f32[8]) -> f32[8] {
+  %u = f32[8]{0} parameter(0)
+  ROOT %moved = f32[8]{0} collective-permute(%u), channel_id=5, source_target_pairs={{0,1}}
+}
+
+%much (v: f32[8]) -> f32[8] {
+  %v = f32[8]{0} parameter(0)
+  %begun = (f32[8]{0}, f32[64]{0}) all-gather-start(%v), channel_id=6, dimensions={0}
+  %ended = f32[64]{0} all-gather-done(%begun)
+  ROOT %cut = f32[8]{0} slice(%ended), slice={[0:8]}
+}
+
+ENTRY %main (w: f32[8]) -> f32[8] {
+  %w = f32[8]{0} parameter(0), metadata={op_name="state.params['a (b'].x"}
+  %begun.1 = f32[8]{0} all-reduce-start(%w), channel_id=1, to_apply=%add, metadata={op_name="jit(f)/sum"}
+  %ended.1 = f32[8]{0} all-reduce-done(%begun.1)
+  %start = (s32[], f32[64]{0}) tuple()
+  %layers = (s32[], f32[64]{0}) while(%start), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %search = (s32[], s32[]) while(%start), condition=%unknown_condition, body=%unknown
+  ROOT %either = f32[8]{0} conditional(%w, %w, %w), branch_computations={%little, %much}
+}
+"""  # noqa: E501
+
+
+def test_exchanges_of_a_program_by_hand():
+    found = [(one.kind, one.count, one.bytes) for one in collectives(HLO)]
+    assert found == [
+        ("all-reduce", 1, 32),
+        ("all-gather", 3, 2 * 32 * 16),  # in two fusions, on one channel
+        ("reduce-scatter", 15, 4 * 64),  # what goes in
+        ("all-reduce", 1, 4),  # in a loop of unknown length
+        ("all-gather", 1, 4 * 64),  # the branch that exchanges more
+    ]
+    assert collectives(HLO)[0].source == "jit(f)/sum"
+    assert collectives(HLO)[1].shape == "bf16[32,16]"
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("f32[]", 4),
+        ("pred[3]{0}", 3),
+        ("(bf16[2,3]{1,0:T(8,128)(2,1)}, /*index=1*/s64[2]{0:S(4)}, token[])", 28),
+        ("u4[8]{0}", 4),
+        ("f8e4m3fn[5]", 5),
+        ("c64[2]", 16),
+    ],
+)
+def test_bytes_of_a_shape(shape, size):
+    assert shape_bytes(shape) == size
+
+
+def test_products_of_a_program_by_hand():
+    def function(x, w):
+        def layer(x, w):
+            return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w), None
+
+        return jax.lax.scan(jax.checkpoint(layer), x, w)[0].sum()
+
+    x, w = jnp.zeros((2, 8)), jnp.zeros((3, 8, 8))
+    assert product_flops(jax.jit(function).trace(x, w).jaxpr) == 3 * 2 * (2 * 2 * 8 * 8)
+    spread = jax.shard_map(
+        lambda x: x @ x.T, mesh=mesh_of(1, 4, 2), in_specs=jax.P("fsdp"), out_specs=jax.P("fsdp")
+    )
+    assert product_flops(jax.make_jaxpr(spread)(jnp.zeros((8, 16)))) == 8 * (2 * 2 * 2 * 16)
+
+
+def test_a_compilers_report_is_read(tmp_path):
+    assert reported_memory(tmp_path) is None
+    (tmp_path / "module.f.after-memory-usage-report.txt").write_text(
+        "Memory Space: default (color=0)\n"
+        "Total bytes: 3000 (2.93KiB)\n"
+        "  cumulative_size;       size;       offset; used_by_n_values; shapes_list\n"
+        "  ------------------------------------------------------------\n"
+        "    1.50KiB( 75%);    1.50KiB;            0;                2; 2×f32[384]\n"
+        "    2.00KiB(100%);      512B;         1536;                1; pred[512]\n"
+        "\n"
+        "  cumulative_size;       size;       offset; used_by_n_values; shapes_list\n"
+        "  ------------------------------------------------------------\n"
+        "    1.00KiB(100%);    1.00KiB;            0;                1; f32[256]\n"
+        "Memory Space: vmem (color=1)\n"
+        "Total bytes: 999999 (977KiB)\n"
+    )
+    (tmp_path / "module.g.after-memory-usage-report.txt").write_text("Total bytes: 9\n")
+    assert reported_memory(tmp_path) == (3000, [(1536, "2×f32[384]"), (512, "pred[512]")])
+
+
+def test_a_refusal_says_how_much_is_needed():
+    message = "the total memory required for HLO temporaries (24.50G) exceeds available HBM (15.75G)."
+    assert _refused(f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, {message}") == 24.5 * GIB
+    assert _refused("INTERNAL: something else (24.50G)") is None
+    assert planning.needed(30, Program(0.0, 10, 100)) == 120  # 20 that the program does not look at
+    assert planning.needed(30, Program(0.0, 0, 100, refusal=message)) == 100
+
+
+def test_stacks_of_more_entries_than_int32_has():
+    """Llama 2 70B: 80 matrices of 28672 x 8192 are one parameter; a position is one of a block."""
+    config, model = run_path(str(CONFIGS / "llama2_70b.py"))["get_config"](), ModelConfig.llama2_70b()
+    config.mesh.fsdp = config.micro_batch_size = 4
+    config.targets.grid.update({"fsdp": 16, "tensor": 2})
+    run = prepare(config, model, mesh_of(1, 4, 2))
+    gate = "model.layers.mlp.gate_proj.weight"
+    assert run.state.params[gate].size > np.iinfo(np.int32).max
+    target = run.training.targets[gate]
+    assert (target.grid, target.block) == ((2, 16), (28672 // 2, 8192 // 16))
+    assert (
+        0 <= config.targets.num_tunable - sum(x.size for x in jax.tree.leaves(run.state.trainable)) < 20_000
+    )
+    indices = run.state.opt_state.active[gate].indices
+    assert (indices.shape, indices.dtype) == ((80, 2, 16, target.block_count), jnp.int32)
+    assert target.block_size < np.iinfo(np.int32).max
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), run.state)
+    for phase, reselect in run.kinds.values():
+        with jax.set_mesh(run.mesh):
+            step = partial(run.training.step, phase=phase, reselect=reselect)
+            state, metrics = jax.eval_shape(step, run.state, run.batch)
+        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == shapes
+        assert metrics["loss"].shape == ()
+
+
+def installed(package):
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "package", "chip"),
+    [("v5e:2x4", "libtpu", "TPU v5e"), ("h100:8", "jax_plugins.xla_cuda12", "NVIDIA H100 80GB")],
+)
+def test_other_peoples_hardware(command, folder, topology, package, chip):
+    if not installed(package):
+        pytest.skip(f"{package} is not installed")
+    file = folder / "plan.json"
+    done = command(f"--topology={topology}", "--mesh=fsdp=4,tensor=2", f"--json={file}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert found["chip"] == chip
+    assert list(found["steps"]) == ["ordinary", "proposing", "estimating", "estimating+reselecting"]
+    for name, step in found["steps"].items():
+        assert step["memory"]["weights"] == 2 * ((WEIGHTS + HEADS) // 8 + NORMS)
+        assert step["memory"]["temporaries"] > 0
+        # every weight is collected for the forward and the backward pass of every micro-batch and layer
+        gathered = [
+            one for one in step["exchanges"] if one["kind"] == "all-gather" and "bf16" in one["shape"]
+        ]
+        assert sum(one["count"] for one in gathered) >= 4 * 3 * 2, name
