@@ -185,11 +185,33 @@ def gather(weight: jax.Array, delta: SparseDelta, *, transposed: bool = False) -
         return matrix.at[at].get(mode="fill", fill_value=0)
 
     def taken(weight: jax.Array, indices: jax.Array) -> jax.Array:
+        part = delta.part(indices)
+        if part.stack_axes and not jnp.issubdtype(weight.dtype, jnp.floating):
+            return _gather_matrix_by_matrix(weight, part)
         if delta.layers is not None:
             weight = weight[jnp.array(delta.layers)]
-        return _per_matrix(entries, delta.part(indices))(weight)
+        return _per_matrix(entries, part)(weight)
 
     return on_blocks(taken, delta.axes, delta.stack_axes, weight, delta.indices)
+
+
+def _matrices(weight: jax.Array, delta: SparseDelta) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The weight as [M, rows, columns], which of these are adapted [A], and their positions [A, ...]."""
+    matrices = weight.reshape(-1, *delta.shape)
+    numbers = jnp.arange(matrices.shape[0]) if delta.layers is None else jnp.array(delta.layers)
+    return matrices, numbers, delta.indices.reshape(-1, *delta.indices.shape[delta.stack_axes :])
+
+
+def _gather_matrix_by_matrix(weight: jax.Array, delta: SparseDelta) -> jax.Array:
+    """For what is not differentiated: coordinates of all entries of a stack can be as large as the stack."""
+    matrices, numbers, indices = _matrices(weight, delta)
+
+    def one(item: tuple[jax.Array, jax.Array]) -> jax.Array:
+        number, positions = item
+        place = replace(delta, indices=positions, layers=None).coordinates()
+        return matrices.at[number, *place].get(mode="fill", fill_value=0)
+
+    return lax.map(one, (numbers, indices)).reshape(delta.indices.shape)
 
 
 def set_entries(weight: jax.Array, delta: SparseDelta, entries: jax.Array) -> jax.Array:
@@ -204,35 +226,32 @@ def set_entries(weight: jax.Array, delta: SparseDelta, entries: jax.Array) -> ja
         The new weight, same shape and dtype.
     """
 
-    def put(matrix: jax.Array, rows: jax.Array, columns: jax.Array, entries: jax.Array) -> jax.Array:
-        return matrix.at[rows, columns].set(entries, mode="drop", unique_indices=True)
-
     def changed(weight: jax.Array, indices: jax.Array, entries: jax.Array) -> jax.Array:
         part = delta.part(indices)
-        small = jnp.issubdtype(weight.dtype, jnp.floating) and weight.dtype.itemsize < 4
-        if part.layers is not None or (part.stack_axes and small):
-            # XLA's CPU backend upcasts the whole operand of a 16-bit scatter: one matrix at a time there.
+        if part.stack_axes or part.layers is not None:
             return _set_matrix_by_matrix(weight, part, entries)
-        return _per_matrix(put, part, entries)(weight)
+        return weight.at[part.coordinates()].set(entries, mode="drop", unique_indices=True)
 
     entries = entries.astype(weight.dtype)
     return on_blocks(changed, delta.axes, delta.stack_axes, weight, delta.indices, entries)
 
 
 def _set_matrix_by_matrix(weight: jax.Array, delta: SparseDelta, entries: jax.Array) -> jax.Array:
-    stack = weight.shape[:-2]
-    matrices = weight.reshape(-1, *delta.shape)  # [M, rows, columns]
-    per_matrix = delta.indices.shape[delta.stack_axes :]
-    rows, columns = (x.reshape(-1, *per_matrix) for x in delta.coordinates())
-    entries = entries.reshape(rows.shape)
-    numbers = jnp.arange(matrices.shape[0]) if delta.layers is None else jnp.array(delta.layers)
+    """One matrix at a time: coordinates of all entries of a stack can be as large as the stack."""
+    matrices, numbers, indices = _matrices(weight, delta)
+    entries = entries.reshape(indices.shape)
+    narrow = jnp.issubdtype(weight.dtype, jnp.floating) and weight.dtype.itemsize < 4
 
     def one(slot: jax.Array, matrices: jax.Array) -> jax.Array:
-        matrix = lax.dynamic_index_in_dim(matrices, numbers[slot], keepdims=False)
-        matrix = matrix.at[rows[slot], columns[slot]].set(entries[slot], mode="drop", unique_indices=True)
-        return lax.dynamic_update_index_in_dim(matrices, matrix, numbers[slot], 0)
+        number, place = numbers[slot], replace(delta, indices=indices[slot], layers=None).coordinates()
+        if not narrow:
+            return matrices.at[number, *place].set(entries[slot], mode="drop", unique_indices=True)
+        # XLA's CPU backend upcasts the whole operand of a 16-bit scatter
+        matrix = lax.dynamic_index_in_dim(matrices, number, keepdims=False)
+        matrix = matrix.at[place].set(entries[slot], mode="drop", unique_indices=True)
+        return lax.dynamic_update_index_in_dim(matrices, matrix, number, 0)
 
-    return lax.fori_loop(0, rows.shape[0], one, matrices).reshape(*stack, *delta.shape)
+    return lax.fori_loop(0, indices.shape[0], one, matrices).reshape(weight.shape)
 
 
 def merged_entries(base: jax.Array, values: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -56,7 +56,7 @@ class SparseTraining:
         values = zeros(self.targets)
         opt_state = self.tx.init(values)
         if self.start is not None:
-            opt_state = place(opt_state, self.start(params))
+            opt_state = place(opt_state, self.start(unpacked(params)))
         return self.attach(params, values, opt_state)
 
     def attach(self, params: Params, trainable: Any, opt_state: Any) -> TrainState:

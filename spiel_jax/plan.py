@@ -1,0 +1,242 @@
+r"""Plan before you rent: does a run fit on hardware that is not here, and what does a step of it do there?
+
+    python -m spiel_jax.plan --config=configs/llama2_7b.py --topology=v5e:4x4 --mesh=fsdp=16
+
+Compiles the training step itself, every kind of step that such a run has, with the compiler of that hardware.
+Nothing is allocated, no weights and no data are read. Shows what lies on each device, what the step needs
+beside it, what the devices exchange, and whether it fits; where it does not, the nearest setting that does,
+found by compiling. Keys of the config are set as for ``spiel_jax.train``.
+
+Exit status: 0 if it fits, 1 if it does not, 2 if that could not be found out.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from spiel_jax.config import Config, ConfigError, check_config, flatten, micro_batch_size
+from spiel_jax.hardware import EXAMPLES, GIB, Hardware, MissingCompilerError, open_topology
+from spiel_jax.metrics import table
+from spiel_jax.models.sharding import MESH_AXES, make_mesh
+from spiel_jax.planning import Run, Trial, as_flags, model_shape, needed, prepare, search
+from spiel_jax.programs import Program, total_bytes
+
+_PARTS = ("weights", "deltas", "optimizer", "batch", "temporaries", "programs", "peak")
+
+
+def summary(
+    run: Run, hardware: Hardware, programs: Mapping[str, Program], trials: Sequence[Trial]
+) -> dict[str, Any]:
+    """All that was found out, JSON-like.
+
+    Sizes are bytes on one device. ``memory`` of a kind of step: ``weights``, ``deltas`` (indices, values and
+    pretrained entries; or adapters), ``optimizer`` (statistics of the growth too) and ``batch`` lie there all
+    the time, ``temporaries`` while the step runs; ``programs`` are those of all kinds of step; ``peak`` is
+    the sum. ``exchanged``: of each exchange between devices what goes in or what comes out on one of them,
+    whichever is more.
+    """
+    held, code = run.held(), sum(program.code for program in programs.values())
+    resident = sum(held.values())
+    tokens = run.config.batch_size * run.config.data.sequence_length
+    kinds = {}
+    for kind, program in programs.items():
+        allocated = needed(resident, program)
+        exchanges = sorted(program.exchanges, key=lambda one: -one.count * one.bytes)
+        by_kind = {
+            kind: [one for one in exchanges if one.kind == kind] for kind in {one.kind for one in exchanges}
+        }
+        sizes = (*held.values(), allocated - resident, code, allocated + code)
+        kinds[kind] = {
+            "compile_seconds": round(program.seconds, 1),
+            "memory": dict(zip(_PARTS, sizes, strict=True)),
+            "largest_temporaries": [
+                {"bytes": size, "shapes": shapes} for size, shapes in program.largest[:8]
+            ],
+            "flops_per_token": program.flops / tokens,
+            "exchanged": {
+                kind: {"count": sum(one.count for one in some), "bytes": total_bytes(some)}
+                for kind, some in sorted(by_kind.items())
+            },
+            "exchanges": [asdict(one) for one in exchanges],
+            "refusal": program.refusal,
+        }
+    heaviest = max(kinds, key=lambda kind: kinds[kind]["memory"]["peak"])
+    peak = kinds[heaviest]["memory"]["peak"]
+    return {
+        "topology": hardware.name,
+        "chip": hardware.chip,
+        "devices": run.mesh.size,
+        "mesh": dict(run.mesh.shape),
+        "usable": hardware.usable,
+        "assumption": hardware.assumption,
+        "config": flatten(run.config),
+        "tokens_per_step": tokens,
+        "flops_are": "of matrix products, counted in the traced step, those done again counted again",
+        "steps": kinds,
+        "heaviest": heaviest,
+        "peak": peak,
+        "fits": peak <= hardware.usable,
+        "trials": [asdict(trial) for trial in trials],
+        "proposal": as_flags(trials[-1].changes) if trials and trials[-1].fits else None,
+        "jax": jax.__version__,
+    }
+
+
+def show(found: Mapping[str, Any]) -> str:
+    """What a person wants to see of a ``summary``."""
+    config, steps = found["config"], found["steps"]
+    rows, shards = config["micro_batch_size"], found["mesh"]["data"] * found["mesh"]["fsdp"]
+    unit, name = (GIB, "GiB") if found["peak"] >= GIB else (2**20, "MiB")
+
+    def line(name: str, numbers: Iterable[str]) -> tuple[str, str]:
+        return name, "  ".join(
+            f"{text:>{max(len(kind), 9)}}" for kind, text in zip(steps, numbers, strict=True)
+        )
+
+    def sizes(name: str, get: Callable[[dict], int]) -> tuple[str, str]:
+        return line(f"  {name}", [f"{get(step) / unit:.2f}" for step in steps.values()])
+
+    exchanged = sorted({kind for step in steps.values() for kind in step["exchanged"]})
+    lines = [
+        ("mesh", ", ".join(f"{axis}={size}" for axis, size in found["mesh"].items())),
+        ("blocks", ", ".join(f"{axis}={config[f'targets.grid.{axis}']}" for axis in ("fsdp", "tensor"))),
+        ("batch", f"{config['batch_size']} sequences of {config['data.sequence_length']} tokens"),
+        ("micro-batch", f"{rows} sequences, {rows // shards} on each device"),
+        ("remat", config["model.remat"]),
+        line(f"{name} on each device", steps),
+        *[sizes(key, lambda step, key=key: step["memory"][key]) for key in _PARTS],
+        (f"{name} exchanged a step", ""),
+        *[
+            sizes(kind, lambda step, kind=kind: step["exchanged"].get(kind, {"bytes": 0})["bytes"])
+            for kind in exchanged
+        ],
+        line("GFLOP a token", [f"{step['flops_per_token'] / 1e9:.4g}" for step in steps.values()]),
+        line("seconds to compile", [f"{step['compile_seconds']:.0f}" for step in steps.values()]),
+        ("usable", f"{found['usable'] / unit:.2f} {name} {found['assumption']}"),
+        ("verdict", f"{'fits' if found['fits'] else 'does not fit'}: {found['heaviest']} needs most"),
+    ]
+    for trial in found["trials"]:
+        verdict = "fits" if trial["fits"] else "too much"
+        about = "" if trial["compiled"] else "at least "
+        size = f"{about}{trial['needed'] / unit:.2f} {name}"
+        lines.append((f"  {verdict}", f"{size} with {as_flags(trial['changes'])}"))
+    model = config["model.preset"] or config["model.source"]
+    title = f"{config['method']} on {model}, {found['devices']} x {found['chip']} ({found['topology']})"
+    return table(lines, title)
+
+
+def plan(
+    config: Config,
+    topology: str,
+    *,
+    mesh: Mapping[str, int] | None = None,
+    kinds: Sequence[str] = (),
+    memory: float | None = None,
+    trials: int = 6,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Compiles what a run would do, and looks for a setting that fits where it does not.
+
+    Args:
+        config: See ``default_config``.
+        topology: See ``open_topology``.
+        mesh: Sizes of mesh axes in the place of those of the config.
+        kinds: Kinds of step to compile; default: all that the run has.
+        memory: Usable GiB of each device in the place of what is known of it.
+        trials: Other settings to compile at most; 0: do not look for one.
+        progress: Whether to show progress bars.
+
+    Returns:
+        See ``summary``.
+
+    Raises:
+        ValueError: If a value is not allowed; see ``open_topology`` and ``prepare`` too.
+    """
+    check_config(config)
+    config = config.copy_and_resolve_references()
+    config.mesh.update(mesh or {})
+    hardware = open_topology(topology)
+    if memory is not None:
+        hardware = replace(hardware, usable=int(memory * GIB), assumption="as asked for")
+    model = model_shape(config.model.source, config.model.preset)
+    run = prepare(config, model, make_mesh(config.mesh, hardware.devices))
+    if unknown := [kind for kind in kinds if kind not in run.kinds]:
+        raise ConfigError(f"no step of this run is {unknown[0]!r}: it has {', '.join(run.kinds)}")
+    if run.config.micro_batch_size != micro_batch_size(config):
+        tqdm.write(
+            f"config.micro_batch_size = {micro_batch_size(config)} cannot be spread over this mesh: planned "
+            f"with {run.config.micro_batch_size}",
+            sys.stderr,
+        )
+    programs = {}
+    with tqdm(kinds or list(run.kinds), desc="compiling", unit="program", disable=not progress) as bar:
+        for kind in bar:
+            bar.set_postfix_str(kind)
+            programs[kind] = run.compiled(kind, hardware)
+    found = summary(run, hardware, programs, [])
+    if found["fits"] or trials < 1:
+        return found
+    heaviest = found["heaviest"]
+    tried = search(run, model, hardware, heaviest, found["steps"][heaviest]["memory"], trials, progress)
+    return summary(run, hardware, programs, tried)
+
+
+def define_flags() -> None:
+    """The flags of the command line. Not defined on import: other commands have flags of the same names."""
+    config_flags.DEFINE_config_file("config", None, "A file with get_config(), such as configs/*.py.")
+    flags.DEFINE_string("topology", None, f"Hardware to compile for: {EXAMPLES}.")
+    flags.DEFINE_list("mesh", [], "Sizes of mesh axes in the place of config.mesh's: fsdp=8,tensor=2.")
+    flags.DEFINE_list("steps", [], "Kinds of step to compile, such as ordinary; default: all of the run's.")
+    flags.DEFINE_float("memory", None, "Usable GiB of each device; default: what is known of it.")
+    flags.DEFINE_string("json", None, "File to write all that was found to; sizes are bytes on one device.")
+    flags.DEFINE_bool("no-search", False, "Look for no other setting where the run does not fit.")
+    flags.DEFINE_integer("trials", 6, "Other settings to compile at most, looking for one that fits.")
+    flags.mark_flags_as_required(["config", "topology"])
+
+
+def _sizes(texts: Sequence[str]) -> dict[str, int]:
+    sizes = {}
+    for text in texts:
+        axis, _, size = text.partition("=")
+        if axis not in MESH_AXES or not size.removeprefix("-").isdecimal():
+            raise ConfigError(f"--mesh={text}: expected sizes of {', '.join(MESH_AXES)}: fsdp=8,tensor=2")
+        sizes[axis] = int(size)
+    return sizes
+
+
+def main(argv: list[str]) -> None:
+    """Entry point of ``python -m spiel_jax.plan``."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    asked: Any = flags.FLAGS
+    jax.config.update("jax_platforms", "cpu")  # what is here is not looked at
+    jax.config.update("jax_enable_compilation_cache", False)  # a program from it comes without a report
+    try:
+        found = plan(
+            asked.config,
+            asked.topology,
+            mesh=_sizes(asked.mesh),
+            kinds=asked.steps,
+            memory=asked.memory,
+            trials=0 if asked["no-search"].value else asked.trials,
+        )
+    except (MissingCompilerError, FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if asked.json:
+        Path(asked.json).write_text(json.dumps(found, indent=1))
+    print(show(found), flush=True)
+    sys.exit(0 if found["fits"] else 1)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
