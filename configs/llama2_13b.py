@@ -27,5 +27,6 @@ def get_config() -> Config:
     config.optimizer.weight_decay = 3.0
     config.data.sources = ("train.jsonl",)
     config.data.on_malformed = "skip"
-    config.micro_batch_size = 2
+    config.micro_batch_size = 16
+    config.mesh.data, config.mesh.fsdp = 1, -1
     return config

@@ -39,9 +39,10 @@ def summary(
 
     Sizes are bytes on one device. ``memory`` of a kind of step: ``weights``, ``deltas`` (indices, values and
     pretrained entries; or adapters), ``optimizer`` (statistics of the growth too) and ``batch`` lie there all
-    the time, ``temporaries`` while the step runs; ``programs`` are those of all kinds of step; ``peak`` is
-    the sum. ``exchanged``: of each exchange between devices what goes in or what comes out on one of them,
-    whichever is more.
+    the time, ``temporaries`` while the step runs; ``programs`` are those of all kinds of step that were
+    compiled; ``peak`` is the sum. ``exchanged``: of each exchange between devices what goes in or what comes
+    out on one of them, whichever is more. ``train_with``: what to set for a run as it was planned, or as it
+    is proposed.
     """
     held, code = run.held(), sum(program.code for program in programs.values())
     resident = sum(held.values())
@@ -70,6 +71,9 @@ def summary(
         }
     heaviest = max(kinds, key=lambda kind: kinds[kind]["memory"]["peak"])
     peak = kinds[heaviest]["memory"]["peak"]
+    settings = {f"mesh.{axis}": size for axis, size in run.mesh.shape.items()}
+    settings["micro_batch_size"] = run.config.micro_batch_size
+    proposal = trials[-1].changes if trials and trials[-1].fits else None
     return {
         "topology": hardware.name,
         "chip": hardware.chip,
@@ -85,7 +89,8 @@ def summary(
         "peak": peak,
         "fits": peak <= hardware.usable,
         "trials": [asdict(trial) for trial in trials],
-        "proposal": as_flags(trials[-1].changes) if trials and trials[-1].fits else None,
+        "proposal": proposal,
+        "train_with": as_flags(settings | (proposal or {})) if peak <= hardware.usable or proposal else None,
         "jax": jax.__version__,
     }
 
@@ -120,7 +125,7 @@ def show(found: Mapping[str, Any]) -> str:
         ],
         line("GFLOP a token", [f"{step['flops_per_token'] / 1e9:.4g}" for step in steps.values()]),
         line("seconds to compile", [f"{step['compile_seconds']:.0f}" for step in steps.values()]),
-        ("usable", f"{found['usable'] / unit:.2f} {name} {found['assumption']}"),
+        ("usable", f"{found['usable'] / unit:.2f} {name} ({found['assumption']})"),
         ("verdict", f"{'fits' if found['fits'] else 'does not fit'}: {found['heaviest']} needs most"),
     ]
     for trial in found["trials"]:
@@ -128,6 +133,8 @@ def show(found: Mapping[str, Any]) -> str:
         about = "" if trial["compiled"] else "at least "
         size = f"{about}{trial['needed'] / unit:.2f} {name}"
         lines.append((f"  {verdict}", f"{size} with {as_flags(trial['changes'])}"))
+    if found["train_with"]:
+        lines.append(("train with", found["train_with"]))
     model = config["model.preset"] or config["model.source"]
     title = f"{config['method']} on {model}, {found['devices']} x {found['chip']} ({found['topology']})"
     return table(lines, title)
@@ -228,7 +235,7 @@ def main(argv: list[str]) -> None:
             memory=asked.memory,
             trials=0 if asked["no-search"].value else asked.trials,
         )
-    except (MissingCompilerError, FileNotFoundError, ValueError) as error:
+    except (MissingCompilerError, FileNotFoundError, ValueError, jax.errors.JaxRuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if asked.json:

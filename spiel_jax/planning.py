@@ -199,7 +199,8 @@ def easier(config: Config, mesh: Mapping[str, int]) -> Iterator[dict[str, Any]]:
         mesh: Sizes of its mesh.
 
     Yields:
-        Key of the config to its new value; a later dict has the changes of those before it.
+        Key of the config to its new value; a later dict has the changes of those before it, but for that of
+        the method.
     """
     changes: dict[str, Any] = {}
 

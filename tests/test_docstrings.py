@@ -6,7 +6,10 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["baselines", "schedules", "selection", "sparse", "targets", "models.names"])
+@pytest.mark.parametrize(
+    "name",
+    ["baselines", "planning", "programs", "schedules", "selection", "sparse", "targets", "models.names"],
+)
 def test_examples_run(name):
     result = doctest.testmod(importlib.import_module(f"spiel_jax.{name}"))
     assert result.attempted > 0
