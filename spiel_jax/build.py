@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 import spiel_jax.schedules as replacement
 from spiel_jax.adapter_training import AdapterTraining, adapter_kind
@@ -16,6 +17,7 @@ from spiel_jax.config import SPARSE, Config, flatten
 from spiel_jax.growth import AccumulatedGradients, Growth
 from spiel_jax.models import ModelConfig, abstract_params, layer_names
 from spiel_jax.models.axes import weight_axes, weight_grid
+from spiel_jax.models.sharding import check_mesh
 from spiel_jax.objective import Objective
 from spiel_jax.optim import aged_adamw, sparse_sm3
 from spiel_jax.schedules import Reselection
@@ -90,6 +92,20 @@ def targets(config: Config, model: ModelConfig) -> dict[str, Target]:
         layer_names=lambda name, stack: layer_names(name, stack[0]),
     )
     return with_axes(found)
+
+
+def check_layout(config: Config, model: ModelConfig, mesh: Mesh) -> None:
+    """Makes sure that a mesh divides the model, and the block grid where the method has sparse deltas.
+
+    Args:
+        config: With its block grid filled in.
+        model: Shape of the model.
+        mesh: From ``make_mesh``.
+
+    Raises:
+        ValueError: See ``check_mesh``.
+    """
+    check_mesh(model, mesh, config.targets.grid if config.method in SPARSE else mesh.shape)
 
 
 def with_axes(targets: Mapping[str, Target]) -> dict[str, Target]:

@@ -135,14 +135,6 @@ class Checkpoints:
             step, items, custom_metadata={**facts, "step": step, "targets": stored}
         )
 
-    def facts(self, step: int | None = None) -> dict[str, Any]:
-        """The JSON part of a checkpoint; of the newest without ``step``.
-
-        Raises:
-            CheckpointError: If there is no such checkpoint.
-        """
-        return _facts(self._checkpointer, step)
-
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """What was trained and the optimizer's state, in the structure and sharding of ``like``.
 

@@ -29,6 +29,14 @@ def heldout_loss(
     return float(losses / tokens)
 
 
+def kind_of_step(training: Training, schedule: Reselection, step: int) -> tuple[Phase, bool]:
+    """The phase of a step, from 1, and whether it ends with a reselection: plain and no for other methods."""
+    if not isinstance(training, SparseTraining):
+        return Phase.PLAIN, False
+    phase = schedule.phase(step) if training.growth.uses_candidates else Phase.PLAIN
+    return phase, bool(schedule.reselects(step))
+
+
 @dataclass
 class Loop:
     """The loop over steps. Metrics are read one step late, so that the device never waits for the host."""
@@ -72,13 +80,10 @@ class Loop:
         step = start
         shardings = jax.tree.map(lambda x: x.sharding, state)
         self._step = compiled_step(self.training, shardings)
-        growth = self.training.growth if isinstance(self.training, SparseTraining) else None
         for step in range(start + 1, total + 1):
             batch = next(batches)
             grouped = {name: array.reshape(groups, -1, array.shape[-1]) for name, array in batch.items()}
-            estimating = growth is not None and growth.uses_candidates
-            phase = self.schedule.phase(step) if estimating else Phase.PLAIN
-            reselect = growth is not None and bool(self.schedule.reselects(step))
+            phase, reselect = kind_of_step(self.training, self.schedule, step)
             with self.profile.step(step):
                 state, metrics = self._step(state, self.place(grouped), phase=phase, reselect=reselect)
             self._unread.append((step, metrics))

@@ -16,11 +16,11 @@ from tqdm import tqdm
 from spiel_jax import build
 from spiel_jax.config import SPARSE, Config, ConfigError, micro_batch_size
 from spiel_jax.hardware import Hardware
+from spiel_jax.loop import kind_of_step
 from spiel_jax.models import ModelConfig, abstract_params, open_model
-from spiel_jax.models.sharding import MESH_AXES, batch_sharding, check_mesh, make_mesh, state_shardings
+from spiel_jax.models.sharding import MESH_AXES, batch_sharding, make_mesh, state_shardings
 from spiel_jax.programs import Program, compile_program
 from spiel_jax.schedules import Phase
-from spiel_jax.sparse_training import SparseTraining
 from spiel_jax.training import Training, TrainState, compiled_step
 
 _STEPS = 1000
@@ -145,7 +145,7 @@ def prepare(config: Config, model: ModelConfig, mesh: Mesh) -> Run:
         )
     wanted = micro_batch_size(config)
     config.micro_batch_size = next((rows for rows in possible if rows >= wanted), possible[-1])
-    check_mesh(model, mesh, config.targets.grid if sparse else mesh.shape)
+    build.check_layout(config, model, mesh)
 
     steps = config.steps or _STEPS
     with jax.set_mesh(mesh):
@@ -167,11 +167,9 @@ def prepare(config: Config, model: ModelConfig, mesh: Mesh) -> Run:
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, 1))
         for name, dtype in {**dtypes, "weights": jnp.float32}.items()
     }
-    growth = training.growth if isinstance(training, SparseTraining) else None
     kinds: dict[str, tuple[Phase, bool]] = {}
-    for step in range(1, steps + 1):  # as the loop of a run has it
-        phase = schedule.phase(step) if growth is not None and growth.uses_candidates else Phase.PLAIN
-        reselects = growth is not None and bool(schedule.reselects(step))
+    for step in range(1, steps + 1):
+        phase, reselects = kind_of_step(training, schedule, step)
         name = _NAMES[phase]
         if reselects:
             name = "reselecting" if phase is Phase.PLAIN else f"{name}+reselecting"

@@ -50,7 +50,6 @@ from spiel_jax.metrics import Recorder, table
 from spiel_jax.models.fingerprint import differing, fingerprint
 from spiel_jax.models.loading import ModelSource, open_model
 from spiel_jax.models.sharding import (
-    check_mesh,
     local_rows,
     make_mesh,
     param_sharding,
@@ -222,7 +221,7 @@ def run(config: Config, workdir: str | Path, *, resume: bool = False, progress: 
     processes.together(lambda: check_workdir(workdir, config, resume) if first else None)
     processes.together(lambda: None if first else _find_workdir(workdir, config))
     source = processes.together(lambda: open_model(config.model.source, preset=config.model.preset))
-    check_mesh(source.config, mesh, config.targets.grid)
+    build.check_layout(config, source.config, mesh)
     with jax.set_mesh(mesh):
         summary = _run(config, workdir, source, mesh, resume, progress and first)
         processes.wait_for_all("the end of the run")

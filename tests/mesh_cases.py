@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from adapter_cases import make_batch
 
 import spiel_jax as sj
 from spiel_jax.config import LINEAR_LAYERS
@@ -61,17 +62,8 @@ def method(targets, growth, *, resident=True, remat="full", config=CONFIG):
     return SparseTraining(Objective(config, remat, loss_chunk=16), tx, targets, growth, resident)
 
 
-def batch(seed, micro_batches=1, rows=ROWS, length=LENGTH, vocab=CONFIG.vocab_size):
-    rng = np.random.default_rng(seed)
-    shape = (micro_batches, rows, length)
-    tokens = rng.integers(0, vocab, (*shape[:2], length + 1)).astype(np.int32)
-    return {
-        "tokens": tokens[..., :-1],
-        "targets": tokens[..., 1:],
-        "weights": (rng.random(shape) < 0.7).astype(np.float32),
-        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape).copy(),
-        "segment_ids": np.ones(shape, np.int32),
-    }
+def batch(seed, micro_batches=1):
+    return make_batch(seed, micro_batches, ROWS, LENGTH, CONFIG.vocab_size)
 
 
 def mesh_of(data, fsdp, tensor):

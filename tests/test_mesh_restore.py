@@ -89,3 +89,17 @@ def test_a_mesh_that_does_not_divide_the_grid_needs_another_grid(runs, tmp_path)
     for name, delta in restore_deltas(tmp_path / "new").items():
         used = np.asarray(delta.indices) < delta.block[0] * delta.block[1]
         assert changed[name].entries < used.sum() <= changed[name].new.total  # some were filled
+
+
+@pytest.mark.parametrize(
+    "method", ["lora", pytest.param("full", marks=slow), pytest.param("ia3", marks=slow)]
+)
+def test_methods_without_deltas_take_any_mesh(llama_folder, data, tmp_path, method):
+    config = tiny_config(llama_folder, data, method)
+    config.targets.rules = (r".*\.(k|up|down)_proj\.weight",)
+    config.steps = 4
+    assert run(config, tmp_path / "one").step == 4
+    assert run(config, tmp_path / "many", until=2, fsdp=2, tensor=2).step == 2
+    assert run(config, tmp_path / "many", fsdp=4).step == 4
+    expected, found = losses(tmp_path / "one"), losses(tmp_path / "many")
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)

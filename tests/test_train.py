@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from run_cases import chat_file
 from safetensors.numpy import load_file, save_file
 
 from spiel_jax import train
@@ -21,23 +22,10 @@ from spiel_jax.metrics import read_metrics
 from spiel_jax.models import open_model
 from spiel_jax.sparse import merge
 
-WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "sun", "moon", "tea"]
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("data") / "chat.jsonl"
-    rows = []
-    for _ in range(80):
-        word = str(rng.choice(WORDS))
-        turns = [
-            {"role": "user", "content": f"say {word}"},
-            {"role": "assistant", "content": f"{word} {word}"},
-        ]
-        rows.append({"messages": turns})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return chat_file(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

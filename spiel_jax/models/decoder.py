@@ -26,6 +26,7 @@ from spiel_jax.models.axes import LAYERS, collected
 from spiel_jax.models.cache import KVCache
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.layers import PROJECTION, Adapter, Embedding, Linear, RMSNorm
+from spiel_jax.models.masks import visible, within
 from spiel_jax.models.rope import inverse_frequencies, rotate, rotation
 from spiel_jax.models.storage import loop_dtype, named, pack, packed_dtype, unpack
 from spiel_jax.products import linear
@@ -303,32 +304,6 @@ class CausalLM(nnx.Module):
         if cache is not None:  # a full cache would otherwise overwrite its last slots unnoticed
             x = jnp.where(cache.length <= cache.segment_ids.shape[1], x, jnp.nan)
         return x, cache
-
-
-def visible(queries: jax.Array, keys: jax.Array, offset: int | jax.Array = 0) -> jax.Array:
-    """Which keys a query sees: those of its segment that are not after it.
-
-    Args:
-        queries: Segment ids [B, S].
-        keys: Segment ids [B, T].
-        offset: The slot of the first query among the keys.
-
-    Returns:
-        [B, 1, S, T] bool; the unit axis is that of the heads.
-    """
-    causal = _distance(queries.shape[1], keys.shape[1], offset) >= 0
-    return causal & (queries[:, None, :, None] == keys[:, None, None, :])
-
-
-def within(window: int, queries: int, keys: int, offset: int | jax.Array = 0) -> jax.Array:
-    """Which keys are fewer than ``window`` slots before a query: [1, 1, queries, keys] bool."""
-    return _distance(queries, keys, offset) < window
-
-
-def _distance(queries: int, keys: int, offset: int | jax.Array) -> jax.Array:
-    """Slots from a key forward to a query, [1, 1, queries, keys] int32."""
-    query = jnp.arange(queries, dtype=jnp.int32) + offset
-    return (query[:, None] - jnp.arange(keys, dtype=jnp.int32)[None, :])[None, None]
 
 
 def _rematerialised(body: Callable, remat: Remat) -> Callable:
