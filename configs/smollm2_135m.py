@@ -12,8 +12,9 @@ Reproduction record, 2 CPU cores (AMD EPYC, 2.6 GHz), float32, seed 0, 2.5 milli
     spiel_ag   1e-3             3.4597    3.3712    3.3343     1 m 53 s      2.3 GiB
     spiel_ma   3e-3             3.3758    3.3367    3.3193     1 m 47 s      2.5 GiB
 
-An ordinary step took 1.3 to 1.5 s. Asked "Hi! What did you do at the weekend?", the base model apologises that
-"as a chatbot" it has no personal data; tuned with spiel_ag it says "I did a little bit of work on the new book".
+An ordinary step took 1.3 to 1.5 s. Asked "Hi! What did you do at the weekend?", the base model apologises
+that "as a chatbot" it has no personal data; tuned with spiel_ag it says "I did a little bit of work on the
+new book".
 """
 
 from spiel_jax.config import Config, default_config
