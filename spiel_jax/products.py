@@ -8,6 +8,7 @@ of such a product back into mixed-dtype products; the rules here cast it to the 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
@@ -45,9 +46,10 @@ def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
 
 
 def _turned(dy: jax.Array) -> jax.Array:
-    # A CPU has fast 16-bit products over the last axis of the left operand only, and is faster so in float32
-    # too. The barrier keeps XLA from folding the transposition into the product.
-    return lax.optimization_barrier(dy.T)
+    # A CPU has fast 16-bit products only over the last axis, in memory, of the left operand, and is faster so
+    # in float32 too. Without the layout XLA transposes by declaring another one, even behind a barrier, and
+    # then converts both operands to float32: 2.2 times slower.
+    return with_layout_constraint(dy.T, Layout(major_to_minor=(0, 1)))
 
 
 def input_gradient(dy: jax.Array, weight: jax.Array) -> jax.Array:
