@@ -100,3 +100,12 @@ def test_no_float32_copy_of_bfloat16_operands_in_the_backward_pass():
     )
     operands = {v.aval.dtype for e in backward.eqns if e.primitive.name == "dot_general" for v in e.invars}
     assert operands == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_16_bit_weight_gradients_take_16_bit_operands():
+    # what XLA cannot do in 16 bits it does on float32 copies of the operands
+    shapes = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((256, 64), (256, 48)))
+    text = jax.jit(weight_gradient).lower(*shapes).compile().as_text()
+    assert "f32[48,64]" in text
+    assert "f32[48,256]" not in text
+    assert "f32[256,64]" not in text

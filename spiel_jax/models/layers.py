@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from spiel_jax.blocks import constrain
-from spiel_jax.models.storage import named
+from spiel_jax.models.storage import named, take_rows
 from spiel_jax.products import linear
 
 PROJECTION = "projection"
@@ -69,7 +69,7 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[...] integers give [..., D]; an id beyond the vocabulary gives NaN, not another row."""
         table = constrain(self.weight[...], "tensor", None)
-        return jnp.take(table, tokens, axis=0, mode="fill")
+        return take_rows(table, tokens)
 
 
 class RMSNorm(nnx.Module):

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -45,6 +46,33 @@ def packed_dtype(dtype: Any) -> Any:
 def stored_like(x: jax.Array, weight: jax.Array) -> jax.Array:
     """``x`` as an array of its dtype is held in ``weight``: packed if that is."""
     return lax.bitcast_convert_type(x, _BITS) if weight.dtype == _BITS else x
+
+
+@jax.custom_vjp
+def take_rows(table: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows of a table [V, D], [..., D] of integers [...]; NaN for a row that is not there.
+
+    Args:
+        table: Not packed; read by its bits where XLA would make all of it float32.
+        rows: Integers.
+    """
+    if not _as_bits(table.dtype):
+        return jnp.take(table, rows, axis=0, mode="fill")
+    missing = np.full(1, np.nan, table.dtype).view(_BITS)[0]
+    return unpack(jnp.take(pack(table), rows, axis=0, mode="fill", fill_value=missing), table.dtype)
+
+
+def _take_rows_forward(table: jax.Array, rows: jax.Array):
+    return take_rows(table, rows), (table, rows)
+
+
+def _take_rows_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array):
+    table, rows = residuals
+    _, pull = jax.vjp(lambda table: jnp.take(table, rows, axis=0, mode="fill"), table)
+    return *pull(dy), None
+
+
+take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
 def loop_dtype(dtype: Any) -> Any:
