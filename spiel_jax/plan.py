@@ -7,7 +7,7 @@ Nothing is allocated, no weights and no data are read. Shows what lies on each d
 beside it, what the devices exchange, and whether it fits; where it does not, the nearest setting that does,
 found by compiling. Keys of the config are set as for ``spiel_jax.train``.
 
-Exit status: 0 if it fits, 1 if it does not, 2 if that could not be found out.
+Exit status: 0 if it fits, 3 if it does not, another one if that could not be found out.
 """
 
 import json
@@ -54,7 +54,7 @@ def summary(
         by_kind = {
             kind: [one for one in exchanges if one.kind == kind] for kind in {one.kind for one in exchanges}
         }
-        sizes = (*held.values(), allocated - resident, code, allocated + code)
+        sizes = (*held.values(), max(allocated - resident, 0), code, allocated + code)
         kinds[kind] = {
             "compile_seconds": round(program.seconds, 1),
             "memory": dict(zip(_PARTS, sizes, strict=True)),
@@ -71,6 +71,8 @@ def summary(
         }
     heaviest = max(kinds, key=lambda kind: kinds[kind]["memory"]["peak"])
     peak = kinds[heaviest]["memory"]["peak"]
+    # what the compiler refused does not fit, whatever it is that it needs
+    fits = peak <= hardware.usable and not any(program.refusal for program in programs.values())
     settings = {f"mesh.{axis}": size for axis, size in run.mesh.shape.items()}
     settings["micro_batch_size"] = run.config.micro_batch_size
     proposal = trials[-1].changes if trials and trials[-1].fits else None
@@ -85,12 +87,13 @@ def summary(
         "tokens_per_step": tokens,
         "flops_are": "of matrix products, counted in the traced step, those done again counted again",
         "steps": kinds,
+        "not_compiled": [kind for kind in run.kinds if kind not in kinds],
         "heaviest": heaviest,
         "peak": peak,
-        "fits": peak <= hardware.usable,
+        "fits": fits,
         "trials": [asdict(trial) for trial in trials],
         "proposal": proposal,
-        "train_with": as_flags(settings | (proposal or {})) if peak <= hardware.usable or proposal else None,
+        "train_with": as_flags(settings | (proposal or {})) if fits or proposal else None,
         "jax": jax.__version__,
     }
 
@@ -109,6 +112,11 @@ def show(found: Mapping[str, Any]) -> str:
     def sizes(name: str, get: Callable[[dict], int]) -> tuple[str, str]:
         return line(f"  {name}", [f"{get(step) / unit:.2f}" for step in steps.values()])
 
+    def given_out(step: dict, kind: str) -> str:
+        if step["refusal"]:
+            return "?"
+        return f"{step['exchanged'].get(kind, {'bytes': 0})['bytes'] / unit:.2f}"
+
     exchanged = sorted({kind for step in steps.values() for kind in step["exchanged"]})
     lines = [
         ("mesh", ", ".join(f"{axis}={size}" for axis, size in found["mesh"].items())),
@@ -119,15 +127,17 @@ def show(found: Mapping[str, Any]) -> str:
         line(f"{name} on each device", steps),
         *[sizes(key, lambda step, key=key: step["memory"][key]) for key in _PARTS],
         (f"{name} exchanged a step", ""),
-        *[
-            sizes(kind, lambda step, kind=kind: step["exchanged"].get(kind, {"bytes": 0})["bytes"])
-            for kind in exchanged
-        ],
+        *[line(f"  {kind}", [given_out(step, kind) for step in steps.values()]) for kind in exchanged],
         line("GFLOP a token", [f"{step['flops_per_token'] / 1e9:.4g}" for step in steps.values()]),
         line("seconds to compile", [f"{step['compile_seconds']:.0f}" for step in steps.values()]),
         ("usable", f"{found['usable'] / unit:.2f} {name} ({found['assumption']})"),
         ("verdict", f"{'fits' if found['fits'] else 'does not fit'}: {found['heaviest']} needs most"),
     ]
+    refused = [kind for kind, step in steps.items() if step["refusal"]]
+    if refused:
+        lines.append(("", f"refused by the compiler, which needs at least that: {', '.join(refused)}"))
+    if found["not_compiled"]:
+        lines.append(("", f"not looked at: {', '.join(found['not_compiled'])}"))
     for trial in found["trials"]:
         verdict = "fits" if trial["fits"] else "too much"
         about = "" if trial["compiled"] else "at least "
@@ -174,7 +184,14 @@ def plan(
     if memory is not None:
         hardware = replace(hardware, usable=int(memory * GIB), assumption="as asked for")
     model = model_shape(config.model.source, config.model.preset)
-    run = prepare(config, model, make_mesh(config.mesh, hardware.devices))
+    devices = make_mesh(config.mesh, hardware.devices)
+    hosts = {device.process_index for device in hardware.devices}
+    if idle := hosts - {device.process_index for device in devices.devices.flat}:
+        raise ConfigError(
+            f"a mesh of {devices.size} devices leaves {len(idle)} of the {len(hosts)} hosts of {topology} "
+            f"without one: use all {len(hardware.devices)} devices, or a smaller topology"
+        )
+    run = prepare(config, model, devices)
     if unknown := [kind for kind in kinds if kind not in run.kinds]:
         raise ConfigError(f"no step of this run is {unknown[0]!r}: it has {', '.join(run.kinds)}")
     if run.config.micro_batch_size != micro_batch_size(config):
@@ -191,8 +208,8 @@ def plan(
     found = summary(run, hardware, programs, [])
     if found["fits"] or trials < 1:
         return found
-    heaviest = found["heaviest"]
-    tried = search(run, model, hardware, heaviest, found["steps"][heaviest]["memory"], trials, progress)
+    by_need = sorted(programs, key=lambda kind: -found["steps"][kind]["memory"]["peak"])
+    tried = search(run, model, hardware, by_need, found["steps"][by_need[0]]["memory"], trials, progress)
     return summary(run, hardware, programs, tried)
 
 
@@ -224,6 +241,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     asked: Any = flags.FLAGS
+    if asked.json and not Path(asked.json).expanduser().absolute().parent.is_dir():
+        raise app.UsageError(f"--json={asked.json}: there is no such folder")
     jax.config.update("jax_platforms", "cpu")  # what is here is not looked at
     jax.config.update("jax_enable_compilation_cache", False)  # a program from it comes without a report
     try:
@@ -238,10 +257,10 @@ def main(argv: list[str]) -> None:
     except (MissingCompilerError, FileNotFoundError, ValueError, jax.errors.JaxRuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if asked.json:
-        Path(asked.json).write_text(json.dumps(found, indent=1))
     print(show(found), flush=True)
-    sys.exit(0 if found["fits"] else 1)
+    if asked.json:
+        Path(asked.json).expanduser().write_text(json.dumps(found, indent=1))
+    sys.exit(0 if found["fits"] else 3)
 
 
 if __name__ == "__main__":

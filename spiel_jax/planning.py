@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def model_shape(source: str, preset: str | None = None) -> ModelConfig:
         FileNotFoundError: If nothing there tells a shape.
         ValueError: If what is there cannot be used.
     """
+    if preset is not None and source != "random":
+        raise ValueError(f"a preset, here {preset!r}, is for the source 'random', not for {source!r}")
     path = Path(source).expanduser()
     if source in _GATED and not path.exists():
         return open_model("random", preset=_GATED[source]).config
@@ -213,8 +216,9 @@ def easier(config: Config, mesh: Mapping[str, int]) -> Iterator[dict[str, Any]]:
     for rows in smaller(config.micro_batch_size, shards):
         changes["micro_batch_size"] = rows
         yield dict(changes)
-    if config.model.remat != "full":
-        changes["model.remat"] = "full"
+    choices = ("none", "dots", "full")
+    for remat in choices[choices.index(config.model.remat) + 1 :]:
+        changes["model.remat"] = remat
         yield dict(changes)
     if data > 1:
         changes |= spread(1, shards, tensor)
@@ -258,7 +262,7 @@ def search(
     run: Run,
     model: ModelConfig,
     hardware: Hardware,
-    heaviest: str,
+    kinds: Sequence[str],
     memory: Mapping[str, int],
     limit: int,
     progress: bool = True,
@@ -269,12 +273,13 @@ def search(
         run: Does not fit.
         model: Shape of the model.
         hardware: To compile for.
-        heaviest: Kind of step that needs most. It alone is compiled; of another method all kinds are.
-        memory: Bytes of that step's ``temporaries`` and of the ``programs`` of all of them.
+        kinds: Kinds of step to compile, what needs most first; of another method all are.
+        memory: Bytes of the first's ``temporaries`` and of the ``programs`` of all of them.
         limit: Settings to compile at most.
         progress: Whether to show a progress bar.
     """
     trials: list[Trial] = []
+    compiled = 0
     with tqdm(total=limit, desc="searching", unit="trial", disable=not progress) as bar:
         for changes in easier(run.config, run.mesh.shape):
             config = run.given.copy_and_resolve_references()
@@ -291,16 +296,23 @@ def search(
             if least > hardware.usable:
                 trials.append(Trial(changes, least, compiled=False, fits=False))
                 continue
-            if sum(trial.compiled for trial in trials) == limit:
+            if compiled == limit:
                 break
+            compiled += 1
             bar.set_postfix_str(as_flags(changes))
-            peak = 0
-            for kind in tried.kinds if "method" in changes else [heaviest]:
-                peak = max(peak, needed(held, tried.compiled(kind, hardware)) + memory["programs"])
-                if peak > hardware.usable:
-                    break
             bar.update()
-            trials.append(Trial(changes, peak, compiled=True, fits=peak <= hardware.usable))
-            if trials[-1].fits:
+            peak, fits = 0, True
+            try:
+                for kind in tried.kinds if "method" in changes else kinds:
+                    program = tried.compiled(kind, hardware)
+                    peak = max(peak, needed(held, program) + memory["programs"])
+                    fits = peak <= hardware.usable and program.refusal is None
+                    if not fits:
+                        break
+            except jax.errors.JaxRuntimeError as error:  # what was found before is worth more
+                tqdm.write(f"not compiled with {as_flags(changes)}: {error}", sys.stderr)
+                continue
+            trials.append(Trial(changes, peak, compiled=True, fits=fits))
+            if fits:
                 break
     return trials

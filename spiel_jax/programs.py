@@ -56,7 +56,7 @@ class Program:
         flops: Of its matrix products, on all devices.
         exchanges: Between devices.
         refusal: What the compiler said where it found no way to fit the program into the memory; then
-            ``allocated`` is the least that it found, and nothing else is known.
+            ``allocated`` is the least that it found, and but for ``flops`` nothing else is known.
     """
 
     seconds: float
@@ -85,7 +85,9 @@ def compile_program(traced: Any, options: Mapping[str, Any]) -> Program:
             least = _refused(str(error))
             if least is None:
                 raise
-            return Program(time.perf_counter() - began, 0, least, refusal=str(error).strip())
+            seconds = time.perf_counter() - began
+            flops = product_flops(traced.jaxpr)
+            return Program(seconds, 0, least, flops=flops, refusal=str(error).strip())
         seconds = time.perf_counter() - began
         reported = reported_memory(Path(folder))
     memory = compiled.memory_analysis()
@@ -106,6 +108,7 @@ def compile_program(traced: Any, options: Mapping[str, Any]) -> Program:
 def _refused(message: str) -> int | None:
     """Bytes that the TPU compiler needs, from its complaint that they are too many; None if it is another."""
     found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", message)
+    found = found or re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
     return found and int(float(found[1]) * 2 ** (10 * ("KMGT".index(found[2]) + 1)))
 
 
@@ -189,13 +192,15 @@ def _trip_count(loop: _Instruction, computations: dict[str, _Computation]) -> in
     if known:
         return int(known[1])
     # TPU programs say it in the condition only: "number < constant", the number counting from 0
-    condition = computations[loop.called("condition")[0]]
-    last = condition.instructions[-1]
+    instructions = list(computations[loop.called("condition")[0]].instructions)
+    last = instructions[-1]
     if last.operation == "fusion":
-        last = computations[last.called("calls")[0]].instructions[-1]
+        inner = computations[last.called("calls")[0]].instructions
+        instructions += inner
+        last = inner[-1]
     constants = [
         int(value[1])
-        for one in condition.instructions
+        for one in instructions
         if one.operation == "constant" and (value := re.match(r"\((\d+)\)", one.text))
     ]
     counts = last.operation == "compare" and "direction=LT" in last.text and len(constants) == 1
@@ -232,7 +237,7 @@ def collectives(text: str) -> list[Collective]:
                 names += one.called("true_computation") + one.called("false_computation")
                 branches = [list(walk(branch, times, set())) for branch in names]
                 yield from max(branches, key=total_bytes, default=[])
-            elif one.operation in ("fusion", "call", "async-start"):
+            elif kind in ("fusion", "call", "async"):  # asynchronous ones too
                 for called in one.called("calls") or one.called("to_apply"):
                     yield from walk(called, times, seen)
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 _BLOCK = 32  # entries per block of the two-level compaction
+_SHIFT = 5  # positions are not negative: shifts and masks in the place of slower floor divisions
 _SAMPLE = 61  # one entry in so many is sampled for the first bound; prime, so that it visits all columns
 _MARGIN = 3.0  # standard deviations of a sampled count by which the first bound is kept low
 
@@ -39,13 +40,19 @@ def _bisect(enough: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.
     return lax.while_loop(lambda bounds: bounds[0] < bounds[1], narrow, (low, high))[0]
 
 
+def _bisect_ties(enough: Callable[[jax.Array], jax.Array], high: jax.Array) -> jax.Array:
+    """``_bisect`` from 0 where the answer mostly is ``high``, as of ties that are all chosen: asked first."""
+    return _bisect(enough, jnp.where(enough(high), high, 0), high)
+
+
 def _count(condition: jax.Array) -> jax.Array:
-    if condition.size % _BLOCK == 0:
-        # XLA's CPU backend fuses short rows into their sums, but writes the operand of one long sum to
-        # memory as integers; the barrier keeps it from joining the two sums.
-        rows = jnp.sum(condition.reshape(-1, _BLOCK), axis=1, dtype=jnp.int32)
-        return jnp.sum(lax.optimization_barrier(rows), dtype=jnp.int32)
-    return jnp.sum(condition, dtype=jnp.int32)
+    # XLA's CPU backend fuses short rows into their sums, but writes the operand of one long sum to memory as
+    # integers; the barrier keeps it from joining the two sums.
+    flat = condition.reshape(-1)
+    whole = flat.size // _BLOCK * _BLOCK
+    rows = jnp.sum(flat[:whole].reshape(-1, _BLOCK), axis=1, dtype=jnp.int32)
+    rest = jnp.sum(flat[whole:], dtype=jnp.int32)
+    return jnp.sum(lax.optimization_barrier(rows), dtype=jnp.int32) + rest
 
 
 def kth_largest(entries: jax.Array, n: jax.Array | int, without: jax.Array | None = None) -> jax.Array:
@@ -94,7 +101,7 @@ def largest(scores: jax.Array, positions: jax.Array, n: jax.Array | int) -> jax.
     # Among the ties, the lowest positions: again a bisection, on the positions themselves.
     missing = jnp.maximum(n - _count(above), 0)
     reach = jnp.max(jnp.where(tied, positions, -1), initial=-1)
-    last = _bisect(lambda t: _count(tied & (positions < t)) <= missing, jnp.zeros_like(reach), reach + 1)
+    last = _bisect_ties(lambda t: _count(tied & (positions < t)) <= missing, reach + 1)
     return above | (tied & (positions < last))
 
 
@@ -127,14 +134,14 @@ def drop(values: jax.Array, indices: jax.Array, n: jax.Array | int, size: int) -
 def _bitset(members: jax.Array, size: int) -> jax.Array:
     """Words of 32 bits, [size / 32 + 1] uint32, that have a bit for each of ``members`` below ``size``."""
     words = jnp.zeros((size // _BLOCK + 1,), jnp.uint32)
-    bit = jnp.left_shift(jnp.uint32(1), (members % _BLOCK).astype(jnp.uint32))
-    word = jnp.where(members < size, members // _BLOCK, words.size)
+    bit = jnp.left_shift(jnp.uint32(1), (members & (_BLOCK - 1)).astype(jnp.uint32))
+    word = jnp.where(members < size, members >> _SHIFT, words.size)
     return words.at[word].add(bit, mode="drop")  # members are distinct: adding their bits is "or"
 
 
 def _in_bitset(words: jax.Array, positions: jax.Array) -> jax.Array:
-    found = words.at[positions // _BLOCK].get(mode="fill", fill_value=0)
-    return (jnp.right_shift(found, (positions % _BLOCK).astype(jnp.uint32)) & 1) == 1
+    found = words.at[positions >> _SHIFT].get(mode="fill", fill_value=0)
+    return (jnp.right_shift(found, (positions & (_BLOCK - 1)).astype(jnp.uint32)) & 1) == 1
 
 
 def isin(positions: jax.Array, members: jax.Array, size: int) -> jax.Array:
@@ -361,8 +368,9 @@ def top_products(
         return length
 
     bits = _bits_dtype(row.dtype)
-    exclude_row = jnp.minimum(exclude // columns, rows - 1)
-    excluded = combine(row[exclude_row], column[exclude % columns])  # [A]
+    width = jnp.array(columns, exclude.dtype)
+    exclude_row = jnp.minimum(lax.div(exclude, width), rows - 1)
+    excluded = combine(row[exclude_row], column[lax.rem(exclude, width)])  # [A]
     excluded = jnp.where(exclude < size, excluded, -1)  # an unused slot reaches no threshold
 
     def enough(t: jax.Array) -> jax.Array:
@@ -397,9 +405,5 @@ def top_products(
     chosen = live & ~isin(position, exclude, size)
     tied = chosen & (combine(row[listed_row], column[listed_column]) == threshold)
     # The last row may hold more ties than are missing: cut it off by position.
-    cut = _bisect(
-        lambda t: _count(tied & (position < t)) <= missing,
-        jnp.zeros((), jnp.int32),
-        jnp.array(size, jnp.int32),
-    )
+    cut = _bisect_ties(lambda t: _count(tied & (position < t)) <= missing, jnp.array(size, jnp.int32))
     return compact(chosen & (~tied | (position < cut)), position, slots, size)

@@ -5,6 +5,7 @@ a reselection rewrites them there: for a replaced slot the update is minus its v
 ``optax.apply_updates`` performs the drop and the grown entry starts at zero in the same slot.
 """
 
+import math
 import sys
 import zlib
 from collections.abc import Mapping
@@ -154,8 +155,12 @@ def _refuse_multi_steps(growth: Growth) -> None:
         frame = frame.f_back
 
 
+_SLOTS_AT_A_TIME = 2**18
+"""Slots of the matrices that are reselected together: some 60 bytes each for as long as that takes."""
+
+
 def _map_matrices(function: Any, target: Target, *trees: Any) -> Any:
-    """Applies ``function`` to each matrix (or block) of a target's arrays, one at a time."""
+    """Applies ``function`` to each matrix (or block) of a target's arrays, small ones several at a time."""
 
     def mapped(*trees: Any) -> Any:
         axes = len(target.lead)
@@ -163,7 +168,12 @@ def _map_matrices(function: Any, target: Target, *trees: Any) -> Any:
             return function(*trees)
         lead = jax.tree.leaves(trees)[0].shape[:axes]  # of this device's blocks
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), trees)
-        results = lax.map(lambda matrix: function(*matrix), flat)
+        count = math.prod(lead)
+        most = max(_SLOTS_AT_A_TIME // target.block_count, 1)
+        together = max(n for n in range(1, min(most, count) + 1) if count % n == 0)
+        results = lax.map(
+            lambda matrix: function(*matrix), flat, batch_size=together if together > 1 else None
+        )
         return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), results)
 
     return on_blocks(mapped, target.axes, len(target.stack), *trees)

@@ -128,8 +128,13 @@ def test_command_line(command, folder):
     little = command(
         "--topology=cpu:8", "--mesh=fsdp=8", "--memory=0.0001", "--steps=ordinary", "--no-search"
     )
-    assert little.returncode == 1, little.stderr
+    assert little.returncode == 3, little.stderr
     assert "does not fit" in little.stdout
+    assert "not looked at: proposing, estimating, estimating+reselecting" in little.stdout
+    nowhere = command("--topology=cpu:8", f"--json={folder / 'no' / 'plan.json'}")
+    assert nowhere.returncode == 1
+    assert "there is no such folder" in nowhere.stdout + nowhere.stderr
+    assert "Traceback" not in nowhere.stderr
 
 
 def test_without_the_compiler_the_command_exits_with_2(command):
@@ -241,7 +246,8 @@ def test_the_step_is_compiled_for_the_devices_and_the_search_ends_at_one_that_fi
     assert tight["proposal"] == {"micro_batch_size": 4}
     mesh = "--config.mesh.data=1 --config.mesh.fsdp=2 --config.mesh.tensor=1"
     assert tight["train_with"] == f"{mesh} --config.micro_batch_size=4"
-    assert [line.split()[0] for line in show(tight).splitlines()[-4:]] == ["verdict", "too", "fits", "train"]
+    last = [line.split()[0] for line in show(tight).splitlines()[-5:]]
+    assert last == ["verdict", "not", "too", "fits", "train"]  # not looked at: the reselecting step
     nothing = plan(config, "cpu:8", memory=fits["steps"]["ordinary"]["memory"]["weights"] / GIB, **options)
     assert not any(trial["compiled"] or trial["fits"] for trial in nothing["trials"])
     assert nothing["proposal"] is nothing["train_with"] is None
@@ -258,6 +264,12 @@ def test_settings_are_tried_from_the_cheapest_on(config, monkeypatch):
     run = prepared(config, mesh_of(2, 4, 1), **{"model.remat": "dots"})
     kinds = [as_flags(changes) for changes in easier(run.config, run.mesh.shape)]
     least = "--config.micro_batch_size=8 --config.model.remat=full"
+    none = prepared(config, run.mesh, **{"model.remat": "none", "micro_batch_size": 8})
+    assert [as_flags(changes) for changes in easier(none.config, run.mesh.shape)][:2] == [
+        "--config.model.remat=dots",
+        "--config.model.remat=full",
+    ]
+    run = prepared(config, run.mesh, **{"model.remat": "dots", "micro_batch_size": 16})
     spread = "--config.mesh.data=1 --config.mesh.fsdp={} --config.mesh.tensor={}"
     assert kinds[:5] == [
         "--config.micro_batch_size=8",
@@ -269,7 +281,7 @@ def test_settings_are_tried_from_the_cheapest_on(config, monkeypatch):
     memory = {"temporaries": 0, "programs": 0}
     shape = model_shape(config.model.source)
     few = replace(open_topology("cpu:8"), usable=GIB - 1)
-    trials = planning.search(run, shape, few, "estimating", memory, 4, progress=False)
+    trials = planning.search(run, shape, few, ["estimating"], memory, 4, progress=False)
     assert [trial.needed for trial in trials] == [GIB] * 4
     assert tried == [
         ("spiel_ag", 8, "dots", "estimating"),
@@ -277,6 +289,49 @@ def test_settings_are_tried_from_the_cheapest_on(config, monkeypatch):
         ("spiel_ag", 8, "full", "estimating"),
         ("spiel_ma", 8, "full", "ordinary"),
     ]
+
+
+def test_what_the_compiler_refuses_does_not_fit(config, monkeypatch):
+    """Whatever memory was asked for; and no setting is proposed of which a kind of step does not fit."""
+    config.method = "spiel_ma"
+    monkeypatch.setattr(planning.Run, "compiled", lambda *_: Program(0.0, 0, GIB, flops=1, refusal="no"))
+    found = plan(config, "cpu:8", mesh={"fsdp": 8, "data": 1}, memory=2, trials=0, progress=False)
+    assert found["peak"] < found["usable"]
+    assert not found["fits"]
+    assert found["train_with"] is None
+    assert "refused by the compiler, which needs at least that: ordinary, reselecting" in show(found)
+
+    def compiled(run, kind, hardware):
+        if run.config.micro_batch_size == 16:
+            return Program(0.0, 0, 3 * GIB)
+        if run.config.model.remat == "dots":
+            raise jax.errors.JaxRuntimeError("INTERNAL: the compiler has stumbled")
+        least = kind == "reselecting" and run.config.mesh.tensor == 1
+        return Program(0.0, 0, GIB, refusal="no" if least else None)
+
+    monkeypatch.setattr(planning.Run, "compiled", compiled)
+    config.micro_batch_size, config.model.remat = 16, "dots"
+    tried = plan(config, "cpu:8", mesh={"fsdp": 8, "data": 1}, memory=2, progress=False)
+    assert [trial["fits"] for trial in tried["trials"]] == [False, True]
+    assert tried["proposal"]["mesh.tensor"] == 2
+
+
+def test_a_mesh_that_leaves_hosts_idle_is_refused(config, monkeypatch):
+    cpus = open_topology("cpu:8")
+
+    class OfHost:
+        def __init__(self, number):
+            self.process_index, self.platform, self.device_kind = number, "cpu", "cpu"
+
+    hosts = [OfHost(number) for number in (0, 0, 0, 0, 1, 1, 1, 1)]
+    monkeypatch.setattr("spiel_jax.plan.open_topology", lambda name: replace(cpus, devices=hosts))
+    with pytest.raises(ConfigError, match="4 devices leaves 1 of the 2 hosts of cpu:8"):
+        plan(config, "cpu:8", mesh={"data": 1, "fsdp": 4}, progress=False)
+
+
+def test_a_preset_with_another_source_is_refused():
+    with pytest.raises(ValueError, match="a preset, here 'llama2_70b', is for the source 'random'"):
+        model_shape("meta-llama/Llama-2-7b-hf", "llama2_70b")
 
 
 def test_shapes_need_no_weights_and_no_network(folder):
@@ -360,6 +415,31 @@ HLO = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8
   ROOT %cut = f32[8]{0} slice(%ended), slice={[0:8]}
 }
 
+%compared (n: s32[]) -> pred[] {
+  %n = s32[] parameter(0)
+  %seven = s32[] constant(7)
+  ROOT %less.2 = pred[] compare(%n, %seven), direction=LT
+}
+
+%fused_condition (d: (s32[], f32[64])) -> pred[] {
+  %d = (s32[], f32[64]{0}) parameter(0)
+  %number.2 = s32[] get-tuple-element(%d), index=0
+  ROOT %less.3 = pred[] fusion(%number.2), kind=kLoop, calls=%compared
+}
+
+%spread_over.3 (p.2: bf16[4,16]) -> bf16[32,16] {
+  %p.2 = bf16[4,16]{1,0} parameter(0)
+  ROOT %all-gather.3 = bf16[32,16]{1,0} all-gather(%p.2), channel_id=9, dimensions={0}
+}
+
+%fused_body (e: (s32[], f32[64])) -> (s32[], f32[64]) {
+  %e = (s32[], f32[64]{0}) parameter(0)
+  %slice.1 = bf16[4,16]{1,0} constant({...})
+  %begun.2 = ((bf16[4,16]{1,0}), bf16[32,16]{1,0}) fusion-start(%slice.1), kind=kCustom, calls=%spread_over.3
+  %ended.2 = bf16[32,16]{1,0} fusion-done(%begun.2)
+  ROOT %out.1 = (s32[], f32[64]{0}) tuple(%e)
+}
+
 ENTRY %main (w: f32[8]) -> f32[8] {
   %w = f32[8]{0} parameter(0), metadata={op_name="state.params['a (b'].x"}
   %begun.1 = f32[8]{0} all-reduce-start(%w), channel_id=1, to_apply=%add, metadata={op_name="jit(f)/sum"}
@@ -367,6 +447,7 @@ ENTRY %main (w: f32[8]) -> f32[8] {
   %start = (s32[], f32[64]{0}) tuple()
   %layers = (s32[], f32[64]{0}) while(%start), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %search = (s32[], s32[]) while(%start), condition=%unknown_condition, body=%unknown
+  %fused = (s32[], f32[64]{0}) while(%start), condition=%fused_condition, body=%fused_body
   ROOT %either = f32[8]{0} conditional(%w, %w, %w), branch_computations={%little, %much}
 }
 """  # noqa: E501
@@ -379,6 +460,7 @@ def test_exchanges_of_a_program_by_hand():
         ("all-gather", 3, 2 * 32 * 16),  # in two fusions, on one channel
         ("reduce-scatter", 15, 4 * 64),  # what goes in
         ("all-reduce", 1, 4),  # in a loop of unknown length
+        ("all-gather", 7, 2 * 32 * 16),  # its start is a fusion, as the loop's condition is
         ("all-gather", 1, 4 * 64),  # the branch that exchanges more
     ]
     assert collectives(HLO)[0].source == "jit(f)/sum"
@@ -438,6 +520,8 @@ def test_a_compilers_report_is_read(tmp_path):
 def test_a_refusal_says_how_much_is_needed():
     message = "the total memory required for HLO temporaries (24.50G) exceeds available HBM (15.75G)."
     assert _refused(f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, {message}") == 24.5 * GIB
+    used = "Ran out of memory in memory space hbm. Used 24.50G of 15.75G hbm. Exceeded hbm capacity by 8.75G."
+    assert _refused(f"RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. {used}") == 24.5 * GIB
     assert _refused("INTERNAL: something else (24.50G)") is None
     assert planning.needed(30, Program(0.0, 10, 100)) == 120  # 20 that the program does not look at
     assert planning.needed(30, Program(0.0, 0, 100, refusal=message)) == 100

@@ -71,6 +71,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         # an axis has to be a part of one of a TPU slice's axes: not the fastest arrangement, but right
         arranged = mesh_utils.create_device_mesh(shape, used, allow_split_physical_axes=True)
         return Mesh(arranged, MESH_AXES, axis_types=kinds)
+    except AssertionError as error:  # of the devices' coordinates
+        raise ValueError(
+            f"a mesh of {len(used)} of the {len(devices)} devices: the first of them are no part of a TPU "
+            f"slice by themselves; use all"
+        ) from error
 
 
 def check_mesh(model: ModelConfig, mesh: Mesh, blocks: Mapping[str, int]) -> None:
