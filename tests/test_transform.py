@@ -183,6 +183,37 @@ def test_long_runs_keep_positions_distinct_and_their_number(growth):
     assert replaced > 1.0
 
 
+@pytest.mark.parametrize("growth", [AccumulatedGradients(), MomentApproximation()])
+def test_matrices_reselected_together_come_out_as_one_by_one(growth, monkeypatch):
+    targets = {"w": sj.Target(shape=(4, 6), count=9, stack=(6,))}
+    plan = sj.Reselection(8, every=1, accumulation=1, rate=sj.constant(0.4))
+    inner = optax.chain(scale_by_aged_adam(), descend(0.1))
+
+    def run(slots_at_a_time):
+        monkeypatch.setattr("spiel_jax.transform._SLOTS_AT_A_TIME", slots_at_a_time)
+        tx = sj.spiel(inner, targets, growth=growth, schedule=plan, seed=1)
+        values = sj.zeros(targets)
+        state = tx.init(values)
+        rng = np.random.default_rng(0)
+        loops = str(jax.make_jaxpr(tx.update)(values, state, values, candidates=sj.deltas(values, state)))
+        for _ in range(8):
+            dense = {"w": rng.integers(-2, 3, (6, 4, 6)).astype(np.float32)}
+            active = sj.deltas(values, state)
+            seen = sj.propose(dense, active, {"w": 9}) if growth.uses_candidates else None
+            grads = {"w": sj.gather(dense["w"], active["w"])}
+            updates, state = tx.update(grads, state, values, candidates=seen)
+            values = optax.apply_updates(values, updates)
+        return (values, state), {n for n in (1, 2, 3, 6) if f"length={n}" in loops}
+
+    alone, loops = run(1)
+    assert 6 in loops
+    for slots, length in ((9 * 3, 2), (9 * 4, 2), (10**6, 1)):  # divisors of the number of matrices only
+        together, loops = run(slots)
+        assert length in loops
+        assert 6 not in loops
+        jax.tree.map(np.testing.assert_array_equal, together, alone)
+
+
 @pytest.mark.parametrize("method", [sj.spiel_ag, sj.spiel_ma])
 def test_phases_follow_from_the_count_where_the_host_does_not_give_them(method):
     targets = {"w": sj.Target(shape=(6, 8), count=10, stack=(2,))}
