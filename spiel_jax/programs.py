@@ -279,8 +279,10 @@ def reported_memory(folder: Path) -> tuple[int, list[tuple[int, str]]] | None:
         head = re.search(r"\(color=0\)\nTotal bytes: (\d+)", text)
         if head is None or (found is not None and int(head[1]) <= found[0]):
             continue
-        first = text[head.end() :].split("\n\n")[0]  # the temporaries; arguments and results follow
-        rows = re.findall(r"^ *\S+\(.*?\); *([\d.]+)(\w+); *\d+; *\d+; (.*)$", first, re.MULTILINE)
+        # the temporaries share an allocation, and so a section; arguments and results have one each
+        sections = text[head.end() :].partition("\nMemory Space")[0].split("\n\n")
+        row = r"^ *\S+\(.*?\); *([\d.]+)(\w+); *\d+; *\d+; (.*)$"
+        rows = max((re.findall(row, section, re.MULTILINE) for section in sections), key=len)
         unit = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
         found = int(head[1]), [(int(float(size) * unit[u]), shapes) for size, u, shapes in rows]
     return found

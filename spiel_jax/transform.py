@@ -266,17 +266,23 @@ def spiel(
         updates: Any, values: Any, state: SpielState, number: jax.Array | int
     ) -> tuple[Any, SpielState]:
         table = jnp.asarray(counts)[number]  # [targets]
-        new_values = by_target(optax.apply_updates(values, updates), targets)
+        old_values, named_updates = by_target(values, targets), by_target(updates, targets)
         active, replaced, seeds = {}, {}, {}
         for position, (name, target) in enumerate(targets.items()):
             one = partial(_reselect_matrix, n=table[position], target=target, growth=growth)
             indices, replaced[name], seeds[name] = _map_matrices(
-                one, target, state.active[name].indices, new_values[name], state.growth[name]
+                one,
+                target,
+                state.active[name].indices,
+                old_values[name],
+                named_updates[name],
+                state.growth[name],
             )
             active[name] = target.delta(indices)
 
         tree = partial(like_values, values, targets=targets)
         slots = tree({name: Slots(replaced[name], seeds[name]) for name in targets})
+        new_values = by_target(optax.apply_updates(values, updates), targets)
         kept = {name: jnp.where(replaced[name], 0, v) for name, v in new_values.items()}
         inner_state = reset(inner, state.inner, tree(kept), slots)
         updates = jax.tree.map(lambda u, v, s: jnp.where(s.replaced, -v, u), updates, values, slots)
@@ -361,6 +367,7 @@ def spiel(
 def _reselect_matrix(
     indices: jax.Array,
     values: jax.Array,
+    updates: jax.Array,
     stats: Any,
     *,
     n: jax.Array,
@@ -368,8 +375,9 @@ def _reselect_matrix(
     growth: Growth,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """Drop and grow in one matrix: new indices [k], replaced [k], seeds."""
+    moved: Any = optax.apply_updates(values, updates)  # here: not for all matrices at once
     n = jnp.minimum(n, growth.available(stats, indices, target))
-    dropped = drop(values, indices, n, target.block_size)
+    dropped = drop(moved, indices, n, target.block_size)
     incoming = growth.incoming(stats, indices, dropped, n, target)
     new = replace(indices, dropped, incoming, target.block_size)
     return new.indices, new.replaced, growth.seed(stats, new.source)

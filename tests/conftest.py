@@ -24,6 +24,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers share the controller'
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+import jax
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -55,6 +56,13 @@ def make_byte_tokenizer(template=None, *, bos=False, **special):
     tokenizer.add_special_tokens({"additional_special_tokens": ADDED})
     tokenizer.chat_template = template
     return tokenizer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_module_are_let_go():
+    """A process can have 65530 mappings of memory, and every compiled program takes some of them."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -504,6 +504,10 @@ def test_a_compilers_report_is_read(tmp_path):
         "Total bytes: 3000 (2.93KiB)\n"
         "  cumulative_size;       size;       offset; used_by_n_values; shapes_list\n"
         "  ------------------------------------------------------------\n"
+        "    2.00KiB(100%);    2.00KiB;            0;                1; f32[512]\n"
+        "\n"
+        "  cumulative_size;       size;       offset; used_by_n_values; shapes_list\n"
+        "  ------------------------------------------------------------\n"
         "    1.50KiB( 75%);    1.50KiB;            0;                2; 2×f32[384]\n"  # noqa: RUF001
         "    2.00KiB(100%);      512B;         1536;                1; pred[512]\n"
         "\n"

@@ -130,7 +130,7 @@ def main(argv: Sequence[str]) -> None:
     workers = []
     for spec in tqdm(_METHODS.value, desc="loading and compiling"):
         method, options = parse(spec)
-        own = {"share": float(options.pop("share"))} if "share" in options else {}
+        own: dict[str, Any] = {"share": float(options.pop("share"))} if "share" in options else {}
         workers.append(Worker(spec, Job(method, options, **common | own)))
     for _ in tqdm(range(_ROUNDS.value), desc="rounds"):
         # kind by kind: a worker's kinds come in the order of an interval
