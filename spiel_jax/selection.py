@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_BLOCK = 32  # entries per block of the two-level compaction
 _SHIFT = 5  # positions are not negative: shifts and masks in the place of slower floor divisions
+_BLOCK = 1 << _SHIFT  # entries per block of the two-level compaction
 _SAMPLE = 61  # one entry in so many is sampled for the first bound; prime, so that it visits all columns
 _MARGIN = 3.0  # standard deviations of a sampled count by which the first bound is kept low
 

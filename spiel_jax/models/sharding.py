@@ -58,7 +58,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             fewer.
 
     Raises:
-        ValueError: See ``mesh_sizes``.
+        ValueError: See ``mesh_sizes``; and if fewer devices than a TPU slice has cannot be arranged.
     """
     devices = jax.devices() if devices is None else devices
     complete = mesh_sizes(sizes, len(devices))
@@ -74,7 +74,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     except AssertionError as error:  # of the devices' coordinates
         raise ValueError(
             f"a mesh of {len(used)} of the {len(devices)} devices: the first of them are no part of a TPU "
-            f"slice by themselves; use all"
+            "slice by themselves; use all"
         ) from error
 
 
