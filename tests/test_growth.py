@@ -46,10 +46,15 @@ def check(result, indices, wanted, unused):
     np.testing.assert_array_equal(new[~replaced], indices[~replaced])
 
 
+def reselect(indices, values, stats, **options):
+    updates = values / 4  # moved by an update, as in a step; exact
+    return _reselect_matrix(indices, values - updates, updates, stats, target=TARGET, **options)
+
+
 @jax.jit
 def by_moments(indices, values, row, column, n):
     growth = MomentApproximation()
-    return _reselect_matrix(indices, values, (row, column), n=n, target=TARGET, growth=growth)
+    return reselect(indices, values, (row, column), n=n, growth=growth)
 
 
 @few
@@ -70,7 +75,7 @@ def by_gradients(indices, values, candidates, sums, n):
     count = jnp.ones((), jnp.int32)
     stats = CandidateStats(candidates, sums, sums**2, count, count)
     growth = AccumulatedGradients()
-    *result, seeds = _reselect_matrix(indices, values, stats, n=n, target=TARGET, growth=growth)
+    *result, seeds = reselect(indices, values, stats, n=n, growth=growth)
     return *result, seeds["mu"]
 
 
