@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spiel_jax.blocks import on_blocks
-from spiel_jax.sparse import SparseDelta, divided
+from spiel_jax.sparse import SparseDelta, divided, map_matrices
 from spiel_jax.targets import Target, by_target, like_values
 
 
@@ -113,22 +112,15 @@ def sm3_observe(
     height, width = delta.block
 
     def observe(row: jax.Array, column: jax.Array, indices: jax.Array, grads: jax.Array) -> tuple:
-        rows, columns = divided(indices, width)
+        rows, columns = divided(indices, width)  # [k]
         columns = jnp.where(rows < height, columns, width)  # of unused slots neither is there
-        row_bound = jnp.take_along_axis(row, rows, axis=-1, mode="fill", fill_value=0)
-        column_bound = jnp.take_along_axis(column, columns, axis=-1, mode="fill", fill_value=0)
-        moments = jnp.minimum(row_bound, column_bound) + jnp.square(grads.astype(row.dtype))
+        bounds = (a.at[i].get(mode="fill", fill_value=0) for a, i in ((row, rows), (column, columns)))
+        moments = jnp.minimum(*bounds) + jnp.square(grads.astype(row.dtype))
+        # moments only grow, so a maximum with the old accumulator changes no row that has entries
+        row, column = row.at[rows].max(moments, mode="drop"), column.at[columns].max(moments, mode="drop")
+        return row, column, moments
 
-        def put(accumulator: jax.Array, at: jax.Array) -> jax.Array:
-            flat = accumulator.reshape(-1, accumulator.shape[-1])
-            # moments only grow, so a maximum with the old accumulator changes no row that has entries
-            spread = jax.vmap(lambda a, i, u: a.at[i].max(u, mode="drop"))
-            flat_at, flat_moments = (x.reshape(-1, x.shape[-1]) for x in (at, moments))
-            return spread(flat, flat_at, flat_moments).reshape(accumulator.shape)
-
-        return put(row, rows), put(column, columns), moments
-
-    return on_blocks(observe, delta.axes, delta.stack_axes, row, column, delta.indices, grads)
+    return map_matrices(observe, delta, row, column, delta.indices, grads)
 
 
 class ScaleBySparseSM3State(NamedTuple):

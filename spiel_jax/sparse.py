@@ -5,6 +5,7 @@ active entries. Positions are flat and row-major inside a matrix, or inside one 
 grid cuts the matrix up (the grid is what makes a large mesh and matrices of more than 2^31 entries work).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -165,6 +166,39 @@ def _per_matrix(
         return mapped(weight, *coordinates, *arrays)
 
     return apply
+
+
+_SLOTS_AT_A_TIME = 2**18
+"""Slots of the matrices that are treated together: some 60 bytes each for as long as that takes."""
+
+
+def map_matrices(function: Callable[..., Any], delta: SparseDelta, *trees: Any) -> Any:
+    """``function(*trees)`` for each matrix (or block) of a weight, small ones several at a time.
+
+    Args:
+        function: Treats the arrays of one matrix.
+        delta: Its positions tell how many matrices there are, how large, and how they are spread.
+        trees: Pytrees of arrays [*stack, ...], or [*stack, grid_rows, grid_columns, ...] with a block grid.
+
+    Returns:
+        What ``function`` returns, stacked likewise.
+    """
+    axes = delta.indices.ndim - 1
+
+    def mapped(*trees: Any) -> Any:
+        if not axes:
+            return function(*trees)
+        lead = jax.tree.leaves(trees)[0].shape[:axes]  # of this device's blocks
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), trees)
+        count = math.prod(lead)
+        most = max(_SLOTS_AT_A_TIME // max(delta.indices.shape[-1], 1), 1)
+        together = max(n for n in range(1, min(most, count) + 1) if count % n == 0)
+        results = lax.map(
+            lambda matrix: function(*matrix), flat, batch_size=together if together > 1 else None
+        )
+        return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), results)
+
+    return on_blocks(mapped, delta.axes, delta.stack_axes, *trees)
 
 
 def gather(weight: jax.Array, delta: SparseDelta, *, transposed: bool = False) -> jax.Array:

@@ -5,7 +5,6 @@ a reselection rewrites them there: for a replaced slot the update is minus its v
 ``optax.apply_updates`` performs the drop and the grown entry starts at zero in the same slot.
 """
 
-import math
 import sys
 import zlib
 from collections.abc import Mapping
@@ -17,13 +16,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from spiel_jax.blocks import on_blocks
 from spiel_jax.growth import Flag, Growth, Observation
 from spiel_jax.inner import Slots, check_per_entry, reset
 from spiel_jax.optim import state_dtype
 from spiel_jax.schedules import Phase, Reselection
 from spiel_jax.selection import drop, replace
-from spiel_jax.sparse import SparseDelta
+from spiel_jax.sparse import SparseDelta, map_matrices
 from spiel_jax.targets import Target, by_target, like_values
 
 
@@ -155,30 +153,6 @@ def _refuse_multi_steps(growth: Growth) -> None:
         frame = frame.f_back
 
 
-_SLOTS_AT_A_TIME = 2**18
-"""Slots of the matrices that are reselected together: some 60 bytes each for as long as that takes."""
-
-
-def _map_matrices(function: Any, target: Target, *trees: Any) -> Any:
-    """Applies ``function`` to each matrix (or block) of a target's arrays, small ones several at a time."""
-
-    def mapped(*trees: Any) -> Any:
-        axes = len(target.lead)
-        if not axes:
-            return function(*trees)
-        lead = jax.tree.leaves(trees)[0].shape[:axes]  # of this device's blocks
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), trees)
-        count = math.prod(lead)
-        most = max(_SLOTS_AT_A_TIME // target.block_count, 1)
-        together = max(n for n in range(1, min(most, count) + 1) if count % n == 0)
-        results = lax.map(
-            lambda matrix: function(*matrix), flat, batch_size=together if together > 1 else None
-        )
-        return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), results)
-
-    return on_blocks(mapped, target.axes, len(target.stack), *trees)
-
-
 def spiel(
     inner: optax.GradientTransformation,
     targets: Mapping[str, Target],
@@ -270,9 +244,9 @@ def spiel(
         active, replaced, seeds = {}, {}, {}
         for position, (name, target) in enumerate(targets.items()):
             one = partial(_reselect_matrix, n=table[position], target=target, growth=growth)
-            indices, replaced[name], seeds[name] = _map_matrices(
+            indices, replaced[name], seeds[name] = map_matrices(
                 one,
-                target,
+                state.active[name],
                 state.active[name].indices,
                 old_values[name],
                 named_updates[name],
