@@ -69,6 +69,15 @@ def test_sizes_that_cannot_be(sizes, message):
         mesh_sizes(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)), 8)
 
 
+def test_devices_that_are_no_part_of_a_slice_are_refused(monkeypatch):
+    def refuse(*_, **__):  # as JAX does for TPUs whose coordinates leave holes
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    with pytest.raises(ValueError, match=r"a mesh of 1 of the 8 devices: .* use all"):
+        make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+
+
 def test_a_mesh_must_divide_the_grid_and_the_model():
     model = ModelConfig.smollm2_135m()  # hidden 576, kv width 192
     check_mesh(model, mesh_of(1, 4, 2), {"fsdp": 4, "tensor": 2})
