@@ -12,7 +12,7 @@ Memory: 12.6 GiB of base weights; 24 bytes a tunable weight of trainer state and
 AG (5.4 GiB), 12 bytes for SpIEL-MA (1.8 GiB); activations of `micro_batch_size` sequences.
 
 Reproduction record: not run yet on an accelerator. Compiled for 8 TPU v5e (``spiel_jax.plan``): 5.7 GiB per
-device with SpIEL-AG, 4.7 with SpIEL-MA. The full size was run with random weights on 2 CPU cores, 2 steps of
+device with SpIEL-AG, 4.6 with SpIEL-MA. The full size was run with random weights on 2 CPU cores, 2 steps of
 2 x 96 tokens with a reselection in between, SpIEL-MA, bfloat16: 2 m 20 s, peak 17.7 GiB
 (tests/test_7b.py).
 """
