@@ -241,12 +241,12 @@ def tokenizer(smollm2):
 
 @pytest.fixture(scope="module")
 def logits(smollm2, params):
-    compiled = jax.jit(lambda tokens: bind(smollm2.config, params)(tokens))
+    compiled = jax.jit(lambda params, tokens: bind(smollm2.config, params)(tokens))
 
     def run(tokens):
         """[S, V] of S tokens; padded to one length, which those before do not see."""
         padded = tokens + [0] * (64 - len(tokens))
-        return np.asarray(compiled(jnp.array([padded]))[0, : len(tokens)])
+        return np.asarray(compiled(params, jnp.array([padded]))[0, : len(tokens)])
 
     return run
 
