@@ -92,18 +92,35 @@ class Summary:
     rows: list[tuple[str, str]]
 
 
+def _stored_config(workdir: Path) -> dict[str, Any] | None:
+    """The flat config of the run whose checkpoints a folder holds; None if it holds none.
+
+    Raises:
+        ConfigError: If there are checkpoints, but nothing that tells of which run.
+    """
+    if not any(child.name.isdigit() for child in workdir.glob(f"{FOLDER}/*")):
+        return None
+    try:
+        return json.loads((workdir / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{workdir} holds checkpoints, but its config.json cannot be read ({error}): put it back, or "
+            "choose another --workdir"
+        ) from error
+
+
 def check_workdir(workdir: Path, config: Config, resume: bool) -> None:
     """Claims a folder for a run of this config, or makes sure that it is one.
 
     A run without a checkpoint has nothing to lose: another may take its folder.
 
     Raises:
-        ConfigError: If the folder is of a run with another config; the differences are shown.
+        ConfigError: If the folder is of a run with another config (the differences are shown), or of one
+            whose config is lost.
         CheckpointError: If ``resume`` is asked for and there is nothing to continue.
     """
-    path = workdir / "config.json"
-    if path.exists() and any(child.name.isdigit() for child in workdir.glob(f"{FOLDER}/*")):
-        changed = differences(json.loads(path.read_text()), json.loads(json.dumps(flatten(config))))
+    if (stored := _stored_config(workdir)) is not None:
+        changed = differences(stored, json.loads(json.dumps(flatten(config))))
         if changed:
             lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items()]
             raise ConfigError(
@@ -113,6 +130,7 @@ def check_workdir(workdir: Path, config: Config, resume: bool) -> None:
     elif resume:
         raise CheckpointError(f"--resume: {workdir} holds no run to continue")
     workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "config.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(flatten(config), indent=1))
     temporary.replace(path)
@@ -122,12 +140,10 @@ def with_grid(config: Config, workdir: Path, mesh: Mesh) -> Config:
     """The config with its block grid filled in: that of the run in the folder, or the mesh's.
 
     Raises:
-        ConfigError: If a micro-batch cannot be spread over the mesh.
+        ConfigError: If a micro-batch cannot be spread over the mesh, or the config of that run is lost.
     """
     config = config.copy_and_resolve_references()
-    path, known = workdir / "config.json", {}
-    if path.exists() and any(child.name.isdigit() for child in workdir.glob(f"{FOLDER}/*")):
-        known = json.loads(path.read_text())
+    known = _stored_config(workdir) or {}
     for axis, blocks in config.targets.grid.items():
         if blocks is None:
             sparse = config.method in SPARSE

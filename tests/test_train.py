@@ -228,6 +228,12 @@ def test_another_configuration_is_refused(config, tmp_path, monkeypatch):
     ):
         run(config, tmp_path)
     assert (tmp_path / "config.json").read_text() == before
+    for lost in (lambda path: path.write_text(before[:100]), lambda path: path.unlink()):
+        lost(tmp_path / "config.json")
+        found = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ConfigError, match=r"checkpoints, but its config\.json cannot be read"):
+            run(config, tmp_path)
+        assert sorted(tmp_path.rglob("*")) == found
 
 
 def test_a_folder_without_a_checkpoint_may_be_used_again(config, tmp_path):
