@@ -4,15 +4,18 @@ The names here are the library's core: they need only JAX and Optax, and work on
 Models, data, training and checkpoints are in the submodules.
 """
 
-from spiel_jax.alias import spiel_ag, spiel_ma
-from spiel_jax.baselines import NoGrowth, RandomGrowth, magnitude_positions, place
-from spiel_jax.growth import AccumulatedGradients, Growth, MomentApproximation
-from spiel_jax.optim import aged_adamw, scale_by_aged_adam, scale_by_sparse_sm3, sparse_sm3
-from spiel_jax.schedules import Phase, Reselection, constant, cosine, linear
-from spiel_jax.sparse import SparseDelta, base_entries, gather, merge, unmerge
-from spiel_jax.sparse_linear import SparseLinear, propose, sparse_linear
-from spiel_jax.targets import Rule, Target, find_targets, zeros
-from spiel_jax.transform import SpielState, deltas, spiel
+from spiel_jax.optim.alias import spiel_ag, spiel_ma
+from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients
+from spiel_jax.optim.criteria.criterion import Growth
+from spiel_jax.optim.criteria.moment_approximation import MomentApproximation
+from spiel_jax.optim.criteria.random import RandomGrowth
+from spiel_jax.optim.criteria.static import NoGrowth, magnitude_positions
+from spiel_jax.optim.inner_optimizers import aged_adamw, scale_by_aged_adam, scale_by_sparse_sm3, sparse_sm3
+from spiel_jax.optim.schedules import Phase, Reselection, constant, cosine, linear
+from spiel_jax.optim.spiel import SpielState, deltas, place, spiel
+from spiel_jax.sparse.delta import SparseDelta, base_entries, gather, merge, unmerge
+from spiel_jax.sparse.linear import SparseLinear, propose, sparse_linear
+from spiel_jax.sparse.targets import Rule, Target, find_targets, zeros
 
 __all__ = [
     "AccumulatedGradients",

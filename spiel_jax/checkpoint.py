@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import optax
 from orbax.checkpoint import v1 as ocp
 
-from spiel_jax.sparse import SparseDelta
-from spiel_jax.targets import Target
-from spiel_jax.training import TrainState
+from spiel_jax.methods.method import TrainState
+from spiel_jax.sparse.delta import SparseDelta
+from spiel_jax.sparse.targets import Target
 
 FOLDER = "checkpoints"
 """Name of the folder of checkpoints in a run's folder."""

@@ -10,10 +10,10 @@ from typing import Any, get_args
 import ml_collections
 from ml_collections import config_dict
 
-from spiel_jax.alias import Parity
 from spiel_jax.data import DataConfig, SourceSpec
-from spiel_jax.growth import Score
-from spiel_jax.lora import Lora
+from spiel_jax.methods.lora import Lora
+from spiel_jax.optim.alias import Parity
+from spiel_jax.optim.criteria.moment_approximation import Score
 
 Config = Any
 """An ``ml_collections.ConfigDict``; its keys are known at run time only."""

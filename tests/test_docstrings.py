@@ -8,7 +8,16 @@ import pytest
 
 @pytest.mark.parametrize(
     "name",
-    ["baselines", "planning", "programs", "schedules", "selection", "sparse", "targets", "models.names"],
+    [
+        "optim.spiel",
+        "planning.search",
+        "planning.hlo",
+        "optim.schedules",
+        "ops.selection",
+        "sparse.delta",
+        "sparse.targets",
+        "models.io.names",
+    ],
 )
 def test_examples_run(name):
     result = doctest.testmod(importlib.import_module(f"spiel_jax.{name}"))

@@ -13,17 +13,19 @@ from absl import app, flags
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import spiel_jax as sj
-from spiel_jax import sampling
+from spiel_jax.adapters.load import load_run
 from spiel_jax.checkpoint import CheckpointError, Checkpoints
 from spiel_jax.config import default_config, flatten
-from spiel_jax.generate import define_flags, load_run, reply, stop_tokens, talk
+from spiel_jax.generate import define_flags, talk
+from spiel_jax.inference import sampling
+from spiel_jax.inference.chat import reply, stop_tokens
+from spiel_jax.inference.sampling import generate
+from spiel_jax.losses.next_token import Objective
+from spiel_jax.methods.full import DenseTraining
+from spiel_jax.methods.sparse import SparseTraining
 from spiel_jax.models import ModelConfig, bind, init_params, layer_names
-from spiel_jax.models.fingerprint import fingerprint
-from spiel_jax.models.loading import open_model
-from spiel_jax.objective import Objective
-from spiel_jax.sampling import generate
-from spiel_jax.sparse_training import SparseTraining
-from spiel_jax.training import DenseTraining
+from spiel_jax.models.io.fingerprint import fingerprint
+from spiel_jax.models.io.loading import open_model
 
 CONFIG = ModelConfig(
     vocab_size=96,

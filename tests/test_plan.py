@@ -14,15 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mesh_cases import adapted, mesh_of
+from support.mesh_cases import adapted, mesh_of
 
-from spiel_jax import hardware, planning
 from spiel_jax.config import ConfigError, default_config
-from spiel_jax.hardware import MissingCompilerError, TopologyError, open_topology
 from spiel_jax.models import ModelConfig
-from spiel_jax.plan import plan, show
-from spiel_jax.planning import as_flags, easier, model_shape, prepare
-from spiel_jax.programs import Program
+from spiel_jax.models.io.loading import model_shape
+from spiel_jax.planning import run as planning
+from spiel_jax.planning import topology as hardware
+from spiel_jax.planning.hlo import Program
+from spiel_jax.planning.run import prepare
+from spiel_jax.planning.search import as_flags, easier, needed, search
+from spiel_jax.planning.summary import plan, show
+from spiel_jax.planning.topology import MissingCompilerError, TopologyError, open_topology
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GIB = 2**30
@@ -274,7 +277,7 @@ def test_settings_are_tried_from_the_cheapest_on(config, monkeypatch):
     memory = {"temporaries": 0, "programs": 0}
     shape = model_shape(config.model.source)
     few = replace(open_topology("cpu:8"), usable=GIB - 1)
-    trials = planning.search(run, shape, few, ["estimating"], memory, 4, progress=False)
+    trials = search(run, shape, few, ["estimating"], memory, 4, progress=False)
     assert [trial.needed for trial in trials] == [GIB] * 4
     assert tried == [
         ("spiel_ag", 8, "dots", "estimating"),
@@ -337,8 +340,8 @@ def test_shapes_need_no_weights_and_no_network(folder):
 
 
 def test_what_a_program_does_not_look_at_is_needed_too():
-    assert planning.needed(30, Program(0.0, 10, 100)) == 120  # 20 that the program does not look at
-    assert planning.needed(30, Program(0.0, 0, 100, refusal="too much")) == 100
+    assert needed(30, Program(0.0, 10, 100)) == 120  # 20 that the program does not look at
+    assert needed(30, Program(0.0, 0, 100, refusal="too much")) == 100
 
 
 def test_stacks_of_more_entries_than_int32_has():

@@ -12,17 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from run_cases import chat_file, losses, run, tiny_config
-from sparse_cases import places
+from support.run_cases import chat_file, losses, run, tiny_config
+from support.sparse_cases import places
 
 import spiel_jax as sj
 from spiel_jax.checkpoint import CheckpointError, Checkpoints, read_facts, restore_deltas
 from spiel_jax.config import ConfigError, flatten
-from spiel_jax.growth import CandidateStats
+from spiel_jax.methods.method import TrainState
 from spiel_jax.models import open_model
-from spiel_jax.regrid import convert, regrid
-from spiel_jax.sparse import merge
-from spiel_jax.training import TrainState
+from spiel_jax.optim.block_grid import convert
+from spiel_jax.optim.criteria.accumulated_gradients import CandidateStats
+from spiel_jax.regrid import regrid
+from spiel_jax.sparse.delta import merge
 
 SHAPE = (12, 24)
 TARGETS = {

@@ -11,16 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from run_cases import chat_file
 from safetensors.numpy import load_file, save_file
+from support.run_cases import chat_file
 
 from spiel_jax import train
 from spiel_jax.checkpoint import CheckpointError, read_facts, restore_deltas, restore_trainable
 from spiel_jax.config import LINEAR_LAYERS, ConfigError, default_config
-from spiel_jax.loop import Loop
-from spiel_jax.metrics import read_metrics
+from spiel_jax.losses.next_token import Objective
 from spiel_jax.models import open_model
-from spiel_jax.sparse import merge
+from spiel_jax.sparse.delta import merge
+from spiel_jax.training import run as training
+from spiel_jax.training.loop import Loop, NonFiniteError
+from spiel_jax.training.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def config(llama_folder, data):
 
 
 def run(config, workdir, **options):
-    return train.run(config, workdir, progress=False, **options)
+    return training.run(config, workdir, progress=False, **options)
 
 
 @contextlib.contextmanager
@@ -64,7 +66,7 @@ def stopping_after(monkeypatch, steps):
         yield lambda: calls.append(0) or len(calls) == steps
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_stop_on_signal", stop_on_signal)
+        patch.setattr(training, "_stop_on_signal", stop_on_signal)
         yield
 
 
@@ -196,8 +198,8 @@ def test_deltas_are_restored_alone_and_sorted(config, tmp_path):
     changed = sum(int((tuned[name] != base[name]).sum()) for name in base)
     assert 0.8 * 1000 < changed <= 1000
     # the restored model has the held-out loss of the run
-    batches = train.load_data(train.data_config(config), source.tokenizer()).heldout_batches(2)
-    objective = train.build.Objective(source.config, "none", 64)
+    batches = training.load_data(training.data_config(config), source.tokenizer()).heldout_batches(2)
+    objective = Objective(source.config, "none", 64)
     loss = sum(objective(tuned, batch) for batch in batches) / sum(b["weights"].sum() for b in batches)
     assert float(loss) == pytest.approx(summary.heldout[-1][1], rel=1e-5)
     with pytest.raises(CheckpointError, match="sparse deltas"):
@@ -269,7 +271,7 @@ def test_another_base_model_is_refused(config, tmp_path, monkeypatch, llama_fold
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_asks_to_stop_and_the_second_means_it(number):
     before = signal.getsignal(number)
-    with train._stop_on_signal() as asked:
+    with training._stop_on_signal() as asked:
         assert not asked()
         signal.raise_signal(number)
         assert asked()
@@ -288,7 +290,7 @@ def test_resume_needs_a_run(config, tmp_path):
 def test_a_loss_that_is_not_finite_stops(config, tmp_path):
     config.optimizer.learning_rate = 1e38
     config.checkpoint_every = 0
-    with pytest.raises(train.NonFiniteError, match=r"step \d+: loss nan.*Lower the learning rate"):
+    with pytest.raises(NonFiniteError, match=r"step \d+: loss nan.*Lower the learning rate"):
         run(config, tmp_path)
 
 

@@ -15,12 +15,12 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str], float]
     import jax.numpy as jnp
     import numpy as np
 
-    from spiel_jax import build
     from spiel_jax.config import LINEAR_LAYERS, SPARSE, default_config
+    from spiel_jax.methods import registry as build
+    from spiel_jax.methods.method import compiled_step, compiler_options
     from spiel_jax.models import ModelConfig, open_model
-    from spiel_jax.schedules import Phase
-    from spiel_jax.targets import Rule
-    from spiel_jax.training import compiled_step, compiler_options
+    from spiel_jax.optim.schedules import Phase
+    from spiel_jax.sparse.targets import Rule
 
     config = default_config()
     config.method = job["method"]

@@ -20,9 +20,9 @@ from absl import app, flags
 from jax import lax
 from tqdm import tqdm
 
-from spiel_jax.metrics import table
-from spiel_jax.selection import drop, replace, top_magnitudes, top_products
-from spiel_jax.sparse import SparseDelta, gather, set_entries
+from spiel_jax.ops.selection import drop, replace, top_magnitudes, top_products
+from spiel_jax.sparse.delta import SparseDelta, gather, set_entries
+from spiel_jax.training.metrics import table
 
 _SHAPES = flags.DEFINE_list("shapes", ["576x576", "576x1536", "2048x8192"], "Matrices, rows x columns.")
 _DENSITIES = flags.DEFINE_list("densities", ["0.001", "0.01", "0.024", "0.1"], "Active entries, shares.")

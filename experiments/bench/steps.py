@@ -22,7 +22,7 @@ from typing import Any
 from absl import app, flags
 from tqdm import tqdm
 
-from spiel_jax.metrics import table
+from spiel_jax.training.metrics import table
 
 _METHODS = flags.DEFINE_list(
     "methods", ["spiel_ag", "spiel_ma", "lora:lora.rank=64", "lora:lora.rank=8"], "What to compare."

@@ -1,10 +1,11 @@
 """One table from the names of a model's parameters to logical axes, and from these to mesh axes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spiel_jax.blocks import BATCH_AXES, Axes, constrain
+from spiel_jax.ops.sharded import BATCH_AXES, Axes, constrain
 
 LAYERS = "model.layers."
 """Prefix of the names of stacked parameters."""
@@ -53,3 +54,13 @@ def collected(parameter: str, matrix: jax.Array) -> jax.Array:
     """
     axes = (None if name in BATCH_AXES else name for name in weight_axes(parameter))
     return constrain(matrix, *axes)
+
+
+def param_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Where a parameter lies; whole on every device along the axes that do not divide it."""
+    axes = [MESH_AXIS.get(axis or "") for axis in logical_axes(name) or ()]
+    kept = [
+        axis if axis is not None and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(axes, shape, strict=False)
+    ]
+    return NamedSharding(mesh, PartitionSpec(*kept))

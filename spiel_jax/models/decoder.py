@@ -21,16 +21,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from spiel_jax.blocks import BATCH_AXES, constrain
+from spiel_jax.models.attention_masks import visible, within
 from spiel_jax.models.axes import LAYERS, collected
 from spiel_jax.models.cache import KVCache
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.layers import PROJECTION, Adapter, Embedding, Linear, RMSNorm
-from spiel_jax.models.masks import visible, within
 from spiel_jax.models.rope import inverse_frequencies, rotate, rotation
-from spiel_jax.models.storage import loop_dtype, named, pack, packed_dtype, unpack
-from spiel_jax.products import linear
-from spiel_jax.sparse import path_name
+from spiel_jax.models.storage.packed import loop_dtype, named, pack, packed_dtype, unpack
+from spiel_jax.ops.matmul import linear
+from spiel_jax.ops.sharded import BATCH_AXES, constrain
+from spiel_jax.ops.tree import path_name
 
 Remat = Literal["none", "dots", "full"]
 ATTENTION = "attention"

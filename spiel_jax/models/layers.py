@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from spiel_jax.blocks import constrain
-from spiel_jax.models.storage import named, take_rows
-from spiel_jax.products import linear
+from spiel_jax.models.storage.packed import named, take_rows
+from spiel_jax.ops.matmul import linear
+from spiel_jax.ops.sharded import constrain
 
 PROJECTION = "projection"
 """Name under which ``jax.checkpoint`` policies find the outputs of the linears."""

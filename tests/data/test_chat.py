@@ -5,7 +5,7 @@ import pytest
 
 from spiel_jax.data.chat import Encoder, Rendered, TemplateMismatch, chat_template
 from spiel_jax.data.formats import Example
-from spiel_jax.models.loading import open_model
+from spiel_jax.models.io.loading import open_model
 
 SYSTEM = {"role": "system", "content": "be kind"}
 

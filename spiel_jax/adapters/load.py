@@ -1,0 +1,100 @@
+"""The model that a run has trained: a checkpoint put on its base."""
+
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from transformers import PreTrainedTokenizerBase
+
+from spiel_jax.checkpoint import CheckpointError, read_facts, restore_deltas, restore_trainable
+from spiel_jax.methods.registry import adapter_kind
+from spiel_jax.models import ModelConfig
+from spiel_jax.models.io.fingerprint import differing, fingerprint
+from spiel_jax.models.io.loading import open_model
+from spiel_jax.ops.tree import parameter_name
+from spiel_jax.sparse.delta import merge
+
+
+@dataclass(frozen=True)
+class Run:
+    """A fine-tuned model, as a run's checkpoint has it.
+
+    Attributes:
+        step: Optimizer steps done.
+        settings: The run's configuration, dotted key to value.
+        config: The model's shape.
+        base: The base model's parameters; None where they were not asked for.
+        tuned: The fine-tuned ones, merged. Arrays that were not tuned are those of ``base``.
+        tokenizer: The one it was trained with.
+    """
+
+    step: int
+    settings: dict[str, Any]
+    config: ModelConfig
+    base: dict[str, jax.Array] | None
+    tuned: dict[str, jax.Array]
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_run(directory: str | Path, step: int | None = None, *, keep_base: bool = False) -> Run:
+    """Loads the model that a run has trained, ready to be used.
+
+    Without ``keep_base`` deltas or adapters are merged into the base in place: one copy of the model is held.
+
+    Args:
+        directory: The run's folder (``--workdir``).
+        step: Which checkpoint; None for the newest.
+        keep_base: Whether to hold the base model beside the tuned one.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint, or the base model that the run's configuration
+            names is not the one it was trained on; the tensors that differ are named.
+        FileNotFoundError: If the base model is not there.
+        ValueError: If the base model is damaged.
+    """
+    facts = read_facts(directory, step)
+    settings = facts["config"]
+    name, dtype = settings["model.source"], jnp.dtype(settings["model.dtype"])
+    source = open_model(name, preset=settings["model.preset"])
+    named = settings["model.tokenizer"]
+    tokenizer = (source if named is None else open_model(named)).tokenizer()
+
+    kind, base = adapter_kind(settings, source.config), None
+    if facts["targets"] or kind or keep_base:
+        base = source.load(dtype, seed=settings["seed"])
+        _check_base(f"{directory} was trained on another base model than {name}", facts["fingerprint"], base)
+    if facts["targets"]:
+        deltas = restore_deltas(directory, facts["step"])
+        tuned = _merged(base, merge, deltas, set(map(parameter_name, deltas)), keep_base)
+    elif kind:
+        trained = restore_trainable(directory, facts["step"])
+        tuned = _merged(base, kind.merge, trained, kind.changed, keep_base)
+    else:
+        tuned = restore_trainable(directory, facts["step"])
+        for parameter in tuned:  # one by one: each float32 array is let go as it is cast
+            tuned[parameter] = tuned[parameter].astype(dtype)
+    return Run(facts["step"], settings, source.config, base if keep_base else None, tuned, tokenizer)
+
+
+def _merged(
+    base: dict[str, jax.Array] | None,
+    merge: Callable[..., dict[str, jax.Array]],
+    trained: Any,
+    changed: Set[str],
+    keep_base: bool,
+) -> dict[str, jax.Array]:
+    """The base with what was trained merged into the parameters that it changes."""
+    assert base is not None
+    before = {name: base[name] for name in changed & base.keys()}
+    return base | jax.jit(merge, donate_argnums=() if keep_base else 0)(before, trained)
+
+
+def _check_base(problem: str, expected: Mapping[str, str], base: dict[str, jax.Array]) -> None:
+    found = fingerprint(base)
+    if names := differing(expected, found):
+        lines = [f"  {name}: {expected.get(name)} then, {found.get(name)} now" for name in names[:5]]
+        more = [f"  and {len(names) - 5} more"] if len(names) > 5 else []
+        raise CheckpointError("\n".join([f"{problem}; these tensors differ:", *lines, *more]))

@@ -1,0 +1,134 @@
+"""Where the arrays of a run lie on a mesh of devices: one table from names to logical axes to mesh axes.
+
+The mesh has three axes. ``data``: each device has its own examples and all of the weights. ``fsdp``: its
+own examples too, and a part of the weights, which are collected for their use layer by layer. ``tensor``:
+the same examples, and a part of every layer's heads and hidden units.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from spiel_jax.models.axes import weight_axes
+from spiel_jax.models.config import ModelConfig
+from spiel_jax.models.decoder import ADAPTED, abstract_params
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+
+def mesh_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
+    """The sizes of all mesh axes, with that of an axis of -1 filled in.
+
+    Raises:
+        ValueError: If a size is neither positive nor -1, several are -1, or there are not enough devices.
+
+    Example:
+        >>> mesh_sizes({"data": -1, "fsdp": 2, "tensor": 1}, 8)
+        {'data': 4, 'fsdp': 2, 'tensor': 1}
+    """
+    sizes = {name: sizes[name] for name in MESH_AXES}
+    shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    if any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"mesh of {shown}: expected positive sizes, or -1 for the rest of the devices")
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise ValueError(f"mesh of {shown}: only one axis can take the rest of the devices")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if open_axes and devices % known == 0:
+        sizes[open_axes[0]] = devices // known
+    elif open_axes:
+        raise ValueError(f"mesh of {shown}: {known} does not divide the {devices} devices")
+    elif known > devices:
+        raise ValueError(f"mesh of {shown}: that is more than the {devices} devices there are")
+    return sizes
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of these sizes; -1 stands for the rest of the devices.
+
+    Args:
+        sizes: Of the axes ``data``, ``fsdp`` and ``tensor``.
+        devices: Default: all devices of all processes. The first of them are used where the sizes make up
+            fewer.
+
+    Raises:
+        ValueError: See ``mesh_sizes``; and if fewer devices than a TPU slice has cannot be arranged.
+    """
+    devices = jax.devices() if devices is None else devices
+    complete = mesh_sizes(sizes, len(devices))
+    kinds = (AxisType.Auto,) * len(MESH_AXES)
+    used = devices[: math.prod(complete.values())]
+    shape = tuple(complete.values())
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=used)
+    except NotImplementedError:
+        # an axis has to be a part of one of a TPU slice's axes: not the fastest arrangement, but right
+        arranged = mesh_utils.create_device_mesh(shape, used, allow_split_physical_axes=True)
+        return Mesh(arranged, MESH_AXES, axis_types=kinds)
+    except AssertionError as error:  # of the devices' coordinates
+        raise ValueError(
+            f"a mesh of {len(used)} of the {len(devices)} devices: the first of them are no part of a TPU "
+            "slice by themselves; use all"
+        ) from error
+
+
+def check_mesh(model: ModelConfig, mesh: Mesh, blocks: Mapping[str, int]) -> None:
+    """Makes sure that a mesh divides a model and the block grid of a run.
+
+    Args:
+        model: Shape of the model.
+        mesh: From ``make_mesh``.
+        blocks: Blocks of each weight along the mesh axes "fsdp" and "tensor".
+
+    Raises:
+        ValueError: If it does not; the sizes that would do are named.
+    """
+    for axis in blocks:
+        if blocks[axis] % mesh.shape[axis]:
+            fits = [size for size in range(1, blocks[axis] + 1) if blocks[axis] % size == 0]
+            fitting = math.lcm(blocks[axis], mesh.shape[axis])
+            raise ValueError(
+                f"mesh {axis}={mesh.shape[axis]} does not divide the run's grid of {blocks[axis]} blocks "
+                f"along {axis}: use a mesh of {axis}={' or '.join(map(str, fits))}, or regrid the run to "
+                f"{fitting} blocks (python -m spiel_jax.regrid)"
+            )
+    for name, shape in abstract_params(model).items():
+        if name not in ADAPTED:
+            continue
+        for size, axis in zip(shape.shape[-2:], weight_axes(name), strict=True):
+            if axis is not None and size % max(mesh.shape[axis], blocks[axis]):
+                raise ValueError(
+                    f"{axis}={max(mesh.shape[axis], blocks[axis])} does not divide {name} of "
+                    f"{shape.shape[-2:]}: expected a divisor of {size}"
+                )
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Of a batch's arrays [*leading, examples, tokens]."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * leading, ("data", "fsdp")))
+
+
+def local_rows(rows: int, mesh: Mesh) -> list[int]:
+    """Which examples of a batch of so many the devices of this process hold, in order."""
+    parts = batch_sharding(mesh).addressable_devices_indices_map((rows, 1))
+    return sorted({row for part in parts.values() if part is not None for row in range(rows)[part[0]]})
+
+
+def spread_batch(batch: Any, mesh: Mesh, rows: int) -> Any:
+    """A batch's arrays [..., examples, tokens] from the hosts to the devices of a mesh.
+
+    Args:
+        batch: Holds this process's examples: those of ``local_rows``.
+        mesh: From ``make_mesh``.
+        rows: Number of examples in all processes together.
+    """
+
+    def spread(x: Any) -> jax.Array:
+        shape = (*x.shape[:-2], rows, x.shape[-1])
+        return jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim - 2), x, shape)
+
+    return jax.tree.map(spread, batch)

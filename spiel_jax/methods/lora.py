@@ -1,0 +1,197 @@
+"""LoRA: a trained matrix of low rank beside each frozen weight (arXiv 2106.09685)."""
+
+import math
+import zlib
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from spiel_jax.losses.next_token import Params
+from spiel_jax.methods.parametrization import among_layers, edit_layers
+from spiel_jax.models.layers import Adapter
+from spiel_jax.ops.matmul import dot, weight_gradient
+from spiel_jax.ops.tree import parameter_name
+from spiel_jax.sparse.targets import Target
+
+_static = partial(field, metadata={"static": True})
+
+LowRankParams = dict[str, dict[str, jax.Array]]
+"""Target name to ``lora_A`` [layers, r, in] and ``lora_B`` [layers, out, r], float32."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LowRank:
+    """A linear layer with a frozen weight and a term of low rank, ``x W^T + scale * drop(x) A^T B^T``.
+
+    Attributes:
+        a: [*stack, r, in] float32.
+        b: [*stack, out, r] float32.
+        key: Key of the dropout, one per matrix [*stack]; None: no dropout.
+        scale: Static. What the term is multiplied by.
+        dropout: Static. Share of the term's inputs that are dropped, in [0, 1).
+    """
+
+    a: jax.Array
+    b: jax.Array
+    key: jax.Array | None = None
+    scale: float = _static(default=1.0)
+    dropout: float = _static(default=0.0)
+
+    def __call__(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """[..., in] and [out, in] give [..., out], dtype of ``x``."""
+        return low_rank_linear(x, weight, self)
+
+    @property
+    def threshold(self) -> int:
+        """How many of the 2^16 values of a draw keep an input."""
+        return 2**16 if self.key is None else max(round((1 - self.dropout) * 2**16), 1)
+
+    @property
+    def gain(self) -> float:
+        """What the term of the kept inputs is multiplied by: ``scale``, and 1 / share kept."""
+        return self.scale * (2**16 / self.threshold)
+
+    def kept(self, shape: tuple[int, ...]) -> jax.Array | None:
+        """Which inputs of [..., in] dropout keeps, bool; None: all. The same at every call."""
+        if self.key is None:
+            return None
+        # Drawing is most of what dropout costs: each random word serves two inputs.
+        words = jax.random.bits(self.key, (*shape[:-1], -(-shape[-1] // 2)), jnp.uint32)
+        draws = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)
+        return draws[..., : shape[-1]] < self.threshold
+
+
+def _masked(x: jax.Array, kept: jax.Array | None) -> jax.Array:
+    return x if kept is None else jnp.where(kept, x, jnp.zeros((), x.dtype))
+
+
+@jax.custom_vjp
+def low_rank_linear(x: jax.Array, weight: jax.Array, adapter: LowRank) -> jax.Array:
+    """``x @ weight.T`` and a term of low rank, of which only the latter has gradients.
+
+    Products take operands in the dtype of the weight and accumulate in float32; the sum is rounded once,
+    and the gradients of A and B are not rounded. The backward pass draws the dropout again and so stores
+    nothing of the size of ``x`` but ``x``.
+
+    Args:
+        x: [..., in].
+        weight: [out, in]; its own cotangent is not formed (it is zero).
+        adapter: The term; see ``LowRank``.
+
+    Returns:
+        [..., out], dtype of ``x``.
+    """
+    return _low_rank_forward(x, weight, adapter)[0]
+
+
+def _low_rank_forward(x: jax.Array, weight: jax.Array, adapter: LowRank) -> tuple[jax.Array, tuple]:
+    dtype = weight.dtype
+    y = dot(x.astype(dtype), weight, (-1, 1))
+    with jax.named_scope("low_rank"):
+        seen = _masked(x.astype(dtype), adapter.kept(x.shape))
+        hidden = dot(seen, adapter.a.astype(dtype), (-1, 1)).astype(dtype)  # [..., r]
+        y = y + adapter.gain * dot(hidden, adapter.b.astype(dtype), (-1, 1))
+    return y.astype(x.dtype), (x, weight, adapter, hidden)
+
+
+def _low_rank_backward(residuals: tuple, dy: jax.Array) -> tuple[jax.Array, None, LowRank]:
+    x, weight, adapter, hidden = residuals
+    dtype = weight.dtype
+    dy = dy.astype(dtype)
+    dx = dot(dy, weight, (-1, 0))
+    with jax.named_scope("low_rank"):
+        kept = adapter.kept(x.shape)
+        # Formed transposed, so that what a CPU transposes for the product is the narrow one of its operands;
+        # the barrier keeps XLA from exchanging them again.
+        db = adapter.gain * lax.optimization_barrier(weight_gradient(dy, hidden)).T  # [out, r]
+        dhidden = (adapter.gain * dot(dy, adapter.b.astype(dtype), (-1, 0))).astype(dtype)  # [..., r]
+        da = weight_gradient(_masked(x.astype(dtype), kept), dhidden)  # [r, in]
+        dx = dx + _masked(dot(dhidden, adapter.a.astype(dtype), (-1, 0)), kept)
+    gradient = replace(adapter, a=da.astype(adapter.a.dtype), b=db.astype(adapter.b.dtype), key=None)
+    return dx.astype(x.dtype), None, gradient
+
+
+low_rank_linear.defvjp(_low_rank_forward, _low_rank_backward)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """LoRA on linear layers; the defaults are those of the baseline in SpIEL's experiments.
+
+    Attributes:
+        targets: What is adapted, from ``adapted``.
+        rank: r, of every adapted matrix.
+        alpha: The term is multiplied by alpha / r.
+        dropout: Share of the term's inputs dropped in training, drawn anew for every weight.
+        rslora: Multiply by alpha / sqrt(r) instead, which keeps large ranks learning (arXiv 2312.03732).
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    targets: Mapping[str, Target]
+    rank: int = 64
+    alpha: float = 16.0
+    dropout: float = 0.1
+    rslora: bool = False
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"rank = {self.rank}: expected at least 1")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha = {self.alpha}: expected a positive number")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout = {self.dropout}: expected 0 or more and less than 1")
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def changed(self) -> Set[str]:
+        """See ``AdapterKind``."""
+        return set(map(parameter_name, self.targets))
+
+    def init(self, key: jax.Array) -> LowRankParams:
+        """A uniform within 1 / sqrt(in), which is PEFT's Kaiming with a = sqrt(5); B zero."""
+
+        def one(name: str, target: Target) -> dict[str, jax.Array]:
+            rows, columns = target.shape
+            own, bound = jax.random.fold_in(key, zlib.crc32(name.encode())), 1 / math.sqrt(columns)
+            a = jax.random.uniform(own, (*target.stack, self.rank, columns), jnp.float32, -bound, bound)
+            return {"lora_A": a, "lora_B": jnp.zeros((*target.stack, rows, self.rank), jnp.float32)}
+
+        return {name: one(name, target) for name, target in self.targets.items()}
+
+    def attach(
+        self, params: Params, trainable: LowRankParams, key: jax.Array | None
+    ) -> tuple[Params, dict[str, Adapter]]:
+        """See ``AdapterKind``; a weight's dropout in a layer depends on the key, its name and the layer."""
+        adapters: dict[str, Adapter] = {}
+        for name, target in self.targets.items():
+            parameter = parameter_name(name)
+            layers = params[parameter].shape[0]
+            keys = None
+            if key is not None and self.dropout:
+                keys = jax.random.split(jax.random.fold_in(key, zlib.crc32(parameter.encode())), layers)
+            a, b = (among_layers(trainable[name][f"lora_{part}"], target, layers, 0.0) for part in "AB")
+            adapters[parameter] = LowRank(a, b, keys, self.scale, self.dropout)
+        return params, adapters
+
+    def merge(self, params: Params, trainable: LowRankParams) -> Params:
+        """See ``AdapterKind``: ``W + scale * B A``, formed in float32 and rounded once."""
+
+        def add(weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+            return weight.astype(a.dtype) + self.scale * jnp.matmul(b, a, precision=lax.Precision.HIGHEST)
+
+        merged = dict(params)
+        for name, target in self.targets.items():
+            parts, parameter = trainable[name], parameter_name(name)
+            merged[parameter] = edit_layers(merged[parameter], target, add, parts["lora_A"], parts["lora_B"])
+        return merged

@@ -1,0 +1,225 @@
+"""The compiled training step, pure: state and batch to state and metrics.
+
+A batch has a leading axis of micro-batches; their gradients are summed in a scan inside the step. The loss
+of a step is the mean over its supervised tokens, however they are spread over micro-batches.
+
+A step whose loss or gradient is not finite changes nothing but the count of steps, so that the host, which
+knows the phase of a step from its number, stays in agreement with the state.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from spiel_jax.losses.next_token import Batch, Params, supervised
+from spiel_jax.models.axes import logical_axes, param_sharding, weight_axes
+from spiel_jax.models.storage.packed import runs_on_cpu
+from spiel_jax.ops.tree import parameter_name
+from spiel_jax.optim.schedules import Phase, Reselection
+from spiel_jax.sparse.targets import Target
+
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """What a step reads and writes.
+
+    Attributes:
+        params: What the model runs with; holds the merged weights of a resident merge. Those that are not
+            trained themselves are packed (see ``models.storage``).
+        base: Target name to pretrained entries at the active positions, for methods that merge.
+        trainable: What the optimizer sees as its parameters.
+        opt_state: State of the optimizer.
+    """
+
+    params: Params
+    base: Params
+    trainable: Any
+    opt_state: Any
+
+
+class Training(Protocol):
+    """A method of fine-tuning."""
+
+    def init(self, params: Params) -> TrainState:
+        """State before the first step, from pretrained parameters."""
+        ...
+
+    def attach(self, params: Params, trainable: Any, opt_state: Any) -> TrainState:
+        """State from pretrained parameters and what a checkpoint holds."""
+        ...
+
+    def tuned(self, state: TrainState) -> Params:
+        """The tuned model's parameters, some of them packed (see ``models.storage``)."""
+        ...
+
+    def pretrained(self, state: TrainState) -> Params | None:
+        """The base model's parameters, exactly, some of them packed; None where they are not kept."""
+        ...
+
+    def step(
+        self, state: TrainState, batch: Batch, *, phase: Phase, reselect: bool
+    ) -> tuple[TrainState, Metrics]:
+        """One optimizer step; batch arrays are [G, B, S]. ``phase`` and ``reselect`` are static."""
+        ...
+
+    def evaluate(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Summed loss of a batch [B, S] and its number of supervised tokens."""
+        ...
+
+
+def compiled_step(training: Training, shardings: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The step of a method as a compiled function that reuses the memory of the state it is given.
+
+    Args:
+        training: The method.
+        shardings: Where the arrays of the state lie, and stay.
+
+    Returns:
+        ``step(state, batch, phase=..., reselect=...)``; one program for each phase.
+    """
+    return jax.jit(
+        lambda state, batch, phase, reselect: training.step(state, batch, phase=phase, reselect=reselect),
+        static_argnames=("phase", "reselect"),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=compiler_options(),
+    )
+
+
+def compiler_options() -> dict[str, Any] | None:
+    """For ``jax.jit``: where a CPU runs it, let XLA order a program for the least memory.
+
+    By default its CPU backend orders it for concurrency, and a step of a 7B model takes 6 GB more.
+    """
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if runs_on_cpu() else None
+
+
+def scan_micro_batches(function: Callable[[Batch], tuple[Any, Any]], batch: Batch) -> tuple[Any, Any]:
+    """Sums the first result of ``function`` over micro-batches, and stacks the second.
+
+    Args:
+        function: Micro-batch, arrays [B, S], to two pytrees.
+        batch: Arrays [G, B, S].
+    """
+    first = jax.tree.map(lambda x: x[0], batch)
+    if batch["tokens"].shape[0] == 1:
+        summed, stacked = function(first)
+        return summed, jax.tree.map(lambda x: x[None], stacked)
+    shapes = jax.eval_shape(function, first)[0]
+    initial = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def body(total: Any, micro: Batch) -> tuple[Any, Any]:
+        summed, other = function(micro)
+        return jax.tree.map(jnp.add, total, summed), other
+
+    return lax.scan(body, initial, batch)
+
+
+def guarded(
+    finite: jax.Array, change: Callable[[Any, Any], tuple[Any, Any]], trainable: Any, opt_state: Any
+) -> tuple[Any, Any]:
+    """``change(trainable, opt_state)`` if finite; otherwise both as they are, but for the count of steps."""
+
+    def skip(trainable: Any, opt_state: Any) -> tuple[Any, Any]:
+        count = optax.tree.get(opt_state, "spiel_count")
+        if count is not None:
+            opt_state = optax.tree.set(opt_state, spiel_count=count + 1)
+        return trainable, opt_state
+
+    return lax.cond(finite, change, skip, trainable, opt_state)
+
+
+def optimizer_step(
+    tx: optax.GradientTransformation,
+    loss: Callable[[Any, Batch], jax.Array],
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, Metrics]:
+    """One step of an ordinary optimizer on all that is trainable.
+
+    Args:
+        tx: The optimizer of ``state.opt_state``.
+        loss: Trainable and a micro-batch, arrays [B, S], to the loss summed over its supervised tokens.
+        state: Before the step.
+        batch: Arrays [G, B, S]; further arrays [G, ...] are passed on to ``loss``.
+
+    Returns:
+        The state after it, and the metrics; the loss is the mean.
+    """
+    total = supervised(batch)
+
+    def gradients(micro: Batch) -> tuple[Any, None]:
+        return jax.value_and_grad(lambda trainable: loss(trainable, micro) / total)(state.trainable), None
+
+    (mean, grads), _ = scan_micro_batches(gradients, batch)
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(mean) & jnp.isfinite(norm)
+
+    def change(trainable: Any, opt_state: Any) -> tuple[Any, Any]:
+        updates, opt_state = tx.update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state
+
+    with jax.named_scope("optimizer"):
+        trainable, opt_state = guarded(finite, change, state.trainable, state.opt_state)
+    metrics = {
+        "loss": mean,
+        "grad_norm": norm,
+        "finite": finite,
+        "supervised_tokens": jnp.sum(batch["weights"]),
+    }
+    return replace(state, trainable=trainable, opt_state=opt_state), metrics
+
+
+def state_shardings(state: Any, targets: Mapping[str, Target], mesh: Mesh) -> Any:
+    """Where the arrays of a training state lie: parameters by the table, what belongs to a weight like it.
+
+    Args:
+        state: A ``TrainState``, or a part of one, of arrays or ``jax.ShapeDtypeStruct``.
+        targets: What has sparse deltas.
+        mesh: From ``make_mesh``.
+
+    Returns:
+        A tree like ``state`` of ``NamedSharding``.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        section = path[0].name if isinstance(path[0], jax.tree_util.GetAttrKey) else None
+        for name in names:
+            parameter = parameter_name(name) if isinstance(name, str) else ""
+            if name in targets and section != "params":
+                target = targets[name]
+                if target.axes is None or leaf.ndim < len(target.lead):
+                    return whole
+                return NamedSharding(mesh, PartitionSpec(*[None] * len(target.stack), *target.axes))
+            if logical_axes(parameter) is None:
+                continue
+            rows, columns = weight_axes(parameter)
+            if names[-1] == "lora_A":  # [layers, r, in]
+                return NamedSharding(mesh, PartitionSpec(None, None, columns))
+            if names[-1] == "lora_B":  # [layers, out, r]
+                return NamedSharding(mesh, PartitionSpec(None, rows))
+            if len(leaf.shape) == len(logical_axes(parameter) or ()):
+                return param_sharding(parameter, leaf.shape, mesh)
+        return whole
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def kind_of_step(training: Training, schedule: Reselection, step: int) -> tuple[Phase, bool]:
+    """The phase of a step, from 1, and whether it ends with a reselection: plain and no for other methods."""
+    growth = getattr(training, "growth", None)
+    if growth is None:
+        return Phase.PLAIN, False
+    phase = schedule.phase(step) if growth.uses_candidates else Phase.PLAIN
+    return phase, bool(schedule.reselects(step))

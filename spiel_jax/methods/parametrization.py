@@ -1,0 +1,184 @@
+"""What kinds of adapters have in common: which linears they adapt, and their place among stacked layers."""
+
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from spiel_jax.losses.next_token import Batch, Objective, Params
+from spiel_jax.methods.method import Metrics, TrainState, optimizer_step
+from spiel_jax.models.config import ModelConfig
+from spiel_jax.models.decoder import ADAPTED, abstract_params, layer_names, unpacked
+from spiel_jax.models.layers import Adapter
+from spiel_jax.models.storage.packed import pack, unpack
+from spiel_jax.optim.schedules import Phase
+from spiel_jax.sparse.targets import Rule, Target, find_targets
+
+
+class AdapterKind(Protocol):
+    """A kind of adapter on frozen weights: its parameters, what they do in the model, and their merge."""
+
+    @property
+    def changed(self) -> Set[str]:
+        """Names of the parameters that ``merge`` changes; a model need not have all of them."""
+        ...
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Fresh parameters, float32, by the name of what they adapt; the model is the pretrained one."""
+        ...
+
+    def attach(
+        self, params: Params, trainable: dict[str, Any], key: jax.Array | None
+    ) -> tuple[Params, dict[str, Adapter]]:
+        """What the model runs with: parameters, and adapters by the name of the weight.
+
+        The parameters are ``params`` itself where none of them depends on what is trained.
+
+        Args:
+            params: The pretrained parameters.
+            trainable: The adapters' parameters, like those of ``init``.
+            key: Of what is random in training; None: nothing is.
+        """
+        ...
+
+    def merge(self, params: Params, trainable: dict[str, Any]) -> Params:
+        """Parameters of a plain model that computes the same, in the dtypes of ``params``.
+
+        Args:
+            params: The pretrained parameters, or only those that change.
+            trainable: The adapters' parameters.
+        """
+        ...
+
+
+def adapted(model: ModelConfig, rules: Sequence[str], names: Sequence[str] = ADAPTED) -> dict[str, Target]:
+    """Which weights of a model are adapted, matched as in ``find_targets``.
+
+    Args:
+        model: Shape of the model.
+        rules: Regular expressions on names, layer numbers included; a weight that none matches is frozen.
+        names: Parameters to choose from; default: every linear inside the blocks.
+
+    Returns:
+        Target name to ``Target``; all its entries count. One target per parameter.
+
+    Raises:
+        ValueError: If a rule matches nothing (near names are listed) or can never apply.
+    """
+    shapes = abstract_params(model)
+    return find_targets(
+        {name: shapes[name] for name in names},
+        rules=[Rule(rule, density=1.0) for rule in rules],
+        layer_names=lambda name, stack: layer_names(name, stack[0]),
+    )
+
+
+def among_layers(parts: jax.Array, target: Target, layers: int, fill: float) -> jax.Array:
+    """[adapted layers, ...] in their places among all [L, ...]; differentiable.
+
+    Args:
+        parts: One array per adapted layer, stacked.
+        target: Which layers these are.
+        layers: L.
+        fill: What the other layers have.
+    """
+    if target.layers is None:
+        return parts
+    return jnp.full((layers, *parts.shape[1:]), fill, parts.dtype).at[jnp.array(target.layers)].set(parts)
+
+
+def edit_layers(
+    stacked: jax.Array, target: Target, edit: Callable[..., jax.Array], *parts: jax.Array
+) -> jax.Array:
+    """Edits the adapted layers of a stacked parameter, in place where donated.
+
+    One layer at a time: the intermediate results of a whole stack can be larger than the model. Not
+    differentiable in a 16-bit ``stacked`` on a CPU.
+
+    Args:
+        stacked: [L, ...].
+        target: Which layers are adapted.
+        edit: Layer [...] and its slices of ``parts`` to the new layer; cast to the dtype of ``stacked``.
+        parts: [adapted layers, ...].
+    """
+    numbers = jnp.arange(stacked.shape[0]) if target.layers is None else jnp.array(target.layers)
+
+    def one(slot: jax.Array, stacked: jax.Array) -> jax.Array:
+        old = unpack(lax.dynamic_index_in_dim(stacked, numbers[slot], keepdims=False), dtype)
+        new = pack(edit(old, *(part[slot] for part in parts)).astype(dtype))
+        return lax.dynamic_update_index_in_dim(stacked, new, numbers[slot], 0)
+
+    dtype = stacked.dtype
+    return unpack(lax.fori_loop(0, numbers.size, one, pack(stacked)), dtype)
+
+
+class AdapterState(NamedTuple):
+    """What is checkpointed of an adapter's training beside its parameters."""
+
+    step: jax.Array  # [] int32, steps so far, skipped ones included: the dropout's place in its sequence
+    optimizer: Any
+
+
+@dataclass(frozen=True)
+class AdapterTraining:
+    """Trains adapters of one kind; the model's own parameters stay as they are.
+
+    Attributes:
+        objective: The loss.
+        tx: Any Optax optimizer.
+        kind: The adapters.
+        seed: Of their initial parameters and their dropout.
+    """
+
+    objective: Objective
+    tx: optax.GradientTransformation
+    kind: AdapterKind
+    seed: int = 0
+
+    def _keys(self) -> jax.Array:
+        """[2]: the keys of the initial parameters and of the dropout."""
+        return jax.random.split(jax.random.key(self.seed))
+
+    def init(self, params: Params) -> TrainState:
+        """See ``Training``."""
+        trainable = self.kind.init(self._keys()[0])
+        state = AdapterState(jnp.zeros((), jnp.int32), self.tx.init(trainable))
+        return self.attach(params, trainable, state)
+
+    def attach(self, params: Params, trainable: Any, opt_state: Any) -> TrainState:
+        """See ``Training``."""
+        return TrainState(params, {}, trainable, opt_state)
+
+    def tuned(self, state: TrainState) -> Params:
+        """See ``Training``: the adapters merged into the weights."""
+        return self.kind.merge(unpacked(state.params), state.trainable)
+
+    def pretrained(self, state: TrainState) -> Params:
+        """See ``Training``."""
+        return state.params
+
+    def step(
+        self, state: TrainState, batch: Batch, *, phase: Phase, reselect: bool
+    ) -> tuple[TrainState, Metrics]:
+        """See ``Training``; phases mean nothing here. Each micro-batch has a dropout of its own."""
+        del phase, reselect
+        step, optimizer = state.opt_state
+        keys = jax.random.split(jax.random.fold_in(self._keys()[1], step), batch["tokens"].shape[0])
+
+        def loss(trainable: Any, micro: Batch) -> jax.Array:
+            params, adapters = self.kind.attach(state.params, trainable, micro["dropout"])
+            frozen = params is state.params  # otherwise some of them depend on what is trained
+            return self.objective(params, micro, adapters, frozen=frozen)
+
+        state = replace(state, opt_state=optimizer)
+        state, metrics = optimizer_step(self.tx, loss, state, {**batch, "dropout": keys})
+        return replace(state, opt_state=AdapterState(step + 1, state.opt_state)), metrics
+
+    def evaluate(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """See ``Training``; without dropout."""
+        params, adapters = self.kind.attach(state.params, state.trainable, None)
+        return self.objective(params, batch, adapters, frozen=True), jnp.sum(batch["weights"])

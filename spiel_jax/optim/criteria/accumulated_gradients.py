@@ -1,0 +1,192 @@
+"""Growth by accumulated gradients: SpIEL-AG."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spiel_jax.ops.selection import isin, largest
+from spiel_jax.optim.criteria.criterion import Flag, Observation
+from spiel_jax.optim.inner_optimizers import absorbed, state_dtype
+from spiel_jax.optim.schedules import require_static
+from spiel_jax.sparse.delta import SparseDelta
+from spiel_jax.sparse.targets import Target
+
+
+class CandidateStats(NamedTuple):
+    """Statistics of ``AccumulatedGradients`` for one target; c candidates per matrix."""
+
+    indices: jax.Array  # int32 [..., c]; the block's size marks an unused slot
+    grad_sum: jax.Array  # [..., c]
+    grad_sq_sum: jax.Array  # [..., c]
+    samples: jax.Array  # int32 [...]: gradients summed, the same for all matrices
+    steps: jax.Array  # int32 [...]: optimizer steps they came from
+
+
+def _choose(flag: Flag, new: Any, old: Any) -> Any:
+    if isinstance(flag, bool):
+        return new if flag else old
+    return jax.tree.map(lambda n, o: jnp.where(flag, n, o), new, old)
+
+
+class AccumulatedGradients(NamedTuple):
+    """SpIEL-AG: the gradients of a few candidates, accumulated over an estimation phase.
+
+    The first step of a phase proposes the entries of largest gradient magnitude; their gradients are
+    summed over the phase, and those of largest ``|sum|`` grow. The moments of a grown entry are seeded
+    from its sums, as if the optimizer had seen a constant gradient for as many steps.
+
+    Attributes:
+        b1: Decay rate of the inner optimizer's first moment, for seeding ``mu``.
+        b2: Decay rate of its second moment, for seeding ``nu``.
+        ratio: Candidates per active entry, c / k. At a replacement rate of 1 with c = k the accumulated
+            gradients cannot change the choice; a larger c lets them, at 12 bytes per candidate.
+        seeds: Whether grown entries are seeded at all; otherwise they start as ``inner.init`` has them. A
+            static mask of the entries of largest gradient at the start (SIFT) is this criterion without
+            seeds, with ``propose_active``, and a schedule that reselects once and replaces everything.
+        per_micro_batch: As the original implementation has it: candidate gradients come per micro-batch
+            (of loss / G) with a leading axis [G], each is a sample, and seeds are G times smaller than the
+            step's mean gradient. By default a step is one sample, of the gradient that the inner optimizer
+            sees, so that a seeded moment is on the scale of the others.
+        late_age: As the original has it: the age of a grown entry is one short at its next step, so its
+            bias is corrected for one gradient fewer than its moments absorbed. By default the age counts
+            them, for grown and kept entries alike.
+        propose_active: As the original has it: active entries may be candidates (6 to 14% are), and then
+            take the place of entries that could grow. Read by what proposes.
+        low_precision: As the original has it: statistics and seeds in the dtype of the values. In bfloat16
+            a decay rate of 0.999 rounds to 1, so that ``nu`` is seeded with 0, and counting stops at 256.
+            By default they are float32 or better, and counts integers.
+
+    References:
+        SpIEL, section 3.2 and algorithm 1.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.999
+    ratio: float = 1.0
+    seeds: bool = True
+    per_micro_batch: bool = False
+    late_age: bool = False
+    propose_active: bool = False
+    low_precision: bool = False
+
+    @classmethod
+    def reference(cls, b1: float = 0.9, b2: float = 0.999) -> "AccumulatedGradients":
+        """The criterion exactly as the original implementation has it, every quirk of it."""
+        return cls(b1, b2, per_micro_batch=True, late_age=True, propose_active=True, low_precision=True)
+
+    @property
+    def uses_candidates(self) -> bool:
+        """Candidates must be given to ``update`` on proposing and estimating steps."""
+        return True
+
+    def count(self, target: Target) -> int:
+        """Candidates of one matrix (or block).
+
+        Raises:
+            TypeError: If the ratio is not static.
+        """
+        require_static(candidate_ratio=self.ratio)
+        return min(max(1, round(self.ratio * target.block_count)), target.block_size)
+
+    def init(
+        self, targets: Mapping[str, Target], values: Mapping[str, jax.Array]
+    ) -> dict[str, CandidateStats]:
+        """No candidates."""
+        stats = {}
+        for name, target in targets.items():
+            shape = (*target.lead, self.count(target))
+            none = jnp.full(shape, target.block_size, jnp.int32)
+            dtype = values[name].dtype if name in values else jnp.float32
+            dtype = dtype if self.low_precision else state_dtype(dtype)
+            zeros, number = jnp.zeros(shape, dtype), jnp.zeros(target.lead, jnp.int32)
+            stats[name] = CandidateStats(none, zeros, zeros, number, number)
+        return stats
+
+    def observe(self, stats: dict[str, CandidateStats], seen: Observation) -> dict[str, CandidateStats]:
+        """Starts afresh on a proposing step, adds on an estimating one."""
+        if seen.proposes is False and seen.estimates is False:
+            return stats
+        if seen.candidates is None:
+            raise ValueError(
+                "SpIEL-AG needs candidates= (positions and this step's gradients) on proposing and "
+                "estimating steps; give phase= where the host knows that this step is neither"
+            )
+        return {name: self._observe(old, seen.candidates[name], seen) for name, old in stats.items()}
+
+    def _observe(self, old: CandidateStats, candidates: SparseDelta, seen: Observation) -> CandidateStats:
+        dtype = old.grad_sum.dtype
+        grads = candidates.values.astype(dtype)
+        if not self.per_micro_batch:
+            grads = grads[None]
+        sums, squares = jnp.sum(grads, 0), jnp.sum(jnp.square(grads), 0)
+        micro_batches = grads.shape[0]
+        limit = jnp.iinfo(jnp.int32).max
+        if self.low_precision:
+            limit = min(limit, 2 ** (jnp.finfo(dtype).nmant + 1))
+
+        def counted(samples: jax.Array) -> jax.Array:
+            return jnp.minimum(samples, limit - micro_batches) + micro_batches
+
+        start, more = counted(jnp.zeros_like(old.samples)), counted(old.samples)
+        first = CandidateStats(candidates.indices, sums, squares, start, start // micro_batches)
+        again = CandidateStats(
+            old.indices, old.grad_sum + sums, old.grad_sq_sum + squares, more, more // micro_batches
+        )
+        return _choose(seen.proposes, first, _choose(seen.estimates, again, old))
+
+    def _usable(self, stats: CandidateStats, target: Target) -> jax.Array:
+        return (stats.indices < target.block_size) & jnp.isfinite(stats.grad_sum)
+
+    def available(self, stats: CandidateStats, indices: jax.Array, target: Target) -> jax.Array:
+        """Candidates that are not active; or enough for any n where active ones may be candidates.
+
+        Where k candidates or more may include active entries, as in the original, at most k - n of them
+        are kept when n are dropped, so that n are always left.
+        """
+        usable = self._usable(stats, target)
+        known = jnp.sum(usable, dtype=jnp.int32)
+        inactive = usable & ~isin(stats.indices, indices, target.block_size)
+        return jnp.where(known >= indices.size, indices.size, jnp.sum(inactive, dtype=jnp.int32))
+
+    def incoming(
+        self,
+        stats: CandidateStats,
+        indices: jax.Array,
+        dropped: jax.Array,
+        n: jax.Array,
+        target: Target,
+    ) -> jax.Array:
+        """The n candidates of largest summed gradient that are not kept."""
+        size = target.block_size
+        kept = isin(stats.indices, jnp.where(dropped, size, indices), size)
+        valid = self._usable(stats, target) & ~kept
+        scores = jnp.where(valid, jnp.abs(stats.grad_sum), jnp.nan)
+        chosen = largest(scores, stats.indices, n)
+        return jnp.where(chosen, stats.indices, size)
+
+    def seed(self, stats: CandidateStats, source: jax.Array) -> dict[str, jax.Array]:
+        """Moments and age as if the mean gradient had been seen for the phase's steps (algorithm 1)."""
+        if not self.seeds:
+            return {}
+        samples = jnp.maximum(stats.samples, 1).astype(stats.grad_sum.dtype)
+        mean = stats.grad_sum.at[source].get(mode="fill", fill_value=0) / samples
+        square = stats.grad_sq_sum.at[source].get(mode="fill", fill_value=0) / samples
+        age = jnp.broadcast_to(stats.steps, mean.shape)
+        return {
+            "mu": mean * absorbed(self.b1, age, mean.dtype),
+            "nu": square * absorbed(self.b2, age, mean.dtype),
+            "age": age - 1 if self.late_age else age,
+        }
+
+    def clear(
+        self, stats: dict[str, CandidateStats], targets: Mapping[str, Target]
+    ) -> dict[str, CandidateStats]:
+        """Forgets the candidates, so that none outlives the active set it was proposed for."""
+        return {
+            name: jax.tree.map(jnp.zeros_like, old)._replace(
+                indices=jnp.full_like(old.indices, targets[name].block_size)
+            )
+            for name, old in stats.items()
+        }

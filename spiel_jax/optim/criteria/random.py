@@ -1,0 +1,82 @@
+"""Random growth: SET and static random masks."""
+
+import zlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spiel_jax.optim.criteria.criterion import Observation
+from spiel_jax.sparse.targets import Target
+
+
+class RandomGrowth(NamedTuple):
+    """Grows random entries (SET); at a replacement rate of 0, a static random mask (SHiRA, SpaRTA).
+
+    Its only statistic is a PRNG key per matrix. A reselection takes O(k log k): one entry is drawn from each
+    of n equal strata of the inactive entries.
+
+    Attributes:
+        key: Seed of the draws, an int, which may be traced.
+
+    References:
+        Mocanu et al., `Scalable training of artificial neural networks with adaptive sparse connectivity
+        <https://arxiv.org/abs/1707.04780>`_; Bhardwaj et al., `Sparse High Rank Adapters
+        <https://arxiv.org/abs/2406.13175>`_.
+    """
+
+    key: int | jax.Array = 0
+
+    @property
+    def uses_candidates(self) -> bool:
+        """It draws blindly."""
+        return False
+
+    def init(self, targets: Mapping[str, Target], values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """A key per matrix: target name to uint32 [..., words]."""
+        root = jax.random.fold_in(jax.random.key(self.key), 1)  # not that of the initial positions
+        return {
+            name: jax.random.key_data(
+                jax.random.split(jax.random.fold_in(root, zlib.crc32(name.encode())), target.lead)
+            )
+            for name, target in targets.items()
+        }
+
+    def observe(self, stats: dict[str, jax.Array], seen: Observation) -> dict[str, jax.Array]:
+        """Nothing to learn from a step."""
+        return stats
+
+    def available(self, stats: jax.Array, indices: jax.Array, target: Target) -> jax.Array:
+        """All entries that are not active."""
+        return target.block_size - jnp.sum(indices < target.block_size, dtype=jnp.int32)
+
+    def incoming(
+        self, stats: jax.Array, indices: jax.Array, dropped: jax.Array, n: jax.Array, target: Target
+    ) -> jax.Array:
+        """N distinct inactive entries, each about equally likely; dropped ones count as active."""
+        count = indices.size
+        slot = jnp.arange(count, dtype=jnp.int32)
+        free = self.available(stats, indices, target)
+        width, longer = free // jnp.maximum(n, 1), free % jnp.maximum(n, 1)
+        widths = jnp.maximum(width + (slot < longer), 1)
+        # the ranks of the drawn entries among the inactive ones
+        rank = slot * width + jnp.minimum(slot, longer)
+        rank = rank + jax.random.randint(jax.random.wrap_key_data(stats), (count,), 0, widths, jnp.int32)
+        before = jnp.sort(indices) - slot  # inactive entries before each active one; unused slots are last
+        before = jnp.where(slot < target.block_size - free, before, free)
+        position = rank + jnp.searchsorted(before, rank, side="right").astype(jnp.int32)
+        return jnp.where(slot < n, position, target.block_size)
+
+    def seed(self, stats: jax.Array, source: jax.Array) -> dict[str, jax.Array]:
+        """Nothing is known of the grown entries."""
+        return {}
+
+    def clear(self, stats: dict[str, jax.Array], targets: Mapping[str, Target]) -> dict[str, jax.Array]:
+        """The next keys."""
+
+        def advance(data: jax.Array) -> jax.Array:
+            keys = jax.random.wrap_key_data(data.reshape(-1, data.shape[-1]))
+            return jax.random.key_data(jax.vmap(jax.random.fold_in, (0, None))(keys, 1)).reshape(data.shape)
+
+        return {name: advance(data) for name, data in stats.items()}

@@ -1,0 +1,103 @@
+"""Growth criteria and positions of the baselines: random entries, and static masks."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from spiel_jax.ops.selection import top_magnitudes
+from spiel_jax.ops.sharded import on_blocks
+from spiel_jax.ops.tree import parameter_name, path_name
+from spiel_jax.optim.criteria.criterion import Observation
+from spiel_jax.sparse.delta import SparseDelta
+from spiel_jax.sparse.targets import Target
+
+
+class NoGrowth(NamedTuple):
+    """Grows nothing: the entries stay where they were placed."""
+
+    @property
+    def uses_candidates(self) -> bool:
+        """None are looked for."""
+        return False
+
+    def init(self, targets: Mapping[str, Target], values: Mapping[str, jax.Array]) -> dict[str, tuple]:
+        """No statistics."""
+        return dict.fromkeys(targets, ())
+
+    def observe(self, stats: dict[str, tuple], seen: Observation) -> dict[str, tuple]:
+        """Nothing to learn from a step."""
+        return stats
+
+    def available(self, stats: tuple, indices: jax.Array, target: Target) -> int:
+        """None."""
+        return 0
+
+    def incoming(
+        self, stats: tuple, indices: jax.Array, dropped: jax.Array, n: jax.Array, target: Target
+    ) -> jax.Array:
+        """Unused slots only."""
+        return jnp.full_like(indices, target.block_size)
+
+    def seed(self, stats: tuple, source: jax.Array) -> dict[str, jax.Array]:
+        """Nothing."""
+        return {}
+
+    def clear(self, stats: dict[str, tuple], targets: Mapping[str, Target]) -> dict[str, tuple]:
+        """Nothing."""
+        return stats
+
+
+def magnitude_positions(
+    params: Any, targets: Mapping[str, Target], *, largest: bool = True
+) -> dict[str, SparseDelta]:
+    """The entries of largest (or smallest) pretrained magnitude of each matrix, a static mask (Super-Tuning).
+
+    Exact, ties towards the lowest position, one matrix at a time.
+
+    Args:
+        params: Pytree of pretrained weights, [*stack, rows, columns].
+        targets: What is adapted.
+        largest: Or the smallest.
+
+    Returns:
+        Target name to ``SparseDelta`` without values, for ``place``.
+
+    Raises:
+        KeyError: If a target is no leaf of ``params``.
+    """
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    positions = {}
+    for name, target in targets.items():
+        parameter = parameter_name(name)
+        if parameter not in leaves:
+            raise KeyError(f"no parameter {parameter!r}: expected one of {', '.join(leaves)}")
+        find = partial(_strongest, target=target, largest=largest)
+        indices = on_blocks(find, target.axes, len(target.stack), leaves[parameter])
+        positions[name] = target.delta(indices.reshape(*target.lead, target.block_count))
+    return positions
+
+
+def _strongest(weight: jax.Array, target: Target, largest: bool) -> jax.Array:
+    """[*stack, grid_rows, grid_columns, k] positions in each block of a weight, or of a part of it."""
+    chosen = weight if target.layers is None else weight[jnp.array(target.layers)]
+
+    def strongest(matrix: jax.Array) -> jax.Array:
+        rows, columns = target.block
+        blocks = matrix.reshape(-1, rows, matrix.shape[1] // columns, columns).swapaxes(1, 2)
+        grid = blocks.shape[:2]
+        blocks = blocks.reshape(-1, target.block_size)
+        if not largest:
+            # the bits of non-negative floats are ordered as the floats are: mirror them
+            wide = jnp.abs(blocks.astype(jnp.promote_types(blocks.dtype, jnp.float32)))
+            bits = jnp.int64 if wide.dtype == jnp.float64 else jnp.int32
+            top = lax.bitcast_convert_type(jnp.array(jnp.inf, wide.dtype), bits)
+            blocks = lax.bitcast_convert_type(top - lax.bitcast_convert_type(wide, bits), wide.dtype)
+        found = lax.map(lambda block: top_magnitudes(block, target.block_count), blocks)
+        return found.reshape(*grid, target.block_count)
+
+    found = lax.map(strongest, chosen.reshape(-1, *chosen.shape[-2:]))
+    return found.reshape(*target.stack, *found.shape[1:])

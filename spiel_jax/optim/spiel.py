@@ -1,0 +1,385 @@
+"""SpIEL as an Optax transformation: drop and grow around any inner optimizer.
+
+What Optax sees as parameters is the tree of values. The positions live in this transformation's state, and
+a reselection rewrites them there: for a replaced slot the update is minus its value, so that
+``optax.apply_updates`` performs the drop and the grown entry starts at zero in the same slot.
+"""
+
+import sys
+import zlib
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from spiel_jax.ops.selection import drop, replace
+from spiel_jax.optim.criteria.criterion import Flag, Growth, Observation
+from spiel_jax.optim.entry_state import Slots, check_per_entry, reset
+from spiel_jax.optim.inner_optimizers import state_dtype
+from spiel_jax.optim.schedules import Phase, Reselection
+from spiel_jax.sparse.delta import SparseDelta, map_matrices
+from spiel_jax.sparse.targets import Target, by_target, like_values
+
+
+class SpielState(NamedTuple):
+    """State of ``spiel``.
+
+    Attributes:
+        spiel_count: int32 scalar, optimizer steps taken.
+        active: Target name to the active positions, a ``SparseDelta`` without values.
+        growth: Target name to the growth criterion's statistics.
+        inner: State of the inner optimizer.
+        replaced: float32 scalar, share of all entries that the last step replaced; 0 after a step without
+            a reselection.
+    """
+
+    spiel_count: jax.Array
+    active: dict[str, SparseDelta]
+    growth: dict[str, Any]
+    inner: Any
+    replaced: jax.Array
+
+
+def random_indices(key: jax.Array, size: int, count: int) -> jax.Array:
+    """Random distinct positions in O(count) time and memory: one from each of ``count`` equal strata.
+
+    Args:
+        key: PRNG key.
+        size: Number of entries to draw from.
+        count: How many, at most ``size``.
+
+    Returns:
+        [count] int32, ascending, distinct, each entry equally likely up to the rounding of the strata.
+    """
+    width, longer = divmod(size, count)
+    number = jnp.arange(count, dtype=jnp.int32)
+    starts = number * width + jnp.minimum(number, longer)
+    widths = width + (number < longer).astype(jnp.int32)
+    return starts + jax.random.randint(key, (count,), 0, widths, jnp.int32)
+
+
+def initial_positions(targets: Mapping[str, Target], seed: int | jax.Array) -> dict[str, SparseDelta]:
+    """Random positions of every target: a function of the seed, the target's name and its shape.
+
+    Args:
+        targets: What is adapted.
+        seed: An int (which may be traced) or a PRNG key.
+
+    Returns:
+        Target name to a ``SparseDelta`` without values.
+    """
+    is_key = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
+    root = seed if is_key else jax.random.key(seed)
+    positions = {}
+    for name, target in targets.items():
+        key = jax.random.fold_in(root, zlib.crc32(name.encode()))
+        draw = partial(random_indices, size=target.block_size, count=target.block_count)
+        for _ in target.lead:
+            draw = jax.vmap(draw)
+        positions[name] = target.delta(draw(jax.random.split(key, target.lead) if target.lead else key))
+    return positions
+
+
+def active_positions(opt_state: Any) -> dict[str, SparseDelta]:
+    """The positions that an optimizer state holds: target name to ``SparseDelta`` without values.
+
+    Args:
+        opt_state: State of ``spiel`` or of any chain, partition or wrapper around it.
+
+    Raises:
+        ValueError: If there is no state of ``spiel`` in it, or several share a target.
+    """
+    active: dict[str, SparseDelta] = {}
+    for _, found in optax.tree.get_all_with_path(opt_state, "active", _is_active):
+        if active.keys() & found.keys():
+            raise ValueError(
+                f"several states of spiel() have the targets {sorted(active.keys() & found.keys())}: give "
+                "deltas() one of the states and its values"
+            )
+        active |= found
+    if not active:
+        raise ValueError("no state of spiel() in this optimizer state")
+    return active
+
+
+def deltas(values: Any, opt_state: Any, *, sort: bool = False) -> dict[str, SparseDelta]:
+    """Zips the values with the positions that an optimizer state holds.
+
+    Args:
+        values: Tree of values.
+        opt_state: State of ``spiel`` or of any chain, partition or wrapper around it.
+        sort: Whether to order entries by position, for what leaves the run.
+
+    Returns:
+        Target name to ``SparseDelta``.
+
+    Raises:
+        ValueError: If there is no state of ``spiel`` in ``opt_state``, it has other targets, or several
+            states share one.
+    """
+    active = active_positions(opt_state)
+    named = by_target(values, active)
+    zipped = {name: delta.with_values(named[name]) for name, delta in active.items()}
+    return {name: delta.sort() for name, delta in zipped.items()} if sort else zipped
+
+
+def _is_active(_: Any, found: Any) -> bool:
+    """Tells ``SpielState.active`` from a target that is named "active" too."""
+    return isinstance(found, Mapping) and all(isinstance(delta, SparseDelta) for delta in found.values())
+
+
+_MULTI_STEPS = (optax.MultiSteps.init.__code__, optax.MultiSteps.update.__code__)
+
+
+def _refuse_multi_steps(growth: Growth) -> None:
+    """Refuses candidates inside ``optax.MultiSteps``.
+
+    It accumulates gradients, but passes on the extra arguments of its last micro-step alone, and nothing in
+    what it passes tells so. It can only be seen among the callers.
+    """
+    if not growth.uses_candidates:
+        return
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code in _MULTI_STEPS:
+            raise TypeError(
+                "SpIEL-AG inside optax.MultiSteps would see the candidates of the last micro-step only: "
+                "accumulate gradients and candidates yourself, or use SpIEL-MA"
+            )
+        frame = frame.f_back
+
+
+def spiel(
+    inner: optax.GradientTransformation,
+    targets: Mapping[str, Target],
+    *,
+    growth: Growth,
+    schedule: Reselection,
+    seed: int | jax.Array = 0,
+    clip_norm: float | None = None,
+    clip_candidates: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Evolves the positions of sparse values around an inner optimizer (SpIEL, algorithms 1 and 2).
+
+    Every step applies ``inner`` to the values. A step that ends with a reselection also drops the n entries
+    of smallest ``|value|`` of each matrix, grows the n that ``growth`` ranks highest, and resets the
+    inner state of the replaced ones to what ``inner.init`` gives. Kept entries stay in their slot, and
+    their values and moments are what the inner update made them. n is rounded down, and is less
+    where fewer entries can be grown.
+
+    Whatever else has a state per entry belongs into ``inner``, for only there replaced entries are reset:
+    momentum before it in a chain, or ``optax.lookahead`` or ``schedule_free`` around it, would bring dropped
+    values back. In a chain it comes last: a scaling by s after it (``optax.scale``, ``reduce_on_plateau``)
+    would scale the drop too, and leave 1 - s of a dropped value to the entry grown in its slot.
+
+    SpIEL-MA works inside ``optax.MultiSteps``; SpIEL-AG is refused there. Inside ``optax.apply_if_finite``
+    leave phase and reselection to the state, whose count stands still on a skipped step while a host's goes
+    on; by a host's count, a phase whose proposing step was skipped replaces nothing.
+
+    Args:
+        inner: Any Optax optimizer whose state is per entry; it is given ``active`` (the positions) and all
+            extra arguments of the update.
+        targets: What is adapted, from ``find_targets``; static.
+        growth: ``AccumulatedGradients`` (SpIEL-AG), ``MomentApproximation`` (SpIEL-MA) or another.
+        schedule: When to reselect and how much to replace; static.
+        seed: Of the initial random positions; an int or a PRNG key.
+        clip_norm: Global norm to which the gradients of the active entries are clipped, or None. Candidate
+            gradients are scaled by the same factor, which a clipping before this one in a chain could not
+            do.
+        clip_candidates: Whether they are (the original implementation's are not).
+
+    Returns:
+        A ``GradientTransformationExtraArgs``. Its update takes, besides gradients, state and values:
+
+        * ``candidates``: target name to ``SparseDelta`` of candidate positions and this step's gradients
+          there (SpIEL-AG); needed on proposing and estimating steps.
+        * ``phase``: the step's ``Phase``, and ``reselect``: whether it ends with a reselection. A host that
+          knows them (``schedule.phase(step)``, ``schedule.reselects(step)``) gives them as Python
+          values, and what never runs is not compiled. Where absent they follow from the state's count.
+
+        Gradients and values are trees whose leaves' last key is the name of a target. An update has the
+        dtype of its gradient, or that of the value where the gradient is narrower.
+
+    Raises:
+        TypeError: At ``init``, if the state of ``inner`` is not per entry; inside ``optax.MultiSteps``, if
+            ``growth`` uses candidates.
+        ValueError: If the values do not match the targets, or phases as long as the original's leave no gap.
+    """
+    if growth.uses_candidates and schedule.long_phases and schedule.accumulation == schedule.every - 1:
+        raise ValueError(
+            f"accumulation = {schedule.accumulation}: with every = {schedule.every} the original's phases "
+            "would begin as they end, and it divides by zero"
+        )
+    inner = optax.with_extra_args_support(inner)
+    counts = schedule.counts([target.block_count for target in targets.values()])
+    total = sum(target.total for target in targets.values())
+
+    def init(values: optax.Params) -> SpielState:
+        _refuse_multi_steps(growth)
+        named = by_target(values, targets)
+        for name, value in named.items():
+            expected = (*targets[name].lead, targets[name].block_count)
+            if value.shape != expected:
+                raise ValueError(f"values of {name} are {value.shape}: expected {expected}")
+        state = inner.init(values)
+        if named:
+            check_per_entry(inner, jax.eval_shape(inner.init, values), values)
+        return SpielState(
+            spiel_count=jnp.zeros((), jnp.int32),
+            active=initial_positions(targets, seed),
+            growth=growth.init(targets, named),
+            inner=state,
+            replaced=jnp.zeros((), jnp.float32),
+        )
+
+    def reselect_now(
+        updates: Any, values: Any, state: SpielState, number: jax.Array | int
+    ) -> tuple[Any, SpielState]:
+        table = jnp.asarray(counts)[number]  # [targets]
+        old_values, named_updates = by_target(values, targets), by_target(updates, targets)
+        active, replaced, seeds = {}, {}, {}
+        for position, (name, target) in enumerate(targets.items()):
+            one = partial(_reselect_matrix, n=table[position], target=target, growth=growth)
+            indices, replaced[name], seeds[name] = map_matrices(
+                one,
+                state.active[name],
+                state.active[name].indices,
+                old_values[name],
+                named_updates[name],
+                state.growth[name],
+            )
+            active[name] = target.delta(indices)
+
+        tree = partial(like_values, values, targets=targets)
+        slots = tree({name: Slots(replaced[name], seeds[name]) for name in targets})
+        new_values = by_target(optax.apply_updates(values, updates), targets)
+        kept = {name: jnp.where(replaced[name], 0, v) for name, v in new_values.items()}
+        inner_state = reset(inner, state.inner, tree(kept), slots)
+        updates = jax.tree.map(lambda u, v, s: jnp.where(s.replaced, -v, u), updates, values, slots)
+        changed = sum(jnp.sum(mask, dtype=jnp.float32) for mask in replaced.values())
+        return updates, state._replace(
+            active=active,
+            growth=growth.clear(state.growth, targets),
+            inner=inner_state,
+            replaced=jnp.asarray(changed / total, jnp.float32),
+        )
+
+    def update(
+        grads: optax.Updates,
+        state: SpielState,
+        params: optax.Params | None = None,
+        *,
+        candidates: Mapping[str, SparseDelta] | None = None,
+        phase: Phase | None = None,
+        reselect: Flag | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SpielState]:
+        _refuse_multi_steps(growth)
+        if params is None:
+            raise ValueError("spiel needs the values: call update(grads, state, values)")
+        values = params
+        step = state.spiel_count + 1
+        proposes: Flag = schedule.proposes(step) if phase is None else phase is Phase.PROPOSE
+        estimates: Flag = schedule.estimates(step) if phase is None else phase is Phase.ESTIMATE
+        ends: Flag = schedule.reselects(step) if reselect is None else reselect
+
+        if clip_norm is not None:
+            norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(state_dtype(g.dtype)), grads))
+            factor = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
+            grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
+            if clip_candidates and candidates is not None:
+                candidates = {
+                    name: delta.with_values(delta.values * factor) for name, delta in candidates.items()
+                }
+
+        with jax.named_scope("inner_optimizer"):
+            updates, inner_state = inner.update(grads, state.inner, values, active=state.active, **extra_args)
+            # where gradients are narrower than values, a drop of their dtype would leave a rest
+            updates = jax.tree.map(
+                lambda u, v: u.astype(jnp.promote_types(u.dtype, v.dtype)), updates, values
+            )
+        with jax.named_scope("observe"):
+            observed = growth.observe(
+                state.growth,
+                Observation(
+                    state.active,
+                    by_target(grads, targets),
+                    candidates if growth.uses_candidates else None,
+                    proposes if growth.uses_candidates else False,
+                    estimates if growth.uses_candidates else False,
+                    inner_state,
+                ),
+            )
+        state = state._replace(
+            spiel_count=optax.safe_increment(state.spiel_count),
+            growth=observed,
+            inner=inner_state,
+            replaced=jnp.zeros((), jnp.float32),
+        )
+        if ends is False or not len(counts):
+            return updates, state
+        # rounded up: the count of a host that gives reselect= is ahead of this one where steps were skipped
+        number = jnp.clip(schedule.number(step + schedule.every - 1), 0, len(counts) - 1)
+        with jax.named_scope("reselection"):
+            if ends is True:
+                return reselect_now(updates, values, state, number)
+            return lax.cond(
+                ends,
+                lambda updates, state: reselect_now(updates, values, state, number),
+                lambda updates, state: (updates, state),
+                updates,
+                state,
+            )
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _reselect_matrix(
+    indices: jax.Array,
+    values: jax.Array,
+    updates: jax.Array,
+    stats: Any,
+    *,
+    n: jax.Array,
+    target: Target,
+    growth: Growth,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Drop and grow in one matrix: new indices [k], replaced [k], seeds."""
+    moved: Any = optax.apply_updates(values, updates)  # here: not for all matrices at once
+    n = jnp.minimum(n, growth.available(stats, indices, target))
+    dropped = drop(moved, indices, n, target.block_size)
+    incoming = growth.incoming(stats, indices, dropped, n, target)
+    new = replace(indices, dropped, incoming, target.block_size)
+    return new.indices, new.replaced, growth.seed(stats, new.source)
+
+
+def place(opt_state: Any, positions: Mapping[str, SparseDelta]) -> Any:
+    """The optimizer state of ``spiel`` with its active entries elsewhere, before the first step.
+
+    Args:
+        opt_state: State of ``spiel``, or of any chain, partition or wrapper around it.
+        positions: Target name to ``SparseDelta``, as from ``magnitude_positions``; values are not read.
+
+    Raises:
+        ValueError: If the state has other targets, or another number of entries, or is not one of ``spiel``.
+
+    Example:
+        >>> import spiel_jax as sj
+        >>> weights = {"w": jnp.array([[3.0, -4.0], [1.0, 2.0]])}
+        >>> targets = {"w": Target((2, 2), 2)}
+        >>> place(sj.spiel_ma(0.1, targets, total_steps=9).init(sj.zeros(targets)),
+        ...       sj.magnitude_positions(weights, targets)).active["w"].indices
+        Array([0, 1], dtype=int32)
+    """
+    active = active_positions(opt_state)
+    shapes = [
+        {name: (delta.shape, delta.grid, delta.indices.shape) for name, delta in tree.items()}
+        for tree in (active, positions)
+    ]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"the positions do not fit the state: {shapes[1]}, expected {shapes[0]}")
+    return optax.tree.set(opt_state, active={n: d.with_values(None) for n, d in positions.items()})

@@ -1,0 +1,143 @@
+"""A run as it would be on hardware that is not here, and settings of it that need less memory."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from spiel_jax.config import SPARSE, Config, ConfigError, micro_batch_size
+from spiel_jax.distributed.mesh import batch_sharding
+from spiel_jax.methods import registry as build
+from spiel_jax.methods.method import Training, TrainState, compiled_step, kind_of_step, state_shardings
+from spiel_jax.models import ModelConfig, abstract_params
+from spiel_jax.optim.schedules import Phase
+from spiel_jax.planning.hlo import Program, compile_program
+from spiel_jax.planning.topology import Hardware
+
+_STEPS = 1000
+"""Steps of a run that is measured in epochs of data that is not read; a small table depends on it."""
+
+_NAMES = {Phase.PLAIN: "ordinary", Phase.PROPOSE: "proposing", Phase.ESTIMATE: "estimating"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it would be on a mesh of devices that need not be here.
+
+    Attributes:
+        given: The configuration as it was given.
+        config: Complete: with the block grid and a micro-batch that can be spread over the mesh.
+        mesh: Of the hardware's devices.
+        training: The method.
+        state: Of ``jax.ShapeDtypeStruct`` with shardings, as ``batch``.
+        batch: Of one step.
+        kinds: Name of each kind of step that the run has to its phase and whether it reselects.
+    """
+
+    given: Config
+    config: Config
+    mesh: Mesh
+    training: Training
+    state: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+    kinds: dict[str, tuple[Phase, bool]]
+
+    def compiled(self, kind: str, hardware: Hardware) -> Program:
+        """A kind of step, compiled for the devices of the mesh."""
+        phase, reselect = self.kinds[kind]
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        with jax.set_mesh(self.mesh):
+            step: Any = compiled_step(self.training, shardings)
+            traced = step.trace(self.state, self.batch, phase=phase, reselect=reselect)
+            return compile_program(traced, hardware.options)
+
+    def held(self) -> dict[str, int]:
+        """Bytes on each device between steps, by what they are for; without padding of layouts."""
+        state = self.state
+        active = [
+            leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+            if any(getattr(key, "name", None) == "active" for key in path)
+        ]
+        deltas = [state.trainable, state.base, active]
+        return {
+            "weights": _device_bytes(state.params),
+            "deltas": _device_bytes(deltas),
+            "optimizer": _device_bytes(state.opt_state) - _device_bytes(active),
+            "batch": _device_bytes(self.batch),
+        }
+
+
+def _device_bytes(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def prepare(config: Config, model: ModelConfig, mesh: Mesh) -> Run:
+    """A run that could start on this mesh.
+
+    Args:
+        config: Checked. Its micro-batch is raised to a number that can be spread over the mesh; its block
+            grid, where it is not set, is the mesh's.
+        model: Shape of the model.
+        mesh: From ``make_mesh``.
+
+    Raises:
+        ConfigError: If no micro-batch can be spread over the mesh.
+        ValueError: If the mesh does not divide the model or the grid.
+    """
+    given, config = config, config.copy_and_resolve_references()
+    sparse = config.method in SPARSE
+    for axis, blocks in config.targets.grid.items():
+        config.targets.grid[axis] = blocks or (mesh.shape[axis] if sparse else 1)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    possible = micro_batches(config.batch_size, shards)
+    if not possible:
+        raise ConfigError(
+            f"config.batch_size = {config.batch_size}: expected a multiple of {shards}, the size of data x "
+            "fsdp in config.mesh"
+        )
+    wanted = micro_batch_size(config)
+    config.micro_batch_size = next((rows for rows in possible if rows >= wanted), possible[-1])
+    build.check_layout(config, model, mesh)
+
+    steps = config.steps or _STEPS
+    with jax.set_mesh(mesh):
+        adapted = build.targets(config, model)
+        schedule = build.reselection(config, steps)
+        training = build.training(config, model, adapted, schedule, build.learning_rate(config, steps))
+        params = abstract_params(model, jnp.dtype(config.model.dtype), packed=config.method != "full")
+        state = jax.eval_shape(training.init, params)
+    shardings = state_shardings(state, adapted, mesh)
+    state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        shardings,
+    )
+    rows = config.micro_batch_size
+    shape = (config.batch_size // rows, rows, config.data.sequence_length)
+    dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, 1))
+        for name, dtype in {**dtypes, "weights": jnp.float32}.items()
+    }
+    kinds: dict[str, tuple[Phase, bool]] = {}
+    for step in range(1, steps + 1):
+        phase, reselects = kind_of_step(training, schedule, step)
+        name = _NAMES[phase]
+        if reselects:
+            name = "reselecting" if phase is Phase.PLAIN else f"{name}+reselecting"
+        kinds[name] = phase, reselects
+    order = list(Phase)
+    kinds = dict(sorted(kinds.items(), key=lambda kind: (order.index(kind[1][0]), kind[1][1])))
+    return Run(given, config, mesh, training, state, batch, kinds)
+
+
+def micro_batches(batch_size: int, shards: int) -> list[int]:
+    """Possible sizes, ascending: multiples of the shards that divide the batch."""
+    return [rows for rows in range(shards, batch_size + 1, shards) if batch_size % rows == 0]

@@ -1,0 +1,353 @@
+"""Sparse deltas of weights: the central type, merging, and a linear that collects its sparse gradient.
+
+A weight is a matrix, or a stack of matrices on leading axes (stacked layers). Each matrix has its own
+active entries. Positions are flat and row-major inside a matrix, or inside one block of it where a block
+grid cuts the matrix up (the grid is what makes a large mesh and matrices of more than 2^31 entries work).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from spiel_jax.ops.sharded import on_blocks
+from spiel_jax.ops.tree import edit
+
+_static = partial(field, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SparseDelta:
+    """Some entries of a weight: where they are, and a number for each.
+
+    The numbers are the deltas relative to the pretrained weight, or gradients at these positions, or
+    absent (None) where only the positions matter. Slots are in no particular order: inside a run a kept
+    entry stays in its slot. Use ``sort`` for what leaves the run.
+
+    Attributes:
+        indices: int32 [*stack, k], flat positions, distinct within a matrix; [*stack, grid_rows,
+            grid_columns, k], positions within the block, where the grid is not (1, 1). A position equal
+            to the number of entries of the block marks an unused slot.
+        values: [*stack, ..., k] float, the same shape as ``indices``; or None.
+        shape: (rows, columns) of one matrix.
+        grid: (rows, columns) of the block grid.
+        layers: Which matrices of the stack are adapted, ascending; None for all of them.
+        axes: Mesh axes over which the rows and the columns of the grid, and the weight with them, are
+            spread under ``jax.set_mesh``; None where they are not. With axes, ``indices`` has those of
+            the grid even where that is (1, 1).
+    """
+
+    indices: jax.Array
+    values: Any
+    shape: tuple[int, int] = _static()
+    grid: tuple[int, int] = _static(default=(1, 1))
+    layers: tuple[int, ...] | None = _static(default=None)
+    axes: tuple[str | None, str | None] | None = _static(default=None)
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """(rows, columns) of one block."""
+        return self.shape[0] // self.grid[0], self.shape[1] // self.grid[1]
+
+    @property
+    def block_axes(self) -> int:
+        """Number of axes of ``indices`` that belong to one matrix: 1, or 3 with a block grid."""
+        return 1 if self.grid == (1, 1) and self.axes is None else 3
+
+    @property
+    def stack_axes(self) -> int:
+        """Number of axes of ``indices`` that are a stack of matrices."""
+        return self.indices.ndim - self.block_axes
+
+    def with_values(self, values: jax.Array | None) -> "SparseDelta":
+        """The same positions with other values."""
+        return replace(self, values=values)
+
+    def part(self, indices: jax.Array) -> "SparseDelta":
+        """Some of the blocks, as a delta of the part of the weight that they make up; without values.
+
+        Args:
+            indices: Positions [*stack, ..., k] of a rectangle of blocks.
+        """
+        if self.block_axes == 1:
+            return replace(self, indices=indices, values=None)
+        (rows, columns), grid = self.block, indices.shape[-3:-1]
+        return replace(
+            self,
+            indices=indices,
+            values=None,
+            shape=(rows * grid[0], columns * grid[1]),
+            grid=grid,
+            axes=(None, None),
+        )
+
+    def sort(self) -> "SparseDelta":
+        """The same entries with ascending positions."""
+        order = jnp.argsort(self.indices, axis=-1)
+        take = partial(jnp.take_along_axis, indices=order, axis=-1)
+        return replace(
+            self,
+            indices=take(self.indices),
+            values=None if self.values is None else take(self.values),
+        )
+
+    def coordinates(self) -> tuple[jax.Array, jax.Array]:
+        """Row and column in the matrix of each entry, int32, shaped like ``indices``.
+
+        Unused slots get a row past the last one, so that a scatter can drop and a gather can fill them.
+        """
+        block_rows, block_columns = self.block
+        rows, columns = divided(self.indices, block_columns)
+        if self.block_axes == 3:
+            unused = self.indices >= block_rows * block_columns
+            grid_rows = jnp.arange(self.grid[0], dtype=jnp.int32)[:, None, None]
+            grid_columns = jnp.arange(self.grid[1], dtype=jnp.int32)[:, None]
+            rows = jnp.where(unused, self.shape[0], rows + grid_rows * block_rows)
+            columns = columns + grid_columns * block_columns
+        return rows, columns
+
+
+def divided(positions: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    """Row and column of flat positions. Positions are not negative, so no rounding has to be mended."""
+    divisor = jnp.array(width, positions.dtype)
+    return lax.div(positions, divisor), lax.rem(positions, divisor)
+
+
+def spread(parts: Sequence[SparseDelta], layers: int) -> SparseDelta:
+    """Joins deltas on different layers of one stack into one delta on all of them.
+
+    Differentiable in the values. Layers of no part have unused slots only, and so have layers whose part has
+    fewer entries than another.
+
+    Args:
+        parts: Deltas of one stacked weight with disjoint ``layers``; values may be absent in all.
+        layers: Matrices in the stack, L.
+
+    Returns:
+        A delta with indices [L, ..., k] for the largest k.
+    """
+    first = parts[0]
+    slots = max(part.indices.shape[-1] for part in parts)
+    shape = (layers, *first.indices.shape[1:-1], slots)
+    indices = jnp.full(shape, first.block[0] * first.block[1], jnp.int32)
+    values = None if first.values is None else jnp.zeros(shape, first.values.dtype)
+    for part in parts:
+        at = (jnp.array(part.layers), ..., slice(part.indices.shape[-1]))
+        indices = indices.at[at].set(part.indices)
+        values = None if values is None else values.at[at].set(part.values)
+    return replace(first, indices=indices, values=values, layers=None)
+
+
+def _per_matrix(
+    function: Callable[..., jax.Array], delta: SparseDelta, *arrays: jax.Array
+) -> Callable[[jax.Array], jax.Array]:
+    """Maps ``function(matrix, rows, columns, *arrays)`` over the stack axes of a weight."""
+    coordinates = delta.coordinates()
+
+    def apply(weight: jax.Array) -> jax.Array:
+        mapped = function
+        for _ in range(delta.stack_axes):
+            mapped = jax.vmap(mapped)
+        return mapped(weight, *coordinates, *arrays)
+
+    return apply
+
+
+_SLOTS_AT_A_TIME = 2**18
+"""Slots of the matrices that are treated together: some 60 bytes each for as long as that takes."""
+
+
+def map_matrices(function: Callable[..., Any], delta: SparseDelta, *trees: Any) -> Any:
+    """``function(*trees)`` for each matrix (or block) of a weight, small ones several at a time.
+
+    Args:
+        function: Treats the arrays of one matrix.
+        delta: Its positions tell how many matrices there are, how large, and how they are spread.
+        trees: Pytrees of arrays [*stack, ...], or [*stack, grid_rows, grid_columns, ...] with a block grid.
+
+    Returns:
+        What ``function`` returns, stacked likewise.
+    """
+    axes = delta.indices.ndim - 1
+
+    def mapped(*trees: Any) -> Any:
+        if not axes:
+            return function(*trees)
+        lead = jax.tree.leaves(trees)[0].shape[:axes]  # of this device's blocks
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), trees)
+        count = math.prod(lead)
+        most = max(_SLOTS_AT_A_TIME // max(delta.indices.shape[-1], 1), 1)
+        together = max(n for n in range(1, min(most, count) + 1) if count % n == 0)
+        results = lax.map(
+            lambda matrix: function(*matrix), flat, batch_size=together if together > 1 else None
+        )
+        return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), results)
+
+    return on_blocks(mapped, delta.axes, delta.stack_axes, *trees)
+
+
+def gather(weight: jax.Array, delta: SparseDelta, *, transposed: bool = False) -> jax.Array:
+    """Entries of ``weight`` at the positions of ``delta``; 0 in unused slots.
+
+    Args:
+        weight: [*stack, rows, columns].
+        delta: Its positions; values are not read.
+        transposed: Whether ``weight`` is given as [*stack, columns, rows]; not where it is spread over
+            devices.
+
+    Returns:
+        Shaped like ``delta.indices``, dtype of ``weight``.
+    """
+
+    def entries(matrix: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+        at = (columns, rows) if transposed else (rows, columns)
+        return matrix.at[at].get(mode="fill", fill_value=0)
+
+    def taken(weight: jax.Array, indices: jax.Array) -> jax.Array:
+        part = delta.part(indices)
+        if part.stack_axes and not jnp.issubdtype(weight.dtype, jnp.floating):
+            return _gather_matrix_by_matrix(weight, part)
+        if delta.layers is not None:
+            weight = weight[jnp.array(delta.layers)]
+        return _per_matrix(entries, part)(weight)
+
+    return on_blocks(taken, delta.axes, delta.stack_axes, weight, delta.indices)
+
+
+def _matrices(weight: jax.Array, delta: SparseDelta) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The weight as [M, rows, columns], which of these are adapted [A], and their positions [A, ...]."""
+    matrices = weight.reshape(-1, *delta.shape)
+    numbers = jnp.arange(matrices.shape[0]) if delta.layers is None else jnp.array(delta.layers)
+    return matrices, numbers, delta.indices.reshape(-1, *delta.indices.shape[delta.stack_axes :])
+
+
+def _gather_matrix_by_matrix(weight: jax.Array, delta: SparseDelta) -> jax.Array:
+    """For what is not differentiated: coordinates of all entries of a stack can be as large as the stack."""
+    matrices, numbers, indices = _matrices(weight, delta)
+
+    def one(item: tuple[jax.Array, jax.Array]) -> jax.Array:
+        number, positions = item
+        place = replace(delta, indices=positions, layers=None).coordinates()
+        return matrices.at[number, *place].get(mode="fill", fill_value=0)
+
+    return lax.map(one, (numbers, indices)).reshape(delta.indices.shape)
+
+
+def set_entries(weight: jax.Array, delta: SparseDelta, entries: jax.Array) -> jax.Array:
+    """``weight`` with the entries at the positions of ``delta`` replaced, in place where donated.
+
+    Args:
+        weight: [*stack, rows, columns].
+        delta: Positions; unused slots are skipped.
+        entries: Shaped like ``delta.indices``; cast to the dtype of ``weight``.
+
+    Returns:
+        The new weight, same shape and dtype.
+    """
+
+    def changed(weight: jax.Array, indices: jax.Array, entries: jax.Array) -> jax.Array:
+        part = delta.part(indices)
+        if part.stack_axes or part.layers is not None:
+            return _set_matrix_by_matrix(weight, part, entries)
+        return weight.at[part.coordinates()].set(entries, mode="drop", unique_indices=True)
+
+    entries = entries.astype(weight.dtype)
+    return on_blocks(changed, delta.axes, delta.stack_axes, weight, delta.indices, entries)
+
+
+def _set_matrix_by_matrix(weight: jax.Array, delta: SparseDelta, entries: jax.Array) -> jax.Array:
+    """One matrix at a time: coordinates of all entries of a stack can be as large as the stack."""
+    matrices, numbers, indices = _matrices(weight, delta)
+    entries = entries.reshape(indices.shape)
+    narrow = jnp.issubdtype(weight.dtype, jnp.floating) and weight.dtype.itemsize < 4
+
+    def one(slot: jax.Array, matrices: jax.Array) -> jax.Array:
+        number, place = numbers[slot], replace(delta, indices=indices[slot], layers=None).coordinates()
+        if not narrow:
+            return matrices.at[number, *place].set(entries[slot], mode="drop", unique_indices=True)
+        # XLA's CPU backend upcasts the whole operand of a 16-bit scatter
+        matrix = lax.dynamic_index_in_dim(matrices, number, keepdims=False)
+        matrix = matrix.at[place].set(entries[slot], mode="drop", unique_indices=True)
+        return lax.dynamic_update_index_in_dim(matrices, matrix, number, 0)
+
+    return lax.fori_loop(0, indices.shape[0], one, matrices).reshape(weight.shape)
+
+
+def merged_entries(base: jax.Array, values: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """``base + values`` rounded once, to the dtype of the weight."""
+    return (base.astype(values.dtype) + values).astype(dtype)
+
+
+def merge(params: Any, deltas: Mapping[str, SparseDelta]) -> Any:
+    """Adds sparse deltas to the weights they belong to: ``W + delta`` (paper, equation 1).
+
+    Differentiable in the deltas' values (a gather of the weight's cotangent) and in ``params``. The sum is
+    formed in the dtype of the values and rounded once to the dtype of the weight.
+
+    Args:
+        params: Any pytree of arrays; weights are [*stack, rows, columns].
+        deltas: Target name to ``SparseDelta``; the name is the dotted path of the leaf.
+
+    Returns:
+        The pytree with merged weights.
+
+    Raises:
+        KeyError: If a name is no leaf of ``params``.
+
+    Example:
+        >>> delta = SparseDelta(jnp.array([1, 2]), jnp.array([0.5, -1.0]), shape=(2, 2))
+        >>> merge({"w": jnp.zeros((2, 2))}, {"w": delta})["w"]
+        Array([[ 0. ,  0.5],
+               [-1. ,  0. ]], dtype=float32)
+    """
+
+    def add(weight: jax.Array, delta: SparseDelta) -> jax.Array:
+        entries = merged_entries(gather(weight, delta), delta.values, weight.dtype)
+        return set_entries(weight, delta, entries)
+
+    return edit(params, {name: partial(add, delta=delta) for name, delta in deltas.items()})
+
+
+def base_entries(params: Any, deltas: Mapping[str, SparseDelta]) -> dict[str, jax.Array]:
+    """The weights' entries at the positions of ``deltas``: what ``unmerge`` needs, taken before a merge.
+
+    Returns:
+        Target name to array shaped like the delta's indices, in the dtype of the weight.
+
+    Raises:
+        KeyError: If a name is no leaf of ``params``.
+    """
+    taken = {}
+
+    def take(weight: jax.Array, name: str, delta: SparseDelta) -> jax.Array:
+        taken[name] = gather(weight, delta)
+        return weight
+
+    edit(params, {name: partial(take, name=name, delta=delta) for name, delta in deltas.items()})
+    return taken
+
+
+def unmerge(params: Any, deltas: Mapping[str, SparseDelta], base: Mapping[str, jax.Array]) -> Any:
+    """Puts the pretrained entries back, bit for bit.
+
+    Args:
+        params: Merged parameters.
+        deltas: The positions that were merged; values are not read.
+        base: The pretrained entries there, from ``base_entries``.
+
+    Returns:
+        The pytree with pretrained weights.
+
+    Raises:
+        KeyError: If a name is no leaf of ``params``.
+    """
+    return edit(
+        params,
+        {name: partial(set_entries, delta=delta, entries=base[name]) for name, delta in deltas.items()},
+    )

@@ -1,0 +1,134 @@
+"""The loop of a run over its steps: phases, metrics, evaluations and checkpoints when they are due."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from spiel_jax.config import Config, micro_batch_size
+from spiel_jax.methods.method import Training, TrainState, compiled_step, compiler_options, kind_of_step
+from spiel_jax.optim.schedules import Reselection
+from spiel_jax.training.metrics import Recorder
+from spiel_jax.training.profiler import Profile
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss or the gradient of a step is not finite, and the config says to stop."""
+
+
+def heldout_loss(
+    evaluate: Callable[..., tuple[jax.Array, jax.Array]], state: TrainState, batches: list[Any]
+) -> float:
+    """Mean loss over the supervised tokens of the held-out batches, which are on the devices."""
+    sums = [evaluate(state, batch) for batch in batches]  # dispatched without waiting for each other
+    losses, tokens = np.sum(np.array(jax.device_get(sums), np.float64), axis=0)
+    return float(losses / tokens)
+
+
+@dataclass
+class Loop:
+    """The loop over steps. Metrics are read one step late, so that the device never waits for the host."""
+
+    config: Config
+    training: Training
+    schedule: Reselection
+    rate: Callable[[int], Any]
+    place: Callable[[Any], Any]  # this process's rows of a batch [..., B, S] to the devices
+    tokens: Sequence[int]  # of each step, in the rows of all processes
+    heldout: list[dict]
+    recorder: Recorder
+    save: Callable[[int, TrainState], None]
+    profile: Profile
+
+    def __post_init__(self):
+        self.heldout_losses: list[tuple[int, float]] = []
+        self.skipped = 0
+        self.seconds = 0.0
+        training = self.training
+        self._step: Any = None
+        self._evaluate = jax.jit(
+            lambda state, batch: training.evaluate(state, batch), compiler_options=compiler_options()
+        )
+        self._unread: list[tuple[int, dict[str, jax.Array]]] = []  # step, metrics
+
+    def run(
+        self,
+        state: TrainState,
+        batches: Any,
+        start: int,
+        total: int,
+        stop_asked: Callable[[], bool],
+    ) -> tuple[TrainState, int]:
+        """Steps from ``start`` to ``total``, or until asked to stop: the state and the step reached."""
+        config = self.config
+        began = time.perf_counter()
+        if start == 0:
+            self._evaluate_now(0, state)
+        groups = config.batch_size // micro_batch_size(config)
+        step = start
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        self._step = compiled_step(self.training, shardings)
+        for step in range(start + 1, total + 1):
+            batch = next(batches)
+            grouped = {name: array.reshape(groups, -1, array.shape[-1]) for name, array in batch.items()}
+            phase, reselect = kind_of_step(self.training, self.schedule, step)
+            with self.profile.step(step):
+                state, metrics = self._step(state, self.place(grouped), phase=phase, reselect=reselect)
+            self._unread.append((step, metrics))
+            stopping = stop_asked()
+            self.profile.end(step, state, last=stopping or step == total)
+            saving = stopping or step == total or _due(step, config.checkpoint_every)
+            evaluating = step == total or _due(step, config.eval_every)
+            if saving or evaluating:
+                self._read(keep=0)
+            elif _due(step, config.log_every):
+                self._read(keep=1)
+            if saving:
+                self.save(step, state)
+            if evaluating:
+                self._evaluate_now(step, state)
+            if saving or evaluating:
+                self.recorder.restart_clock()
+            if stopping:
+                break
+        self.seconds = time.perf_counter() - began
+        return state, step
+
+    def _evaluate_now(self, step: int, state: TrainState) -> None:
+        if self.heldout:
+            loss = heldout_loss(self._evaluate, state, [self.place(batch) for batch in self.heldout])
+            self.heldout_losses.append((step, loss))
+            self.recorder.evaluation(step, loss)
+
+    def _read(self, keep: int) -> None:
+        """Records the metrics of all steps but the last ``keep``."""
+        count = len(self._unread) - keep
+        if count < 1:
+            return
+        read, self._unread = self._unread[:count], self._unread[count:]
+        for position, (step, metrics) in enumerate(read):
+            numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            finite = bool(numbers.pop("finite"))
+            numbers["learning_rate"] = float(self.rate(step - 1))
+            if position == len(read) - 1:
+                tokens = sum(self.tokens[done - 1] for done, _ in read)
+                self.recorder.step(step, numbers, len(read), int(tokens))
+            else:
+                self.recorder.write(step, numbers)
+            if finite:
+                continue
+            what = f"step {step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}"
+            if self.config.on_nonfinite == "stop":
+                raise NonFiniteError(
+                    f"{what}. Nothing was changed by this step; the last checkpoint is whole. Lower the "
+                    "learning rate, set config.optimizer.clip_norm, or config.on_nonfinite='skip'."
+                )
+            self.skipped += 1
+            self.recorder.say(f"{what}: skipped")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,210 @@
+"""Replays trajectories of the original implementation, through our own loader and training step.
+
+The trajectories are in tests/golden and in every folder named in SPIEL_GOLDEN (separated by ":"); what a
+folder holds, and to which tolerance it can be matched, is in its README.txt.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import spiel_jax as sj
+from spiel_jax.config import LINEAR_LAYERS, check_config, default_config
+from spiel_jax.methods import registry as build
+from spiel_jax.models import bind, layer_names, open_model
+from spiel_jax.ops.tree import parameter_name
+
+GIVEN = os.environ.get("SPIEL_GOLDEN", "").split(":")
+FOLDERS = [Path(__file__).parents[1] / "golden", *(Path(folder) for folder in GIVEN if folder)]
+FILES = [file for folder in FOLDERS for file in sorted(folder.glob("*.npz"))]
+
+
+def settings(meta, steps):
+    """The run's config, from the meta data of a trajectory."""
+    config = default_config()
+    growing = meta["selection_algorithm"] == "rigl"
+    hyper = meta["optimizer_hparams"]
+    config.method = "spiel_ag" if growing else "spiel_ma"
+    config.model.source = "golden"
+    config.model.loss_chunk = 16
+    kinds = meta.get("target_modules")
+    config.targets.rules = LINEAR_LAYERS if kinds is None else tuple(rf".*\.{kind}\.weight" for kind in kinds)
+    config.targets.density = meta["density"]
+    config.spiel.every = meta["reselection_steps"]
+    config.spiel.accumulation = meta["selection_accumulation_steps"]
+    assert hyper.get("momentum", 0) == hyper.get("beta", 0) == 0, "the paper's SM3 has no momentum"
+    config.spiel.schedule = meta["reselection_rate_policy"]
+    config.spiel.rate = meta["initial_reselection_rate"]
+    config.spiel.parity = "reference"
+    config.optimizer.learning_rate = hyper["lr"]
+    config.optimizer.schedule = meta["lr_schedule"]
+    config.optimizer.warmup = 0.0
+    config.optimizer.weight_decay = hyper["weight_decay"]
+    config.optimizer.eps = hyper["eps"]
+    if growing:
+        config.optimizer.b1, config.optimizer.b2 = hyper["betas"]
+    config.steps = steps
+    config.data.sources = ("golden",)
+    check_config(config)
+    return config
+
+
+def as_batch(tokens):
+    """[G, B, S] token ids to a batch: every position but the last predicts the next."""
+    shape = tokens[..., 1:].shape
+    return {
+        "tokens": tokens[..., :-1],
+        "targets": tokens[..., 1:],
+        "weights": np.ones(shape, np.float32),
+        "positions": np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape),
+        "segment_ids": np.ones(shape, np.int32),
+    }
+
+
+class Replay:
+    """One trajectory beside ours; collects the largest error of each quantity, relative to its max."""
+
+    def __init__(self, file):
+        self.golden = np.load(file)
+        meta = json.loads(str(self.golden["meta_json"]))
+        self.steps, self.micro_batches = meta["steps"], meta["grad_accumulation_steps"]
+        source = open_model(str(file.parent))
+        self.model = source.config
+        self.params = source.load(jnp.float32, progress=False)
+        config = settings(meta, self.steps)
+        self.targets = build.targets(config, self.model)
+        self.schedule = build.reselection(config, self.steps)
+        rate = build.learning_rate(config, self.steps)
+        self.training = build.training(config, self.model, self.targets, self.schedule, rate)
+        self.growing = config.method == "spiel_ag"
+        self.worst = {}
+
+    def modules(self, target):
+        """Module names of the matrices of a target, in order."""
+        names = layer_names(parameter_name(target), self.model.num_layers)
+        layers = self.targets[target].layers
+        return [names[i].removesuffix(".weight") for i in (range(len(names)) if layers is None else layers)]
+
+    def start(self):
+        """Our initial state with the original's initial positions."""
+        state = self.training.init(self.params)
+        positions = {}
+        for name, target in self.targets.items():
+            stacked = np.stack([self.golden[f"init/{m}/indices"] for m in self.modules(name)])
+            assert stacked.shape == (*target.stack, target.count)
+            positions[name] = target.delta(jnp.asarray(stacked))
+        opt_state = optax.tree.set(state.opt_state, active=positions)
+        return self.training.attach(self.params, state.trainable, opt_state)
+
+    def close(self, name, ours, theirs):
+        theirs = np.asarray(theirs, np.float64)
+        scale = np.abs(theirs).max()
+        error = np.abs(np.asarray(ours, np.float64) - theirs).max()
+        error = error / scale if scale else error
+        self.worst[name] = max(self.worst.get(name, 0.0), float(error))
+
+    def matrices(self, state):
+        """(target, layer, module, order that sorts our positions) of every matrix."""
+        active = optax.tree.get(state.opt_state, "active")
+        for name in self.targets:
+            for layer, module in enumerate(self.modules(name)):
+                yield name, layer, module, np.argsort(np.asarray(active[name].indices[layer]))
+
+    def check_state(self, step, state):
+        active = optax.tree.get(state.opt_state, "active")
+        for name, layer, module, order in self.matrices(state):
+            theirs = {key: self.golden[f"step/{module}/{key}"][step - 1] for key in ("indices", "values")}
+            sort = np.argsort(theirs["indices"])
+            ours = np.asarray(active[name].indices[layer])[order]
+            np.testing.assert_array_equal(ours, theirs["indices"][sort], err_msg=f"step {step}, {module}")
+            self.close("values", np.asarray(state.trainable[name][layer])[order], theirs["values"][sort])
+            if self.growing:
+                at = lambda key, n=name, i=layer, o=order: np.asarray(  # noqa: E731
+                    optax.tree.get(state.opt_state, key)[n][i]
+                )[o]
+                stored = lambda key, m=module, s=sort: self.golden[f"step/{m}/{key}"][step - 1][s]  # noqa: E731
+                np.testing.assert_array_equal(at("age") + 1, stored("age"))  # theirs is the next step's
+                self.close("mu", at("mu"), stored("exp_avg"))
+                self.close("nu", at("nu"), stored("exp_avg_sq"))
+            else:
+                for key, field in (("accumulator_0", "row_moments"), ("accumulator_1", "column_moments")):
+                    moments = optax.tree.get(state.opt_state, field)[name][layer]
+                    self.close(field, moments, self.golden[f"step/{module}/{key}"][step - 1])
+
+    def check_gradients(self, step, state, grads):
+        for name, layer, module, order in self.matrices(state):
+            before = self.golden[f"init/{module}/indices"]
+            if step > 1:
+                before = self.golden[f"step/{module}/indices"][step - 2]
+            theirs = self.golden[f"step/{module}/grad"][step - 1][np.argsort(before)]
+            self.close("gradient", np.asarray(grads[name][layer])[order], theirs)
+
+    def check_candidates(self, step, state, seen):
+        """Statistics at the end of a phase: what was known before the step, and what it adds."""
+        known = optax.tree.get(state.opt_state, "growth")
+        for name, layer, module, _ in self.matrices(state):
+            stats = known[name]
+            grads = np.asarray(seen[name].values[:, layer], np.float64)  # [G, c]
+            order = np.argsort(np.asarray(stats.indices[layer]))
+            theirs = {
+                key: self.golden[f"candidates/{step}/{module}/{key}"]
+                for key in ("indices", "grad_sum", "grad_sq_sum", "samples")
+            }
+            sort = np.argsort(theirs["indices"])
+            np.testing.assert_array_equal(
+                np.asarray(stats.indices[layer])[order], theirs["indices"][sort], err_msg=f"{step} {module}"
+            )
+            total = np.asarray(stats.grad_sum[layer]) + grads.sum(0)
+            squares = np.asarray(stats.grad_sq_sum[layer]) + np.square(grads).sum(0)
+            self.close("candidate sums", total[order], theirs["grad_sum"][sort])
+            self.close("candidate squares", squares[order], theirs["grad_sq_sum"][sort])
+            samples = int(stats.samples[layer]) + grads.shape[0]
+            np.testing.assert_array_equal(theirs["samples"], samples)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_every_step_of_the_original(file):
+    replay = Replay(file)
+    golden, training, schedule = replay.golden, replay.training, replay.schedule
+    names = {module for name in replay.targets for module in replay.modules(name)}
+    assert names == set(map(str, golden["module_names"]))
+    np.testing.assert_array_equal(schedule.steps, golden["select_steps"])
+    np.testing.assert_array_equal(schedule.rates, golden["select_p"])
+
+    step = jax.jit(
+        lambda state, batch, phase, reselect: training.step(state, batch, phase=phase, reselect=reselect),
+        static_argnames=("phase", "reselect"),
+    )
+    gradients = jax.jit(
+        lambda state, batch, phase: training.gradients(state, batch, phase=phase), static_argnames="phase"
+    )
+    state = replay.start()
+    for number in range(1, replay.steps + 1):
+        count = replay.micro_batches
+        batch = as_batch(golden["input_ids"][(number - 1) * count : number * count])
+        phase = schedule.phase(number) if replay.growing else sj.Phase.PLAIN
+        reselect = bool(schedule.reselects(number))
+        _, grads, seen = gradients(state, batch, phase)
+        replay.check_gradients(number, state, grads)
+        if replay.growing and reselect:
+            replay.check_candidates(number, state, seen)
+        state, metrics = step(state, batch, phase=phase, reselect=reselect)
+        replay.close("loss", metrics["loss"], golden["loss"][number - 1])
+        replay.check_state(number, state)
+
+    evaluation = as_batch(golden["eval_input_ids"])
+    for key, params in (("base_eval", replay.params), ("eval", training.tuned(state))):
+        logits = bind(replay.model, params)(golden["eval_input_ids"])
+        replay.close("logits", logits, golden[f"{key}_logits"])
+        loss = training.objective(params, evaluation) / evaluation["weights"].sum()
+        replay.close("loss", loss, golden[f"{key}_loss"])
+    tolerances = {"loss": 1e-5, "gradient": 2e-5, "logits": 2e-5}
+    for name, error in replay.worst.items():
+        assert error <= tolerances.get(name, 2e-4), replay.worst
+    print(replay.worst)

@@ -1,0 +1,130 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spiel_jax.config import default_config
+from spiel_jax.methods import registry as build
+from spiel_jax.methods.full import DenseTraining
+from spiel_jax.methods.parametrization import AdapterTraining
+from spiel_jax.methods.sparse import SparseTraining
+from spiel_jax.models import ModelConfig
+from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients
+from spiel_jax.optim.criteria.moment_approximation import MomentApproximation
+from spiel_jax.optim.criteria.random import RandomGrowth
+from spiel_jax.optim.criteria.static import NoGrowth
+
+
+@pytest.fixture
+def config():
+    config = default_config()
+    config.targets.num_tunable = 2_500_000
+    config.optimizer.learning_rate = 1.0
+    return config
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.25, 0.5, 0.75, 1.0, 1.0, 0.8536, 0.5, 0.1464]),
+        ("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_learning_rate_by_hand(config, schedule, expected):
+    config.optimizer.warmup = 0.5
+    config.optimizer.schedule = schedule
+    rate = build.learning_rate(config, 8)
+    np.testing.assert_allclose([float(rate(step)) for step in range(8)], expected, atol=1e-4)
+    config.optimizer.warmup = 0.0
+    assert float(build.learning_rate(config, 8)(0)) == 1.0
+
+
+def test_targets_of_the_default_are_the_linears_of_the_blocks(config):
+    targets = build.targets(config, ModelConfig.smollm2_135m())
+    assert len(targets) == 7
+    assert all(target.stack == (30,) for target in targets.values())
+    assert 2_499_000 < sum(target.total for target in targets.values()) <= 2_500_000
+    for method in ("full", "lora", "ia3"):
+        config.method = method
+        assert build.targets(config, ModelConfig.smollm2_135m()) == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "growth", "steps"),
+    [
+        ("spiel_ag", AccumulatedGradients(), [5, 25, 45]),
+        ("spiel_ma", MomentApproximation(shared=True), [5, 25, 45]),
+        ("random", RandomGrowth(), [5, 25, 45]),
+        ("magnitude", NoGrowth(), []),
+        ("gradient", AccumulatedGradients(seeds=False, propose_active=True), [5]),
+    ],
+)
+def test_sparse_methods_differ_by_growth_and_schedule(config, method, growth, steps):
+    config.method = method
+    model = ModelConfig.smollm2_135m()
+    schedule = build.reselection(config, 50)
+    training = build.training(config, model, build.targets(config, model), schedule, lambda step: 1.0)
+    assert isinstance(training, SparseTraining)
+    assert training.growth == growth
+    assert schedule.steps == steps
+    assert schedule.rates[:1] == ([1.0] if method != "random" else [0.2 * (1 - 5 / 50)])[: len(steps)]
+    assert (training.start is not None) == (method == "magnitude")
+
+
+def test_options_of_growth(config):
+    config.spiel.score = "minimum"
+    config.spiel.candidate_ratio = 1.5
+    config.spiel.first = 0.5
+    config.method = "spiel_ma"
+    assert build.criterion(config) == MomentApproximation("minimum", shared=True)
+    config.method = "spiel_ag"
+    assert build.criterion(config) == AccumulatedGradients(ratio=1.5)
+    assert build.reselection(config, 50).rates[0] == 0.5
+    config.spiel.rate = 0.0
+    config.spiel.first = -1.0
+    config.method = "random"
+    assert build.reselection(config, 50).steps == []  # a static random mask
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"), [("full", DenseTraining), ("lora", AdapterTraining), ("ia3", AdapterTraining)]
+)
+def test_dense_methods(config, method, kind):
+    config.method = method
+    model = ModelConfig.smollm2_135m()
+    built = build.training(config, model, {}, build.reselection(config, 50), lambda step: 1.0)
+    assert isinstance(built, kind)
+
+
+def test_reference(config):
+    config.spiel.parity = "reference"
+    config.spiel.accumulation, config.spiel.every = 4, 3  # the original never reselects
+    assert build.reselection(config, 50).steps == []
+    config.spiel.every = 10
+    plan = build.reselection(config, 54)
+    assert plan.steps == [4, 14, 24, 34, 44, 54]
+    assert plan.rates[0] == 1.0
+    config.spiel.schedule = "cosine"
+    assert build.reselection(config, 54).rates[0] < 0.2
+    assert build.criterion(config) == AccumulatedGradients.reference()
+    config.spiel.candidate_ratio = 2.0
+    with pytest.raises(ValueError, match="the original has as many"):
+        build.criterion(config)
+
+
+def test_reselection(config):
+    config.spiel.schedule = "cosine"
+    config.spiel.first = -1.0
+    plan = build.reselection(config, 100)
+    assert plan.steps == [5, 25, 45, 65, 85]
+    np.testing.assert_allclose(plan.rates, 0.1 * (1 + np.cos(np.pi * np.array(plan.steps) / 100)))
+    config.spiel.first = 0.9
+    assert build.reselection(config, 100).rates[0] == 0.9
+
+
+def test_the_paper_recipe_at_7b(config):
+    config.targets.num_tunable = 64 * 2_498_560
+    targets = build.targets(config, ModelConfig.llama2_7b())
+    total = sum(target.total for target in targets.values())
+    assert 0.9999 < total / (64 * 2_498_560) <= 1
+    assert jnp.dtype(config.model.dtype) == jnp.bfloat16

@@ -1,0 +1,73 @@
+"""Small runs of the trainer, and runs that are stopped on the way."""
+
+import contextlib
+import json
+
+import numpy as np
+
+from spiel_jax.config import default_config
+from spiel_jax.training import run as training
+from spiel_jax.training.metrics import read_metrics
+
+WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "sun", "moon", "tea"]
+
+
+def chat_file(folder):
+    rng = np.random.default_rng(0)
+    path = folder / "chat.jsonl"
+    rows = []
+    for _ in range(80):
+        word = str(rng.choice(WORDS))
+        turns = [
+            {"role": "user", "content": f"say {word}"},
+            {"role": "assistant", "content": f"{word} {word}"},
+        ]
+        rows.append({"messages": turns})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def tiny_config(model, data, method="spiel_ag"):
+    """Six steps, of which every other one ends with a reselection; few programs to compile."""
+    config = default_config()
+    config.method = method
+    config.mesh.data = 1
+    config.model.source = str(model)
+    config.model.dtype = "float32"
+    config.data.sources = (str(data),)
+    config.data.heldout = 8
+    config.data.sequence_length = 64
+    config.targets.num_tunable = 1000
+    config.targets.rules = (r".*\.(o|up)_proj\.weight",)
+    config.spiel.every = 2
+    config.spiel.accumulation = 2
+    config.spiel.schedule = "constant"
+    config.optimizer.learning_rate = 1e-2
+    config.batch_size = 4
+    config.steps = 6
+    config.eval_batches = 0
+    config.checkpoint_every = 0
+    return config
+
+
+def run(config, workdir, *, until=None, **mesh):
+    """Trains on a mesh of these sizes, as if a signal came during step ``until``."""
+    config = config.copy_and_resolve_references()
+    config.mesh.update(mesh)
+    calls = []
+
+    @contextlib.contextmanager
+    def stop_on_signal():
+        yield lambda: calls.append(0) or len(calls) == until
+
+    original = training._stop_on_signal
+    training._stop_on_signal = stop_on_signal
+    try:
+        return training.run(config, workdir, progress=False)
+    finally:
+        training._stop_on_signal = original
+
+
+def losses(workdir):
+    """Step to loss."""
+    return {line["step"]: line["loss"] for line in read_metrics(workdir) if "loss" in line}
