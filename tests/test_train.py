@@ -14,7 +14,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.run_cases import chat_file
 
-from spiel_jax import train
 from spiel_jax.checkpoint import CheckpointError, read_facts, restore_deltas, restore_trainable
 from spiel_jax.config import LINEAR_LAYERS, ConfigError, default_config
 from spiel_jax.losses.next_token import Objective
