@@ -6,7 +6,7 @@ Models, data, training and checkpoints are in the submodules.
 
 from spiel_jax.optim.alias import spiel_ag, spiel_ma
 from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients
-from spiel_jax.optim.criteria.criterion import Growth
+from spiel_jax.optim.criteria.criterion import Criterion, Growth, Observation, register
 from spiel_jax.optim.criteria.moment_approximation import MomentApproximation
 from spiel_jax.optim.criteria.random import RandomGrowth
 from spiel_jax.optim.criteria.static import NoGrowth, magnitude_positions
@@ -19,9 +19,11 @@ from spiel_jax.sparse.targets import Rule, Target, find_targets, zeros
 
 __all__ = [
     "AccumulatedGradients",
+    "Criterion",
     "Growth",
     "MomentApproximation",
     "NoGrowth",
+    "Observation",
     "Phase",
     "RandomGrowth",
     "Reselection",
@@ -42,6 +44,7 @@ __all__ = [
     "merge",
     "place",
     "propose",
+    "register",
     "scale_by_aged_adam",
     "scale_by_sparse_sm3",
     "sparse_linear",

@@ -9,17 +9,15 @@ saved in the order of their slots, so that a continued run is the uninterrupted 
 # (Orbax annotates with aliases that pyright does not resolve)
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from orbax.checkpoint import v1 as ocp
 
-from spiel_jax.methods.method import TrainState
+from spiel_jax.methods.method import Method, TrainState
 from spiel_jax.sparse.delta import SparseDelta
 from spiel_jax.sparse.targets import Target
 
@@ -51,31 +49,6 @@ def _target(stored: Mapping[str, Any]) -> Target:
         tuple(stored["stack"]),
         (grid_rows, grid_columns),
         None if layers is None else tuple(layers),
-    )
-
-
-def _items(state: TrainState) -> dict[str, Any]:
-    """A state as named parts; the positions are in "deltas" and nowhere else."""
-    active = optax.tree.get(state.opt_state, "active")
-    if active is None:
-        return {"trainable": state.trainable, "optimizer": state.opt_state}
-    deltas = {
-        name: {"indices": delta.indices, "values": state.trainable[name]} for name, delta in active.items()
-    }
-    return {"deltas": deltas, "optimizer": optax.tree.set(state.opt_state, active={})}
-
-
-def _state(items: Mapping[str, Any], like: TrainState) -> TrainState:
-    active = optax.tree.get(like.opt_state, "active")
-    if active is None:
-        return replace(like, trainable=items["trainable"], opt_state=items["optimizer"])
-    positions = {
-        name: replace(delta, indices=items["deltas"][name]["indices"]) for name, delta in active.items()
-    }
-    return replace(
-        like,
-        trainable={name: items["deltas"][name]["values"] for name in active},
-        opt_state=optax.tree.set(items["optimizer"], active=positions),
     )
 
 
@@ -117,25 +90,23 @@ class Checkpoints:
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
-    def save(
-        self, step: int, state: TrainState, targets: Mapping[str, Target], facts: Mapping[str, Any]
-    ) -> None:
+    def save(self, step: int, state: TrainState, method: Method, facts: Mapping[str, Any]) -> None:
         """Starts saving; a save that is still in progress is waited for first.
 
         Args:
             step: Optimizer steps done.
             state: The state after them.
-            targets: What has sparse deltas; empty where the method trains none.
+            method: Whose state it is.
             facts: JSON-like: config, data position, fingerprint, ...
         """
         # The next step reuses these buffers, and on a CPU the background save reads them in place.
-        items = _copy(_items(state))
-        stored = {name: _target_json(target) for name, target in targets.items()}
+        items = _copy(method.items(state))
+        stored = {name: _target_json(target) for name, target in method.targets.items()}
         self._checkpointer.save_checkpointables_async(
             step, items, custom_metadata={**facts, "step": step, "targets": stored}
         )
 
-    def restore(self, like: TrainState, step: int | None = None) -> TrainState:
+    def restore(self, like: TrainState, method: Method, step: int | None = None) -> TrainState:
         """What was trained and the optimizer's state, in the structure and sharding of ``like``.
 
         ``params`` and ``base`` are those of ``like``: the caller merges.
@@ -144,9 +115,9 @@ class Checkpoints:
             CheckpointError: If there is no such checkpoint, or it does not fit ``like``.
         """
         abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _items(like)
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), method.items(like)
         )
-        return _state(_load(self._checkpointer, step, abstract), like)
+        return method.restored(_load(self._checkpointer, step, abstract), like)
 
     def wait(self) -> None:
         """Waits until everything is saved."""
@@ -210,20 +181,25 @@ def stored_targets(facts: Mapping[str, Any]) -> dict[str, Target]:
     return {name: _target(stored) for name, stored in facts["targets"].items()}
 
 
-def restore_state(directory: str | Path, like: TrainState, step: int | None = None) -> TrainState:
+def restore_state(
+    directory: str | Path, like: TrainState, method: Method, step: int | None = None
+) -> TrainState:
     """What was trained and the optimizer's state, on one device.
 
     Args:
         directory: The run's folder (``--workdir``).
         like: Its structure, shapes and dtypes.
+        method: Whose state it is.
         step: Which checkpoint; None for the newest.
 
     Raises:
         CheckpointError: If there is no such checkpoint, or it does not fit ``like``.
     """
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_here()), _items(like))
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_here()), method.items(like)
+    )
     with _open(directory) as checkpointer:
-        return _state(_load(checkpointer, step, abstract), like)
+        return method.restored(_load(checkpointer, step, abstract), like)
 
 
 def restore_deltas(directory: str | Path, step: int | None = None) -> dict[str, SparseDelta]:
@@ -272,6 +248,12 @@ def restore_trainable(directory: str | Path, step: int | None = None) -> Any:
         stored = checkpointer.checkpointables_metadata(step).metadata["trainable"]
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_here()), stored)
         return checkpointer.load_checkpointables(step, {"trainable": abstract})["trainable"]
+
+
+def restore_trained(directory: str | Path, step: int | None = None) -> Any:
+    """What was trained: ``restore_deltas`` of a sparse method, ``restore_trainable`` of another."""
+    sparse = bool(read_facts(directory, step)["targets"])
+    return restore_deltas(directory, step) if sparse else restore_trainable(directory, step)
 
 
 def _here() -> jax.sharding.Sharding:

@@ -4,23 +4,24 @@ A config file has ``get_config()`` that starts from ``default_config()``, sets k
 can be set on the command line: ``--config.optimizer.learning_rate=1e-4``.
 """
 
+import itertools
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 import ml_collections
 from ml_collections import config_dict
 
 from spiel_jax.data import DataConfig, SourceSpec
-from spiel_jax.methods.lora import Lora
-from spiel_jax.optim.alias import Parity
+from spiel_jax.methods.registry import method_class, method_names
+from spiel_jax.models.decoder import Remat
+from spiel_jax.optim.criteria.criterion import CRITERIA, Complaint
 from spiel_jax.optim.criteria.moment_approximation import Score
+from spiel_jax.optim.parity import Parity
 
 Config = Any
 """An ``ml_collections.ConfigDict``; its keys are known at run time only."""
 
-SPARSE = ("spiel_ag", "spiel_ma", "random", "magnitude", "gradient")
-"""Methods that train some entries of each weight; they differ in how the entries are chosen."""
-METHODS = (*SPARSE, "lora", "ia3", "full")
 LINEAR_LAYERS = (r"model\.layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj\.weight",)
 """Default rules: every linear layer inside the transformer blocks."""
 
@@ -133,107 +134,115 @@ def default_config() -> Config:
     )
 
 
-def _check(good: bool, key: str, value: Any, expected: str) -> None:
-    if not good:
-        raise ConfigError(f"config.{key} = {value!r}: expected {expected}")
-
-
-def _one_of(config: Config, key: str, allowed: tuple[str, ...]) -> None:
-    value: Any = config
-    for part in key.split("."):
-        value = value[part]
-    _check(value in allowed, key, value, "one of " + ", ".join(allowed))
-
-
 def check_config(config: Config) -> None:
     """Refuses values that no run could use, before anything is loaded.
 
     Raises:
         ConfigError: Naming the key, its value and what is allowed.
     """
-    _one_of(config, "method", METHODS)
-    _one_of(config, "model.dtype", ("bfloat16", "float32"))
-    _one_of(config, "model.remat", ("none", "dots", "full"))
-    _one_of(config, "spiel.schedule", ("linear", "cosine", "constant"))
-    _one_of(config, "spiel.merge", ("resident", "per_use"))
-    _one_of(config, "spiel.parity", get_args(Parity))
-    _one_of(config, "spiel.score", get_args(Score))
-    _one_of(config, "spiel.magnitude", ("largest", "smallest"))
-    _one_of(config, "optimizer.schedule", ("linear", "cosine", "constant"))
-    _one_of(config, "on_nonfinite", ("stop", "skip"))
-    _check(bool(config.model.source), "model.source", config.model.source, "a model")
-    _check(config.model.loss_chunk > 0, "model.loss_chunk", config.model.loss_chunk, "at least 1")
-    _check(config.batch_size > 0, "batch_size", config.batch_size, "at least 1")
-    micro = micro_batch_size(config)
-    _check(
-        micro > 0 and config.batch_size % micro == 0,
-        "micro_batch_size",
-        micro,
-        f"a divisor of batch_size = {config.batch_size}",
+    complaints = itertools.chain(
+        _unknown_choices(config), _bad_run(config), _bad_optimizer(config), _bad_method(config)
     )
-    if config.steps is None:
-        _check(config.epochs > 0, "epochs", config.epochs, "at least 1")
-    else:
-        _check(config.steps > 0, "steps", config.steps, "at least 1")
-    _check(config.seed >= 0, "seed", config.seed, "0 or more")
-    for axis, blocks in config.targets.grid.items():
-        _check(blocks is None or blocks > 0, f"targets.grid.{axis}", blocks, "at least 1")
-    for key in ("eval_every", "checkpoint_every", "profile"):
-        _check(config[key] >= 0, key, config[key], "0 or more")
-    for key in ("log_every", "checkpoint_keep"):
-        _check(config[key] > 0, key, config[key], "at least 1")
-    optimizer = config.optimizer
-    rate = optimizer.learning_rate
-    _check(math.isfinite(rate) and rate > 0, "optimizer.learning_rate", rate, "a positive number")
-    _check(0 <= optimizer.warmup <= 1, "optimizer.warmup", optimizer.warmup, "0 to 1")
-    _check(optimizer.weight_decay >= 0, "optimizer.weight_decay", optimizer.weight_decay, "0 or more")
-    clip = optimizer.clip_norm
-    _check(clip is None or clip > 0, "optimizer.clip_norm", clip, "a positive number or None")
-    if config.method == "lora":
-        try:
-            Lora({}, **config.lora)
-        except ValueError as error:
-            raise ConfigError(f"config.lora: {error}") from error
-    if config.method in SPARSE:
-        given = [config.targets.density is not None, config.targets.num_tunable is not None]
-        _check(sum(given) == 1, "targets", dict(config.targets), "density or num_tunable, one of them")
-        spiel = config.spiel
-        _check(spiel.every >= 1, "spiel.every", spiel.every, "at least 1")
-        _check(
-            spiel.accumulation >= 1
-            and (
-                spiel.accumulation <= spiel.every
-                or spiel.parity == "reference"
-                or config.method == "gradient"
-            ),
-            "spiel.accumulation",
-            spiel.accumulation,
-            f"1 to spiel.every = {spiel.every}",
-        )
-        _check(0 <= spiel.rate <= 1, "spiel.rate", spiel.rate, "0 to 1")
-        first = spiel.first
-        _check(first is None or first <= 1, "spiel.first", first, "0 to 1, or negative")
-        if spiel.parity == "reference":
-            what = "what the original has, as spiel.parity = 'reference' asks for"
-            _check(
-                config.method in ("spiel_ag", "spiel_ma"),
-                "method",
-                config.method,
-                f"a method of SpIEL: {what}",
-            )
-            _check(first is None, "spiel.first", first, f"unset: {what}")
-            _check(
-                spiel.schedule != "constant", "spiel.schedule", spiel.schedule, f"linear or cosine: {what}"
-            )
-            _check(spiel.candidate_ratio == 1, "spiel.candidate_ratio", spiel.candidate_ratio, f"1: {what}")
-            _check(spiel.score == "product", "spiel.score", spiel.score, f"product: {what}")
-        _check(spiel.candidate_ratio > 0, "spiel.candidate_ratio", spiel.candidate_ratio, "more than 0")
+    for key, value, expected in complaints:
+        raise ConfigError(f"config.{key} = {value!r}: expected {expected}")
     data_config(config)
+
+
+CHOICES = {
+    "model.dtype": ("bfloat16", "float32"),
+    "model.remat": get_args(Remat),
+    "spiel.schedule": ("linear", "cosine", "constant"),
+    "spiel.merge": ("resident", "per_use"),
+    "spiel.parity": get_args(Parity),
+    "spiel.score": get_args(Score),
+    "spiel.magnitude": ("largest", "smallest"),
+    "optimizer.schedule": ("linear", "cosine", "constant"),
+    "on_nonfinite": ("stop", "skip"),
+}
+"""What some keys may be."""
+
+
+def _unknown_choices(config: Config) -> Iterator[Complaint]:
+    for key, allowed in {"method": method_names(), **CHOICES}.items():
+        value: Any = config
+        for part in key.split("."):
+            value = value[part]
+        if value not in allowed:
+            yield key, value, "one of " + ", ".join(allowed)
+
+
+def _bad_run(config: Config) -> Iterator[Complaint]:
+    if not config.model.source:
+        yield "model.source", config.model.source, "a model"
+    for key, value in (("model.loss_chunk", config.model.loss_chunk), ("batch_size", config.batch_size)):
+        if value < 1:
+            yield key, value, "at least 1"
+    micro = micro_batch_size(config)
+    if micro < 1 or config.batch_size % micro:
+        yield "micro_batch_size", micro, f"a divisor of batch_size = {config.batch_size}"
+    length = "epochs" if config.steps is None else "steps"
+    if config[length] < 1:
+        yield length, config[length], "at least 1"
+    for key in ("seed", "eval_every", "checkpoint_every", "profile"):
+        if config[key] < 0:
+            yield key, config[key], "0 or more"
+    for key in ("log_every", "checkpoint_keep"):
+        if config[key] < 1:
+            yield key, config[key], "at least 1"
+    for axis, blocks in config.targets.grid.items():
+        if blocks is not None and blocks < 1:
+            yield f"targets.grid.{axis}", blocks, "at least 1"
+
+
+def _bad_optimizer(config: Config) -> Iterator[Complaint]:
+    settings = config.optimizer
+    if not (math.isfinite(settings.learning_rate) and settings.learning_rate > 0):
+        yield "optimizer.learning_rate", settings.learning_rate, "a positive number"
+    if not 0 <= settings.warmup <= 1:
+        yield "optimizer.warmup", settings.warmup, "0 to 1"
+    if not settings.weight_decay >= 0:
+        yield "optimizer.weight_decay", settings.weight_decay, "0 or more"
+    if settings.clip_norm is not None and not settings.clip_norm > 0:
+        yield "optimizer.clip_norm", settings.clip_norm, "a positive number or None"
+
+
+def _bad_method(config: Config) -> Iterator[Complaint]:
+    yield from method_class(config.method).complaints(config)
 
 
 def micro_batch_size(config: Config) -> int:
     """Sequences per micro-batch."""
     return config.batch_size if config.micro_batch_size is None else config.micro_batch_size
+
+
+def with_grid(config: Config, mesh: Mapping[str, int], known: Mapping[str, Any]) -> Config:
+    """The config with its block grid filled in.
+
+    Args:
+        config: Its axes that are set stay.
+        mesh: Sizes of the run's mesh, which a new run that trains sparse deltas has its grid from.
+        known: Flat config of the run that is continued, whose grid it keeps; empty for a new run.
+    """
+    config = config.copy_and_resolve_references()
+    sparse = config.method in CRITERIA
+    for axis, blocks in config.targets.grid.items():
+        if blocks is None:
+            config.targets.grid[axis] = known.get(f"targets.grid.{axis}", mesh[axis] if sparse else 1)
+    return config
+
+
+def check_micro_batch(config: Config, mesh: Mapping[str, int]) -> None:
+    """Makes sure that a micro-batch can be spread over a mesh of these sizes.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    rows, shards = micro_batch_size(config), mesh["data"] * mesh["fsdp"]
+    if rows % shards:
+        raise ConfigError(
+            f"config.micro_batch_size = {rows}: expected a multiple of {shards}, the size of data x fsdp in "
+            "config.mesh"
+        )
 
 
 def _sources(sources: Any, key: str) -> tuple[SourceSpec, ...]:
@@ -282,6 +291,18 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> Config:
+    """The config that ``flatten`` made flat; keys that are not there have their defaults.
+
+    Raises:
+        KeyError: If a key is none of the configuration's.
+    """
+    config = default_config()
+    with config.ignore_type():
+        config.update_from_flattened_dict(flat)
+    return config
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

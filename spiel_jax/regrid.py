@@ -15,40 +15,26 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
 from spiel_jax.checkpoint import CheckpointError, Checkpoints, read_facts, restore_state, stored_targets
-from spiel_jax.config import default_config
+from spiel_jax.config import unflatten
 from spiel_jax.distributed.mesh import check_mesh, make_mesh
-from spiel_jax.methods import registry as build
 from spiel_jax.methods.method import TrainState
-from spiel_jax.methods.sparse import SparseTraining
+from spiel_jax.methods.registry import build
+from spiel_jax.methods.sparse import SparseMethod
 from spiel_jax.models.axes import weight_grid
-from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.io.loading import open_model
 from spiel_jax.ops.tree import parameter_name
-from spiel_jax.optim.block_grid import Regridded, convert
-from spiel_jax.sparse.targets import Target, zeros
+from spiel_jax.optim.block_grid import Regridded
+from spiel_jax.sparse.targets import zeros
 from spiel_jax.training.metrics import METRICS, TIMING
 
 MUCH_UNUSED = 0.3
 """Share of unused slots from which the command line warns."""
-
-
-def _training(flat: Mapping[str, Any], model: ModelConfig, targets: dict[str, Target]) -> SparseTraining:
-    """The method of a flattened config."""
-    config = default_config()
-    with config.ignore_type():
-        config.update_from_flattened_dict(flat)
-    steps = config.steps or 1  # the structure of a state does not depend on them
-    schedule, rate = build.reselection(config, steps), build.learning_rate(config, steps)
-    training = build.training(config, model, targets, schedule, rate)
-    assert isinstance(training, SparseTraining)
-    return training
 
 
 def regrid(
@@ -97,11 +83,13 @@ def regrid(
     model = open_model(settings["model.source"], preset=settings["model.preset"]).config
     check_mesh(model, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}), blocks)
 
-    training = _training(settings, model, targets)
-    like = jax.eval_shape(lambda: TrainState({}, {}, zeros(targets), training.tx.init(zeros(targets))))
-    state = restore_state(workdir, like, facts["step"])
+    method = build(unflatten(settings), model, settings["steps"] or 1, targets)
+    assert isinstance(method, SparseMethod)
+    tx = method.tx
+    like = jax.eval_shape(lambda: TrainState({}, {}, zeros(targets), tx.init(zeros(targets))))
+    state = restore_state(workdir, like, method, facts["step"])
     grids = {name: weight_grid(parameter_name(name), blocks) for name in targets}
-    state, changed = convert(state, targets, grids, training.growth)
+    method, state, changed = method.regridded(state, grids)
 
     settings = settings | {f"targets.grid.{axis}": number for axis, number in blocks.items()}
     out.mkdir(parents=True, exist_ok=True)
@@ -109,9 +97,8 @@ def regrid(
         if (workdir / name).exists():
             shutil.copy(workdir / name, out / name)
     (out / "config.json").write_text(json.dumps(settings, indent=1))
-    new_targets = {name: change.new for name, change in changed.items()}
     with Checkpoints(out) as checkpoints:
-        checkpoints.save(facts["step"], state, new_targets, facts | {"config": settings})
+        checkpoints.save(facts["step"], state, method, facts | {"config": settings})
     return changed
 
 

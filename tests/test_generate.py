@@ -21,8 +21,8 @@ from spiel_jax.inference import sampling
 from spiel_jax.inference.chat import reply, stop_tokens
 from spiel_jax.inference.sampling import generate
 from spiel_jax.losses.next_token import Objective
-from spiel_jax.methods.full import DenseTraining
-from spiel_jax.methods.sparse import SparseTraining
+from spiel_jax.methods.full import FullMethod
+from spiel_jax.methods.sparse import SparseMethod
 from spiel_jax.models import ModelConfig, bind, init_params, layer_names
 from spiel_jax.models.io.fingerprint import fingerprint
 from spiel_jax.models.io.loading import open_model
@@ -304,7 +304,7 @@ def save_run(folder, model, *, full=False, **changes):
     objective = Objective(source.config)
     facts = {"config": flatten(config), "fingerprint": fingerprint(base), "data": {}}
     if full:
-        adapted, training = {}, DenseTraining(objective, optax.sgd(1.0), jnp.dtype(config.model.dtype))
+        training = FullMethod(objective, optax.sgd(1.0), jnp.dtype(config.model.dtype))
         state = training.init(base)
         noise = init_params(source.config, jax.random.key(1))
         trainable = {name: state.trainable[name] + 0.1 * noise[name] for name in noise}
@@ -314,7 +314,7 @@ def save_run(folder, model, *, full=False, **changes):
             base, num_tunable=2000, rules=rules, layer_names=lambda name, stack: layer_names(name, stack[0])
         )
         tx = sj.spiel_ma(1e-3, adapted, total_steps=10)
-        training = SparseTraining(objective, tx, adapted, sj.MomentApproximation())
+        training = SparseMethod(objective, tx, adapted, sj.MomentApproximation())
         state = training.init(base)
         keys = dict(zip(adapted, jax.random.split(jax.random.key(1), len(adapted)), strict=True))
         trainable = {
@@ -322,7 +322,7 @@ def save_run(folder, model, *, full=False, **changes):
         }
     state = training.attach(base, trainable, state.opt_state)
     with Checkpoints(folder) as checkpoints:
-        checkpoints.save(3, state, adapted, facts)
+        checkpoints.save(3, state, training, facts)
         checkpoints.wait()
     return training.tuned(state)
 

@@ -15,10 +15,11 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str], float]
     import jax.numpy as jnp
     import numpy as np
 
-    from spiel_jax.config import LINEAR_LAYERS, SPARSE, default_config
-    from spiel_jax.methods import registry as build
+    from spiel_jax.config import LINEAR_LAYERS, default_config
     from spiel_jax.methods.method import compiled_step, compiler_options
+    from spiel_jax.methods.registry import build
     from spiel_jax.models import ModelConfig, open_model
+    from spiel_jax.optim.criteria.criterion import CRITERIA
     from spiel_jax.optim.schedules import Phase
     from spiel_jax.sparse.targets import Rule
 
@@ -39,14 +40,11 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str], float]
         section[last] = kind(value) if kind is not bool else value == "True"
 
     source = open_model(config.model.source, preset=config.model.preset)
-    if job["method"] in SPARSE:
+    if job["method"] in CRITERIA:
         config.targets.rules = tuple(Rule(pattern, job["share"]) for pattern in LINEAR_LAYERS)
     total = 10 * job["every"]
-    adapted = build.targets(config, source.config)
-    training = build.training(
-        config, source.config, adapted, build.reselection(config, total), build.learning_rate(config, total)
-    )
-    params = source.load(jnp.dtype(job["dtype"]), packed=job["method"] != "full", progress=False)
+    training = build(config, source.config, total)
+    params = source.load(jnp.dtype(job["dtype"]), packed=training.keeps_base, progress=False)
     state = jax.jit(training.init, donate_argnums=0, compiler_options=compiler_options())(params)
     del params
 

@@ -1,6 +1,6 @@
 """The model that a run has trained: a checkpoint put on its base."""
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
-from spiel_jax.checkpoint import CheckpointError, read_facts, restore_deltas, restore_trainable
-from spiel_jax.methods.registry import adapter_kind
+from spiel_jax.checkpoint import CheckpointError, read_facts, restore_trained, stored_targets
+from spiel_jax.config import unflatten
+from spiel_jax.methods.registry import build
 from spiel_jax.models import ModelConfig
 from spiel_jax.models.io.fingerprint import differing, fingerprint
 from spiel_jax.models.io.loading import open_model
-from spiel_jax.ops.tree import parameter_name
-from spiel_jax.sparse.delta import merge
 
 
 @dataclass(frozen=True)
@@ -61,35 +60,19 @@ def load_run(directory: str | Path, step: int | None = None, *, keep_base: bool 
     source = open_model(name, preset=settings["model.preset"])
     named = settings["model.tokenizer"]
     tokenizer = (source if named is None else open_model(named)).tokenizer()
-
-    kind, base = adapter_kind(settings, source.config), None
-    if facts["targets"] or kind or keep_base:
+    method = build(unflatten(settings), source.config, 1, stored_targets(facts))  # the length means nothing
+    trained = restore_trained(directory, facts["step"])
+    changed, base = method.changed(trained), None
+    if changed is not None or keep_base:
         base = source.load(dtype, seed=settings["seed"])
         _check_base(f"{directory} was trained on another base model than {name}", facts["fingerprint"], base)
-    if facts["targets"]:
-        deltas = restore_deltas(directory, facts["step"])
-        tuned = _merged(base, merge, deltas, set(map(parameter_name, deltas)), keep_base)
-    elif kind:
-        trained = restore_trainable(directory, facts["step"])
-        tuned = _merged(base, kind.merge, trained, kind.changed, keep_base)
+    if changed is None:
+        tuned = method.merge({}, trained)
     else:
-        tuned = restore_trainable(directory, facts["step"])
-        for parameter in tuned:  # one by one: each float32 array is let go as it is cast
-            tuned[parameter] = tuned[parameter].astype(dtype)
+        assert base is not None
+        before = {name: base[name] for name in changed & base.keys()}
+        tuned = base | jax.jit(method.merge, donate_argnums=() if keep_base else 0)(before, trained)
     return Run(facts["step"], settings, source.config, base if keep_base else None, tuned, tokenizer)
-
-
-def _merged(
-    base: dict[str, jax.Array] | None,
-    merge: Callable[..., dict[str, jax.Array]],
-    trained: Any,
-    changed: Set[str],
-    keep_base: bool,
-) -> dict[str, jax.Array]:
-    """The base with what was trained merged into the parameters that it changes."""
-    assert base is not None
-    before = {name: base[name] for name in changed & base.keys()}
-    return base | jax.jit(merge, donate_argnums=() if keep_base else 0)(before, trained)
 
 
 def _check_base(problem: str, expected: Mapping[str, str], base: dict[str, jax.Array]) -> None:

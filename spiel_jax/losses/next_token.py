@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,11 @@ class Objective:
     config: ModelConfig
     remat: Remat = "full"
     loss_chunk: int = 512
+
+    @classmethod
+    def from_config(cls, config: Any, model: ModelConfig) -> "Objective":
+        """As a run's configuration asks for it."""
+        return cls(model, config.model.remat, config.model.loss_chunk)
 
     def __call__(
         self,

@@ -1,5 +1,6 @@
 """Full fine-tuning: the baseline that trains every weight."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +9,15 @@ import jax.numpy as jnp
 import optax
 
 from spiel_jax.losses.next_token import Batch, Objective, Params
-from spiel_jax.methods.method import Metrics, TrainState, optimizer_step
+from spiel_jax.methods.configured import configured_adamw
+from spiel_jax.methods.method import Method, Metrics, TrainState, optimizer_step
+from spiel_jax.models.config import ModelConfig
 from spiel_jax.optim.schedules import Phase
+from spiel_jax.sparse.targets import Target
 
 
 @dataclass(frozen=True)
-class DenseTraining:
+class FullMethod(Method):
     """Full fine-tuning: every parameter is trained, in float32, and cast to the base dtype for use.
 
     Attributes:
@@ -26,22 +30,33 @@ class DenseTraining:
     tx: optax.GradientTransformation
     dtype: Any
 
+    keeps_base = False
+
+    @classmethod
+    def from_config(
+        cls, config: Any, model: ModelConfig, steps: int, targets: Mapping[str, Target] | None = None
+    ) -> "FullMethod":
+        """See ``Method``."""
+        del targets
+        tx = configured_adamw(config, steps)
+        return cls(Objective.from_config(config, model), tx, jnp.dtype(config.model.dtype))
+
     def init(self, params: Params) -> TrainState:
         """A float32 copy of the parameters."""
         trainable = {name: param.astype(jnp.float32) for name, param in params.items()}
         return TrainState({}, {}, trainable, self.tx.init(trainable))
 
     def attach(self, params: Params, trainable: Any, opt_state: Any) -> TrainState:
-        """See ``Training``; the pretrained parameters are no longer needed."""
+        """See ``Method``; the pretrained parameters are no longer needed."""
         del params
         return TrainState({}, {}, trainable, opt_state)
 
     def tuned(self, state: TrainState) -> Params:
-        """See ``Training``: the trained parameters in the dtype that the model runs with."""
+        """See ``Method``: the trained parameters in the dtype that the model runs with."""
         return self._used(state.trainable)
 
     def pretrained(self, state: TrainState) -> None:
-        """See ``Training``."""
+        """See ``Method``."""
         del state
 
     def _used(self, trainable: Params) -> Params:
@@ -50,7 +65,7 @@ class DenseTraining:
     def step(
         self, state: TrainState, batch: Batch, *, phase: Phase, reselect: bool
     ) -> tuple[TrainState, Metrics]:
-        """See ``Training``; phases mean nothing here."""
+        """See ``Method``; phases mean nothing here."""
         del phase, reselect
 
         def loss(trainable: Params, micro: Batch) -> jax.Array:
@@ -59,5 +74,14 @@ class DenseTraining:
         return optimizer_step(self.tx, loss, state, batch)
 
     def evaluate(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """See ``Training``."""
+        """See ``Method``."""
         return self.objective(self._used(state.trainable), batch, frozen=True), jnp.sum(batch["weights"])
+
+    def changed(self, trained: Any) -> None:
+        """See ``Method``."""
+        del trained
+
+    def merge(self, params: Params, trained: Params) -> Params:
+        """See ``Method``: what was trained, in the dtype that the model runs with."""
+        del params
+        return self._used(trained)

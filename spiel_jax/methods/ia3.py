@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from spiel_jax.losses.next_token import Params
-from spiel_jax.methods.parametrization import adapted, among_layers, edit_layers
+from spiel_jax.methods.parametrization import ParametrizationMethod, adapted, among_layers, edit_layers
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import LAYERS
 from spiel_jax.models.layers import Adapter
@@ -91,7 +92,7 @@ class IA3:
 
     @property
     def changed(self) -> Set[str]:
-        """See ``AdapterKind``; with the biases of what is scaled at the output."""
+        """See ``Parametrization``; with the biases of what is scaled at the output."""
         return {part for name in self.targets for part in _parts(name)}
 
     def init(self, key: jax.Array) -> dict[str, jax.Array]:
@@ -103,7 +104,7 @@ class IA3:
     def attach(
         self, params: Params, trainable: dict[str, jax.Array], key: jax.Array | None
     ) -> tuple[Params, dict[str, Adapter]]:
-        """See ``AdapterKind``; biases are scaled beforehand, since adapters see the weights only."""
+        """See ``Parametrization``; biases are scaled beforehand, since adapters see the weights only."""
         del key
         adapters, biases = {}, {}
         for name, target in self.targets.items():
@@ -115,13 +116,17 @@ class IA3:
         return params | biases if biases else params, adapters
 
     def merge(self, params: Params, trainable: dict[str, jax.Array]) -> Params:
-        """See ``AdapterKind``: scaled rows or columns, and biases; rounded once."""
+        """See ``Parametrization``: scaled rows or columns, and biases; rounded once."""
         merged = dict(params)
         for name, target in self.targets.items():
             scale = partial(_scale_layer, inputs=_inputs(name))
             for part in params.keys() & _parts(name):
                 merged[part] = edit_layers(params[part], target, scale, trainable[name])
         return merged
+
+    def spec(self, names: Sequence[str]) -> None:
+        """See ``Parametrization``: factors are whole on every device."""
+        del names
 
 
 def _scale_layer(old: jax.Array, factors: jax.Array, inputs: bool) -> jax.Array:
@@ -139,3 +144,12 @@ def _parts(target: str) -> tuple[str, ...]:
     """The weight of a target, and the bias that is scaled with its outputs, which a model need not have."""
     weight = parameter_name(target)
     return (weight,) if _inputs(target) else (weight, weight.removesuffix("weight") + "bias")
+
+
+class IA3Method(ParametrizationMethod):
+    """(IA)^3 as a method of the trainer."""
+
+    @classmethod
+    def parametrization(cls, config: Any, model: ModelConfig) -> IA3:
+        """See ``ParametrizationMethod``."""
+        return IA3.matching(model, config.targets.rules)

@@ -2,19 +2,24 @@
 
 import math
 import zlib
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from spiel_jax.losses.next_token import Params
-from spiel_jax.methods.parametrization import among_layers, edit_layers
+from spiel_jax.methods.parametrization import ParametrizationMethod, adapted, among_layers, edit_layers
+from spiel_jax.models.axes import weight_axes
+from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.layers import Adapter
 from spiel_jax.ops.matmul import dot, weight_gradient
 from spiel_jax.ops.tree import parameter_name
+from spiel_jax.optim.criteria.criterion import Complaint
 from spiel_jax.sparse.targets import Target
 
 _static = partial(field, metadata={"static": True})
@@ -141,12 +146,18 @@ class Lora:
     rslora: bool = False
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"rank = {self.rank}: expected at least 1")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha = {self.alpha}: expected a positive number")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout = {self.dropout}: expected 0 or more and less than 1")
+        for name, value, expected in self.complaints(self):
+            raise ValueError(f"{name} = {value}: expected {expected}")
+
+    @staticmethod
+    def complaints(settings: Any) -> Iterator[Complaint]:
+        """What of its numbers is out of range."""
+        if settings.rank < 1:
+            yield "rank", settings.rank, "at least 1"
+        if not (math.isfinite(settings.alpha) and settings.alpha > 0):
+            yield "alpha", settings.alpha, "a positive number"
+        if not 0 <= settings.dropout < 1:
+            yield "dropout", settings.dropout, "0 or more and less than 1"
 
     @property
     def scale(self) -> float:
@@ -155,7 +166,7 @@ class Lora:
 
     @property
     def changed(self) -> Set[str]:
-        """See ``AdapterKind``."""
+        """See ``Parametrization``."""
         return set(map(parameter_name, self.targets))
 
     def init(self, key: jax.Array) -> LowRankParams:
@@ -172,7 +183,7 @@ class Lora:
     def attach(
         self, params: Params, trainable: LowRankParams, key: jax.Array | None
     ) -> tuple[Params, dict[str, Adapter]]:
-        """See ``AdapterKind``; a weight's dropout in a layer depends on the key, its name and the layer."""
+        """See ``Parametrization``; a weight's dropout in a layer depends on key, name and layer."""
         adapters: dict[str, Adapter] = {}
         for name, target in self.targets.items():
             parameter = parameter_name(name)
@@ -185,7 +196,7 @@ class Lora:
         return params, adapters
 
     def merge(self, params: Params, trainable: LowRankParams) -> Params:
-        """See ``AdapterKind``: ``W + scale * B A``, formed in float32 and rounded once."""
+        """See ``Parametrization``: ``W + scale * B A``, formed in float32 and rounded once."""
 
         def add(weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
             return weight.astype(a.dtype) + self.scale * jnp.matmul(b, a, precision=lax.Precision.HIGHEST)
@@ -195,3 +206,28 @@ class Lora:
             parts, parameter = trainable[name], parameter_name(name)
             merged[parameter] = edit_layers(merged[parameter], target, add, parts["lora_A"], parts["lora_B"])
         return merged
+
+    def spec(self, names: Sequence[str]) -> PartitionSpec | None:
+        """See ``Parametrization``: A like its weight's columns, B like the rows."""
+        parameter = next((parameter_name(name) for name in names if name in self.targets), "")
+        rows, columns = weight_axes(parameter)
+        if "lora_A" in names:  # [layers, r, in]
+            return PartitionSpec(None, None, columns)
+        if "lora_B" in names:  # [layers, out, r]
+            return PartitionSpec(None, rows)
+        return None
+
+
+class LoraMethod(ParametrizationMethod):
+    """LoRA as a method of the trainer: the keys of ``config.lora``."""
+
+    @classmethod
+    def complaints(cls, config: Any) -> Iterator[Complaint]:
+        """See ``Method``."""
+        for key, value, expected in Lora.complaints(config.lora):
+            yield f"lora.{key}", value, expected
+
+    @classmethod
+    def parametrization(cls, config: Any, model: ModelConfig) -> Lora:
+        """See ``ParametrizationMethod``."""
+        return Lora(adapted(model, config.targets.rules), **config.lora)

@@ -1,4 +1,4 @@
-"""The compiled training step, pure: state and batch to state and metrics.
+"""What a method of fine-tuning is, and its compiled step: state and batch to state and metrics.
 
 A batch has a leading axis of micro-batches; their gradients are summed in a scan inside the step. The loss
 of a step is the mean over its supervised tokens, however they are spread over micro-batches.
@@ -7,9 +7,10 @@ A step whose loss or gradient is not finite changes nothing but the count of ste
 knows the phase of a step from its number, stays in agreement with the state.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,13 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spiel_jax.losses.next_token import Batch, Params, supervised
-from spiel_jax.models.axes import logical_axes, param_sharding, weight_axes
+from spiel_jax.losses.next_token import Batch, Objective, Params, supervised
+from spiel_jax.models.axes import logical_axes, param_sharding
+from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.storage.packed import runs_on_cpu
 from spiel_jax.ops.tree import parameter_name
-from spiel_jax.optim.schedules import Phase, Reselection
+from spiel_jax.optim.criteria.criterion import Complaint
+from spiel_jax.optim.schedules import Phase
 from spiel_jax.sparse.targets import Target
 
 Metrics = dict[str, jax.Array]
@@ -46,48 +49,157 @@ class TrainState:
     opt_state: Any
 
 
-class Training(Protocol):
-    """A method of fine-tuning."""
+class Method:
+    """A method of fine-tuning: what it trains, a step of it, and what of it others need to know.
+
+    What is here is of a method that adds something to frozen weights, and has no kinds of steps. A method
+    needs ``from_config``, ``init``, ``tuned``, ``step``, ``evaluate``, ``changed`` and ``merge`` of its own.
+
+    Attributes:
+        objective: The loss.
+        targets: What has sparse deltas.
+        keeps_base: Whether the model runs with the pretrained weights, which are then held as training
+            stores them.
+    """
+
+    objective: Objective
+    targets: Mapping[str, Target] = MappingProxyType({})
+    keeps_base: ClassVar[bool] = True
+
+    @classmethod
+    def complaints(cls, config: Any) -> Iterator[Complaint]:
+        """What of a configuration (see ``default_config``) it cannot use."""
+        del config
+        yield from ()
+
+    @classmethod
+    def from_config(
+        cls, config: Any, model: ModelConfig, steps: int, targets: Mapping[str, Target] | None = None
+    ) -> "Method":
+        """The method of a run.
+
+        Args:
+            config: Checked, its block grid filled in.
+            model: Shape of the model.
+            steps: Optimizer steps of the run.
+            targets: Of a checkpoint that is continued, where they need not be those of the configuration.
+
+        Raises:
+            ValueError: If a rule matches nothing, or a number is out of range.
+        """
+        raise NotImplementedError
 
     def init(self, params: Params) -> TrainState:
         """State before the first step, from pretrained parameters."""
-        ...
+        raise NotImplementedError
 
     def attach(self, params: Params, trainable: Any, opt_state: Any) -> TrainState:
         """State from pretrained parameters and what a checkpoint holds."""
-        ...
+        return TrainState(params, {}, trainable, opt_state)
 
     def tuned(self, state: TrainState) -> Params:
         """The tuned model's parameters, some of them packed (see ``models.storage``)."""
-        ...
+        raise NotImplementedError
 
     def pretrained(self, state: TrainState) -> Params | None:
         """The base model's parameters, exactly, some of them packed; None where they are not kept."""
-        ...
+        return state.params
+
+    def step_kind(self, step: int) -> tuple[Phase, bool]:
+        """Phase of a step, from 1, and whether it ends with a reselection; what ``step`` is to be given."""
+        del step
+        return Phase.PLAIN, False
 
     def step(
         self, state: TrainState, batch: Batch, *, phase: Phase, reselect: bool
     ) -> tuple[TrainState, Metrics]:
         """One optimizer step; batch arrays are [G, B, S]. ``phase`` and ``reselect`` are static."""
-        ...
+        raise NotImplementedError
 
     def evaluate(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Summed loss of a batch [B, S] and its number of supervised tokens."""
-        ...
+        raise NotImplementedError
+
+    def changed(self, trained: Any) -> Set[str] | None:
+        """Names of the pretrained parameters that ``merge`` changes; None: it needs none of them."""
+        raise NotImplementedError
+
+    def merge(self, params: Params, trained: Any) -> Params:
+        """Parameters of a plain model from what ``restore_trained`` reads.
+
+        Args:
+            params: The pretrained parameters, or only those that change; empty where it needs none.
+            trained: Target name to ``SparseDelta``, or what ``trainable`` was.
+        """
+        raise NotImplementedError
+
+    def items(self, state: TrainState) -> dict[str, Any]:
+        """What a checkpoint holds, as named parts."""
+        return {"trainable": state.trainable, "optimizer": state.opt_state}
+
+    def restored(self, items: Mapping[str, Any], like: TrainState) -> TrainState:
+        """A state with what a checkpoint holds; the rest is that of ``like``."""
+        return replace(like, trainable=items["trainable"], opt_state=items["optimizer"])
+
+    def memory(self, state: TrainState) -> dict[str, Any]:
+        """The arrays of a state by what they are for: weights, deltas (or what is trained) and optimizer."""
+        return {
+            "weights": state.params,
+            "deltas": [state.trainable, state.base],
+            "optimizer": state.opt_state,
+        }
+
+    def spec(self, names: Sequence[str], shape: tuple[int, ...]) -> PartitionSpec | None:
+        """How an array of what is trained, or of the optimizer's, is spread over the mesh.
+
+        Args:
+            names: Keys on the way to it in the state, such as the name of a target.
+            shape: Its shape.
+
+        Returns:
+            None: like the parameter of its name if it has its rank, else whole on every device.
+        """
+        del names, shape
+        return None
+
+    def shardings(self, state: Any, mesh: Mesh) -> Any:
+        """Where the arrays of a training state lie: parameters by the table, what belongs to one like it.
+
+        Args:
+            state: A ``TrainState`` of arrays or ``jax.ShapeDtypeStruct``.
+            mesh: From ``make_mesh``.
+
+        Returns:
+            A tree like ``state`` of ``NamedSharding``.
+        """
+
+        def place(path: tuple, leaf: Any) -> NamedSharding:
+            names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+            if getattr(path[0], "name", None) != "params":
+                spec = self.spec(names, leaf.shape)
+                if spec is not None:
+                    return NamedSharding(mesh, spec)
+            for parameter in map(parameter_name, names):
+                axes = logical_axes(parameter)
+                if axes is not None and len(leaf.shape) == len(axes):
+                    return param_sharding(parameter, leaf.shape, mesh)
+            return NamedSharding(mesh, PartitionSpec())
+
+        return jax.tree_util.tree_map_with_path(place, state)
 
 
-def compiled_step(training: Training, shardings: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
+def compiled_step(method: Method, shardings: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
     """The step of a method as a compiled function that reuses the memory of the state it is given.
 
     Args:
-        training: The method.
+        method: The method.
         shardings: Where the arrays of the state lie, and stay.
 
     Returns:
         ``step(state, batch, phase=..., reselect=...)``; one program for each phase.
     """
     return jax.jit(
-        lambda state, batch, phase, reselect: training.step(state, batch, phase=phase, reselect=reselect),
+        lambda state, batch, phase, reselect: method.step(state, batch, phase=phase, reselect=reselect),
         static_argnames=("phase", "reselect"),
         donate_argnums=0,
         out_shardings=(shardings, None),
@@ -177,49 +289,3 @@ def optimizer_step(
         "supervised_tokens": jnp.sum(batch["weights"]),
     }
     return replace(state, trainable=trainable, opt_state=opt_state), metrics
-
-
-def state_shardings(state: Any, targets: Mapping[str, Target], mesh: Mesh) -> Any:
-    """Where the arrays of a training state lie: parameters by the table, what belongs to a weight like it.
-
-    Args:
-        state: A ``TrainState``, or a part of one, of arrays or ``jax.ShapeDtypeStruct``.
-        targets: What has sparse deltas.
-        mesh: From ``make_mesh``.
-
-    Returns:
-        A tree like ``state`` of ``NamedSharding``.
-    """
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def place(path: tuple, leaf: Any) -> NamedSharding:
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        section = path[0].name if isinstance(path[0], jax.tree_util.GetAttrKey) else None
-        for name in names:
-            parameter = parameter_name(name) if isinstance(name, str) else ""
-            if name in targets and section != "params":
-                target = targets[name]
-                if target.axes is None or leaf.ndim < len(target.lead):
-                    return whole
-                return NamedSharding(mesh, PartitionSpec(*[None] * len(target.stack), *target.axes))
-            if logical_axes(parameter) is None:
-                continue
-            rows, columns = weight_axes(parameter)
-            if names[-1] == "lora_A":  # [layers, r, in]
-                return NamedSharding(mesh, PartitionSpec(None, None, columns))
-            if names[-1] == "lora_B":  # [layers, out, r]
-                return NamedSharding(mesh, PartitionSpec(None, rows))
-            if len(leaf.shape) == len(logical_axes(parameter) or ()):
-                return param_sharding(parameter, leaf.shape, mesh)
-        return whole
-
-    return jax.tree_util.tree_map_with_path(place, state)
-
-
-def kind_of_step(training: Training, schedule: Reselection, step: int) -> tuple[Phase, bool]:
-    """The phase of a step, from 1, and whether it ends with a reselection: plain and no for other methods."""
-    growth = getattr(training, "growth", None)
-    if growth is None:
-        return Phase.PLAIN, False
-    phase = schedule.phase(step) if growth.uses_candidates else Phase.PLAIN
-    return phase, bool(schedule.reselects(step))

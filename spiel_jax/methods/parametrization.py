@@ -1,6 +1,6 @@
 """What kinds of adapters have in common: which linears they adapt, and their place among stacked layers."""
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from spiel_jax.losses.next_token import Batch, Objective, Params
-from spiel_jax.methods.method import Metrics, TrainState, optimizer_step
+from spiel_jax.methods.configured import configured_adamw
+from spiel_jax.methods.method import Method, Metrics, TrainState, optimizer_step
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import ADAPTED, abstract_params, layer_names, unpacked
 from spiel_jax.models.layers import Adapter
@@ -19,7 +21,7 @@ from spiel_jax.optim.schedules import Phase
 from spiel_jax.sparse.targets import Rule, Target, find_targets
 
 
-class AdapterKind(Protocol):
+class Parametrization(Protocol):
     """A kind of adapter on frozen weights: its parameters, what they do in the model, and their merge."""
 
     @property
@@ -52,6 +54,10 @@ class AdapterKind(Protocol):
             params: The pretrained parameters, or only those that change.
             trainable: The adapters' parameters.
         """
+        ...
+
+    def spec(self, names: Sequence[str]) -> PartitionSpec | None:
+        """How an array of ``trainable`` is spread over a mesh, by the keys to it; see ``Method``."""
         ...
 
 
@@ -116,7 +122,7 @@ def edit_layers(
     return unpack(lax.fori_loop(0, numbers.size, one, pack(stacked)), dtype)
 
 
-class AdapterState(NamedTuple):
+class ParametrizationState(NamedTuple):
     """What is checkpointed of an adapter's training beside its parameters."""
 
     step: jax.Array  # [] int32, steps so far, skipped ones included: the dropout's place in its sequence
@@ -124,7 +130,7 @@ class AdapterState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AdapterTraining:
+class ParametrizationMethod(Method):
     """Trains adapters of one kind; the model's own parameters stay as they are.
 
     Attributes:
@@ -136,35 +142,41 @@ class AdapterTraining:
 
     objective: Objective
     tx: optax.GradientTransformation
-    kind: AdapterKind
+    kind: Parametrization
     seed: int = 0
+
+    @classmethod
+    def parametrization(cls, config: Any, model: ModelConfig) -> Parametrization:
+        """What a run's configuration parametrizes, and how."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(
+        cls, config: Any, model: ModelConfig, steps: int, targets: Mapping[str, Target] | None = None
+    ) -> "ParametrizationMethod":
+        """See ``Method``."""
+        del targets
+        objective, tx = Objective.from_config(config, model), configured_adamw(config, steps)
+        return cls(objective, tx, cls.parametrization(config, model), config.seed)
 
     def _keys(self) -> jax.Array:
         """[2]: the keys of the initial parameters and of the dropout."""
         return jax.random.split(jax.random.key(self.seed))
 
     def init(self, params: Params) -> TrainState:
-        """See ``Training``."""
+        """See ``Method``."""
         trainable = self.kind.init(self._keys()[0])
-        state = AdapterState(jnp.zeros((), jnp.int32), self.tx.init(trainable))
+        state = ParametrizationState(jnp.zeros((), jnp.int32), self.tx.init(trainable))
         return self.attach(params, trainable, state)
 
-    def attach(self, params: Params, trainable: Any, opt_state: Any) -> TrainState:
-        """See ``Training``."""
-        return TrainState(params, {}, trainable, opt_state)
-
     def tuned(self, state: TrainState) -> Params:
-        """See ``Training``: the adapters merged into the weights."""
+        """See ``Method``: the adapters merged into the weights."""
         return self.kind.merge(unpacked(state.params), state.trainable)
-
-    def pretrained(self, state: TrainState) -> Params:
-        """See ``Training``."""
-        return state.params
 
     def step(
         self, state: TrainState, batch: Batch, *, phase: Phase, reselect: bool
     ) -> tuple[TrainState, Metrics]:
-        """See ``Training``; phases mean nothing here. Each micro-batch has a dropout of its own."""
+        """See ``Method``; phases mean nothing here. Each micro-batch has a dropout of its own."""
         del phase, reselect
         step, optimizer = state.opt_state
         keys = jax.random.split(jax.random.fold_in(self._keys()[1], step), batch["tokens"].shape[0])
@@ -176,9 +188,22 @@ class AdapterTraining:
 
         state = replace(state, opt_state=optimizer)
         state, metrics = optimizer_step(self.tx, loss, state, {**batch, "dropout": keys})
-        return replace(state, opt_state=AdapterState(step + 1, state.opt_state)), metrics
+        return replace(state, opt_state=ParametrizationState(step + 1, state.opt_state)), metrics
 
     def evaluate(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """See ``Training``; without dropout."""
+        """See ``Method``; without dropout."""
         params, adapters = self.kind.attach(state.params, state.trainable, None)
         return self.objective(params, batch, adapters, frozen=True), jnp.sum(batch["weights"])
+
+    def changed(self, trained: Any) -> Set[str]:
+        """See ``Method``."""
+        del trained
+        return self.kind.changed
+
+    def merge(self, params: Params, trained: Any) -> Params:
+        """See ``Method``."""
+        return self.kind.merge(params, trained)
+
+    def spec(self, names: Sequence[str], shape: tuple[int, ...]) -> PartitionSpec | None:
+        """See ``Method``: as the parametrization says."""
+        return self.kind.spec(names)

@@ -1,30 +1,35 @@
 """Training of sparse deltas: gradients of entries, candidates, and the resident merge."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from spiel_jax.losses.next_token import Batch, Objective, Params, supervised
-from spiel_jax.methods.method import Metrics, TrainState, guarded, scan_micro_batches
+from spiel_jax.methods.configured import configured_targets, learning_rate, with_axes
+from spiel_jax.methods.method import Method, Metrics, TrainState, guarded, scan_micro_batches
+from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import EMBEDDING, unpacked
 from spiel_jax.models.storage.packed import stored_like, unpack
 from spiel_jax.ops.selection import compact, largest
 from spiel_jax.ops.tree import parameter_name
-from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients
-from spiel_jax.optim.criteria.criterion import Growth
-from spiel_jax.optim.schedules import Phase
-from spiel_jax.optim.spiel import deltas, place
+from spiel_jax.optim.block_grid import Regridded, convert
+from spiel_jax.optim.criteria.criterion import CRITERIA, Complaint, Criterion
+from spiel_jax.optim.inner_optimizers import state_dtype
+from spiel_jax.optim.parity import is_reference
+from spiel_jax.optim.schedules import Phase, Reselection
+from spiel_jax.optim.spiel import active_positions, deltas, place, spiel
 from spiel_jax.sparse.delta import SparseDelta, gather, merge, merged_entries, set_entries, spread
 from spiel_jax.sparse.linear import SparseLinear, candidates_from_proposal
 from spiel_jax.sparse.targets import Target, zeros
 
 
 @dataclass(frozen=True)
-class SparseTraining:
+class SparseMethod(Method):
     """Trains sparse deltas: SpIEL and static masks.
 
     Attributes:
@@ -34,26 +39,64 @@ class SparseTraining:
         growth: The growth criterion inside ``tx``.
         resident: Hold the weights merged, and set the active entries once per step. Otherwise the deltas
             are scattered into each weight on each use, and the parameters stay the pretrained ones.
-        start: Pretrained parameters to the positions to start from; None for random ones.
+        start: Pretrained parameters and targets to the positions to start from; None for random ones.
+        schedule: That of ``tx``; None where the steps' kinds are not asked of the method.
     """
 
     objective: Objective
     tx: optax.GradientTransformationExtraArgs
-    targets: Mapping[str, Target]
-    growth: Growth
+    targets: Mapping[str, Target] = field()
+    growth: Criterion
     resident: bool = True
-    start: Callable[[Params], Mapping[str, SparseDelta]] | None = None
+    start: Callable[..., Mapping[str, SparseDelta]] | None = None
+    schedule: Reselection | None = None
+
+    @classmethod
+    def complaints(cls, config: Any) -> Iterator[Complaint]:
+        """See ``Method``: those of the criterion, and of the budget."""
+        given = [config.targets.density is not None, config.targets.num_tunable is not None]
+        if sum(given) != 1:
+            yield "targets", dict(config.targets), "density or num_tunable, one of them"
+        yield from CRITERIA[config.method].complaints(config)
+
+    @classmethod
+    def from_config(
+        cls, config: Any, model: ModelConfig, steps: int, targets: Mapping[str, Target] | None = None
+    ) -> "SparseMethod":
+        """See ``Method``; ``config.method`` is the name of a criterion."""
+        criterion = CRITERIA[config.method]
+        targets = with_axes(configured_targets(config, model) if targets is None else targets)
+        growth, schedule = criterion.from_config(config), criterion.schedule(config, steps)
+        tx = spiel(
+            criterion.optimizer(config, learning_rate(config, steps), targets),
+            targets,
+            growth=growth,
+            schedule=schedule,
+            seed=config.seed,
+            clip_norm=config.optimizer.clip_norm,
+            clip_candidates=not is_reference(config.spiel.parity),
+        )
+        resident = config.spiel.merge == "resident"
+        objective = Objective.from_config(config, model)
+        return cls(objective, tx, targets, growth, resident, criterion.start(config), schedule)
+
+    def step_kind(self, step: int) -> tuple[Phase, bool]:
+        """See ``Method``: as the schedule says."""
+        if self.schedule is None:
+            raise ValueError("a method without a schedule does not know the kinds of its steps")
+        phase = self.schedule.phase(step) if self.growth.uses_candidates else Phase.PLAIN
+        return phase, bool(self.schedule.reselects(step))
 
     def init(self, params: Params) -> TrainState:
         """Zero deltas at their first positions."""
         values = zeros(self.targets)
         opt_state = self.tx.init(values)
         if self.start is not None:
-            opt_state = place(opt_state, self.start(unpacked(params)))
+            opt_state = place(opt_state, self.start(unpacked(params), self.targets))
         return self.attach(params, values, opt_state)
 
     def attach(self, params: Params, trainable: Any, opt_state: Any) -> TrainState:
-        """See ``Training``: remembers the pretrained entries and merges, where merges are resident."""
+        """See ``Method``: remembers the pretrained entries and merges, where merges are resident."""
         if not self.resident:
             return TrainState(params, {}, trainable, opt_state)
         zipped, params, base = deltas(trainable, opt_state), dict(params), {}
@@ -65,13 +108,13 @@ class SparseTraining:
         return TrainState(params, base, trainable, opt_state)
 
     def tuned(self, state: TrainState) -> Params:
-        """See ``Training``."""
+        """See ``Method``."""
         if self.resident:
             return state.params
         return merge(unpacked(state.params), deltas(state.trainable, state.opt_state))
 
     def pretrained(self, state: TrainState) -> Params:
-        """See ``Training``."""
+        """See ``Method``."""
         if not self.resident:
             return state.params
         params = dict(state.params)
@@ -83,7 +126,7 @@ class SparseTraining:
     def step(
         self, state: TrainState, batch: Batch, *, phase: Phase, reselect: bool
     ) -> tuple[TrainState, Metrics]:
-        """See ``Training``."""
+        """See ``Method``."""
         loss, grads, candidates = self.gradients(state, batch, phase=phase)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -111,11 +154,66 @@ class SparseTraining:
         return new, metrics
 
     def evaluate(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """See ``Training``."""
+        """See ``Method``."""
         adapters = None
         if not self.resident:
             adapters = self._adapters(deltas(state.trainable, state.opt_state), None, None)
         return self.objective(state.params, batch, adapters, frozen=True), jnp.sum(batch["weights"])
+
+    def changed(self, trained: Mapping[str, SparseDelta]) -> Set[str]:
+        """See ``Method``."""
+        return set(map(parameter_name, trained))
+
+    def merge(self, params: Params, trained: Mapping[str, SparseDelta]) -> Params:
+        """See ``Method``."""
+        return merge(params, trained)
+
+    def items(self, state: TrainState) -> dict[str, Any]:
+        """See ``Method``: the positions are in "deltas" and nowhere else."""
+        zipped = {
+            name: {"indices": delta.indices, "values": delta.values}
+            for name, delta in deltas(state.trainable, state.opt_state).items()
+        }
+        return {"deltas": zipped, "optimizer": optax.tree.set(state.opt_state, active={})}
+
+    def restored(self, items: Mapping[str, Any], like: TrainState) -> TrainState:
+        """See ``Method``."""
+        stored = items["deltas"]
+        positions = {
+            name: replace(delta, indices=stored[name]["indices"])
+            for name, delta in active_positions(like.opt_state).items()
+        }
+        return replace(
+            like,
+            trainable={name: stored[name]["values"] for name in positions},
+            opt_state=optax.tree.set(items["optimizer"], active=positions),
+        )
+
+    def memory(self, state: TrainState) -> dict[str, Any]:
+        """See ``Method``: the positions count among the deltas."""
+        parts, active = super().memory(state), active_positions(state.opt_state)
+        optimizer = optax.tree.set(state.opt_state, active={})
+        return parts | {"deltas": [*parts["deltas"], active], "optimizer": optimizer}
+
+    def spec(self, names: Sequence[str], shape: tuple[int, ...]) -> PartitionSpec | None:
+        """See ``Method``: what belongs to a target lies where its weight's blocks do."""
+        name = next((name for name in names if name in self.targets), None)
+        if name is None:
+            return None
+        target = self.targets[name]
+        if target.axes is None or len(shape) < len(target.lead):
+            return PartitionSpec()
+        return PartitionSpec(*[None] * len(target.stack), *target.axes)
+
+    def regridded(
+        self, state: TrainState, grids: Mapping[str, tuple[int, int]]
+    ) -> tuple["SparseMethod", TrainState, dict[str, Regridded]]:
+        """The method and a state of it for other block grids; see ``convert``. Weights are not read."""
+        values, opt_state, changed = convert(
+            state.trainable, state.opt_state, self.targets, grids, self.growth
+        )
+        targets = {name: change.new for name, change in changed.items()}
+        return replace(self, targets=targets), TrainState({}, {}, values, opt_state), changed
 
     def gradients(
         self, state: TrainState, batch: Batch, *, phase: Phase
@@ -130,9 +228,9 @@ class SparseTraining:
         total = supervised(batch)
         growth = self.growth
         counts = {}
-        if isinstance(growth, AccumulatedGradients):
+        if growth.uses_candidates:
             counts = {name: growth.count(target) for name, target in self.targets.items()}
-        stacked = isinstance(growth, AccumulatedGradients) and growth.per_micro_batch
+        stacked = growth.per_micro_batch
 
         def observe(candidates: dict[str, SparseDelta] | None) -> Callable[[Batch], tuple[Any, Any]]:
             def function(micro: Batch) -> tuple[Any, Any]:
@@ -158,10 +256,11 @@ class SparseTraining:
             loss, grads, _ = summed(None, batch)
             return loss, grads, None
         if phase is Phase.ESTIMATE:
-            candidates = {
-                name: self.targets[name].delta(known.indices, known.grad_sum)
-                for name, known in optax.tree.get(state.opt_state, "growth").items()
-            }
+            candidates = {}
+            for name, stats in optax.tree.get(state.opt_state, "growth").items():
+                known = growth.known(stats)
+                zeros_there = jnp.zeros(known.shape, state_dtype(state.trainable[name].dtype))
+                candidates[name] = self.targets[name].delta(known, zeros_there)
             loss, grads, seen = summed(candidates, batch)
             return loss, grads, {n: d.with_values(seen[n]) for n, d in candidates.items()}
 
@@ -229,7 +328,6 @@ class SparseTraining:
             adapted = [layer for name in group for layer in active[name].layers or ()]
             return jnp.zeros((layers,), bool).at[jnp.array(adapted)].set(True)
 
-        growth = self.growth
         return {
             name: SparseLinear(
                 active=join(active, group),
@@ -237,7 +335,7 @@ class SparseTraining:
                 proposal=None if proposals is None else proposals[name],
                 enabled=enabled(group),
                 merged=self.resident,
-                propose_active=isinstance(growth, AccumulatedGradients) and growth.propose_active,
+                propose_active=self.growth.propose_active,
             )
             for name, group in _by_parameter(active).items()
         }

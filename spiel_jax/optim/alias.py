@@ -1,7 +1,6 @@
 """SpIEL-AG and SpIEL-MA as the paper has them: an inner optimizer and its growth criterion."""
 
 from collections.abc import Mapping
-from typing import Literal, get_args
 
 import jax
 import optax
@@ -9,41 +8,10 @@ import optax
 from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients
 from spiel_jax.optim.criteria.moment_approximation import MomentApproximation, Score
 from spiel_jax.optim.inner_optimizers import aged_adamw, sparse_sm3
-from spiel_jax.optim.schedules import Reselection, require_static
+from spiel_jax.optim.parity import Parity, is_reference
+from spiel_jax.optim.schedules import Reselection
 from spiel_jax.optim.spiel import spiel
 from spiel_jax.sparse.targets import Target
-
-Parity = Literal["corrected", "reference"]
-"""Whether a method is corrected, or has every quirk of the original implementation.
-
-The quirks, and the options that have each of them alone:
-
-* Candidate gradients come per micro-batch of loss / G, so that seeded moments are G times smaller than the
-  step's mean gradient: ``AccumulatedGradients(per_micro_batch=True)``.
-* Clipping does not reach the candidates: ``spiel(clip_candidates=False)``.
-* Active entries may be candidates: ``AccumulatedGradients(propose_active=True)``.
-* Estimation phases after the first have one more step; A = R - 1 divides by zero, and A >= R never
-  reselects: ``Reselection(long_phases=True)``.
-* Phases begin whether or not a reselection follows: ``Reselection(idle_phases=True)``.
-* The age of a grown entry is one short at its next step: ``AccumulatedGradients(late_age=True)``.
-* Statistics, seeds, moments and ages in the precision of the values:
-  ``AccumulatedGradients(low_precision=True)``, ``scale_by_aged_adam(low_precision=True)``.
-* Everything is replaced first under "linear" only: ``Reselection.first``.
-
-"reference" also refuses what the original does not have: another number of candidates than of active
-entries, another score than the product.
-"""
-
-
-def is_reference(parity: str) -> bool:
-    """Whether ``parity`` asks for the original's behaviour.
-
-    Raises:
-        ValueError: If it is no ``Parity``.
-    """
-    if parity not in get_args(Parity):
-        raise ValueError(f"parity = {parity!r}: expected one of {', '.join(get_args(Parity))}")
-    return parity == "reference"
 
 
 def spiel_ag(
@@ -91,47 +59,12 @@ def spiel_ag(
     return spiel(
         aged_adamw(learning_rate, b1, b2, eps, weight_decay, low_precision=reference),
         targets,
-        growth=accumulated_gradients(b1, b2, candidate_ratio, parity),
+        growth=AccumulatedGradients.of(b1, b2, candidate_ratio, parity),
         schedule=_schedule(schedule, total_steps, parity),
         seed=seed,
         clip_norm=clip_norm,
         clip_candidates=not reference,
     )
-
-
-def accumulated_gradients(
-    b1: float, b2: float, candidate_ratio: float, parity: Parity
-) -> AccumulatedGradients:
-    """The growth criterion of SpIEL-AG.
-
-    Raises:
-        ValueError: If the original has no such criterion and ``parity`` asks for it.
-        TypeError: If the ratio is not static.
-    """
-    require_static(candidate_ratio=candidate_ratio)
-    if candidate_ratio <= 0:
-        raise ValueError(f"candidate_ratio = {candidate_ratio}: expected more than 0")
-    if not is_reference(parity):
-        return AccumulatedGradients(b1, b2, candidate_ratio)
-    if candidate_ratio != 1:
-        raise ValueError(
-            f"candidate_ratio = {candidate_ratio}: the original has as many candidates as active entries, so "
-            'parity="reference" needs 1'
-        )
-    return AccumulatedGradients.reference(b1, b2)
-
-
-def moment_approximation(score: Score, parity: Parity) -> MomentApproximation:
-    """The growth criterion of SpIEL-MA, on the accumulators of sparse SM3.
-
-    Raises:
-        ValueError: If the score is unknown, or the original does not have it and ``parity`` asks for it.
-    """
-    if score not in get_args(Score):
-        raise ValueError(f"score = {score!r}: expected one of {', '.join(get_args(Score))}")
-    if is_reference(parity) and score != "product":
-        raise ValueError(f'score = {score!r}: the original ranks by the product, so parity="reference" does')
-    return MomentApproximation(score, shared=True)
 
 
 def spiel_ma(
@@ -174,7 +107,7 @@ def spiel_ma(
     return spiel(
         sparse_sm3(learning_rate, targets, eps, weight_decay),
         targets,
-        growth=moment_approximation(score, parity),
+        growth=MomentApproximation.of(score, parity),
         schedule=_schedule(schedule, total_steps, parity),
         seed=seed,
         clip_norm=clip_norm,

@@ -1,4 +1,4 @@
-"""The state of SpIEL for another block grid."""
+"""The state of ``spiel`` for another block grid. The work is done in the host's memory."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,10 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from spiel_jax.checkpoint import CheckpointError
-from spiel_jax.methods.method import TrainState
-from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients, CandidateStats
-from spiel_jax.optim.criteria.criterion import Growth
+from spiel_jax.optim.criteria.criterion import Criterion
+from spiel_jax.optim.spiel import SpielState
 from spiel_jax.sparse.targets import Target
 
 
@@ -125,6 +123,24 @@ def _joined_columns(bounds: Any, old: Target, new: Target) -> np.ndarray:
     return joined.swapaxes(1, 2).reshape(*new.lead, new.block[1])
 
 
+class _Change:
+    """One target's change of grid, as a criterion sees it; see ``Regridding``."""
+
+    def __init__(self, old: Target, new: Target):
+        self.old, self.new, self.forgotten = old, new, 0
+
+    def positions(self, indices: Any, scores: np.ndarray | None = None, room: int | None = None) -> _Move:
+        move = _Move(np.asarray(indices), self.old, self.new, scores, room)
+        self.forgotten += move.forgotten
+        return move
+
+    def rows(self, bounds: Any) -> np.ndarray:
+        return _joined(bounds, self.old, self.new)
+
+    def columns(self, bounds: Any) -> np.ndarray:
+        return _joined_columns(bounds, self.old, self.new)
+
+
 def _inner(state: Any, moves: Mapping[str, _Move], changed: Mapping[str, Regridded]) -> Any:
     """The state of the inner optimizer: what it holds for each entry, or for each row and column."""
 
@@ -139,7 +155,7 @@ def _inner(state: Any, moves: Mapping[str, _Move], changed: Mapping[str, Regridd
         if "column_moments" in fields:
             return _joined_columns(leaf, old, new)
         if leaf.shape != (*old.lead, old.block_count):
-            raise CheckpointError(
+            raise ValueError(
                 f"the optimizer's {jax.tree_util.keystr(path)} of shape {leaf.shape} does not belong to "
                 "entries, rows or columns: it cannot be given another grid"
             )
@@ -148,69 +164,45 @@ def _inner(state: Any, moves: Mapping[str, _Move], changed: Mapping[str, Regridd
     return jax.tree_util.tree_map_with_path(moved, state)
 
 
-def _statistics(stats: Any, change: Regridded, growth: Growth) -> tuple[Any, int]:
-    """A growth criterion's statistics of one target, and the number of candidates that found no room."""
-    old, new = change.old, change.new
-    if isinstance(stats, CandidateStats):
-        assert isinstance(growth, AccumulatedGradients)
-        sums = np.asarray(stats.grad_sum)
-        # one that is not finite is not grown, and comes last
-        scores = np.nan_to_num(np.abs(sums), nan=-1, posinf=-1)
-        move = _Move(np.asarray(stats.indices), old, new, scores, growth.count(new))
-        # the counts are the same for all matrices
-        counts = [np.full(new.lead, np.max(n), n.dtype) for n in (stats.samples, stats.steps)]
-        kept: Any = move.indices(), move(sums), move(stats.grad_sq_sum), *counts
-        return CandidateStats(*kept), move.forgotten
-    if isinstance(stats, tuple) and stats:
-        row, column = stats
-        return (_joined(row, old, new), _joined_columns(column, old, new)), 0
-    if isinstance(stats, jax.Array) and old.grid != new.grid:  # keys: those of the first blocks, split
-        data = stats if old.grid == (1, 1) else stats[..., 0, 0, :]
-        split = jax.random.split
-        for _ in new.stack:
-            split = jax.vmap(split, (0, None))
-        keys = split(jax.random.wrap_key_data(data), math.prod(new.grid))
-        return jax.random.key_data(keys).reshape(*new.lead, -1), 0
-    return stats, 0
-
-
 def convert(
-    state: TrainState,
+    values: Mapping[str, Any],
+    state: SpielState,
     targets: Mapping[str, Target],
     grids: Mapping[str, tuple[int, int]],
-    growth: Growth,
-) -> tuple[TrainState, dict[str, Regridded]]:
-    """A state of ``spiel`` for other block grids.
+    growth: Criterion,
+) -> tuple[dict[str, Any], SpielState, dict[str, Regridded]]:
+    """The values and the state of ``spiel`` for other block grids.
 
     Args:
-        state: Its trainable values and optimizer state; weights are not read.
+        values: Target name to values [*stack, ..., k].
+        state: The state.
         targets: What is adapted, as the state has it.
         grids: Target name to its new grid.
         growth: The criterion inside ``spiel``.
 
     Returns:
-        The state, with arrays of the host, and what became of each target.
+        Values and state, arrays of the host, and what became of each target.
 
     Raises:
-        ValueError: If a grid does not divide its weight.
-        CheckpointError: If the inner optimizer holds what belongs neither to entries nor to rows or columns.
+        ValueError: If a grid does not divide its weight, or the inner optimizer holds what belongs neither to
+            entries nor to rows or columns.
     """
-    old = state.opt_state
-    moves, changed, active, trainable = {}, {}, {}, {}
+    moves, changed, active, stats, moved = {}, {}, {}, {}, {}
     for name, target in targets.items():
         blocks = math.prod(grids[name])
         try:
             new = replace(target, grid=grids[name], count=blocks, axes=None)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        move = moves[name] = _Move(np.asarray(old.active[name].indices), target, new)
+        move = moves[name] = _Move(np.asarray(state.active[name].indices), target, new)
         new = replace(new, count=move.slots * blocks)
-        changed[name] = Regridded(target, new, move.entries)
+        change = _Change(target, new)
         active[name] = new.delta(move.indices())  # pyright: ignore[reportArgumentType]
-        trainable[name] = move(state.trainable[name])
-    stats = {}
-    for name, change in changed.items():
-        stats[name], forgotten = _statistics(old.growth[name], change, growth)
-        changed[name] = replace(change, forgotten=forgotten)
-    opt_state = old._replace(active=active, growth=stats, inner=_inner(old.inner, moves, changed))
-    return TrainState({}, {}, trainable, opt_state), changed
+        stats[name] = growth.regrid(state.growth[name], change)
+        moved[name] = move(values[name])
+        changed[name] = Regridded(target, new, move.entries, change.forgotten)
+    return (
+        moved,
+        state._replace(active=active, growth=stats, inner=_inner(state.inner, moves, changed)),
+        changed,
+    )

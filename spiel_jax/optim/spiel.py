@@ -5,19 +5,22 @@ a reselection rewrites them there: for a replaced slot the update is minus its v
 ``optax.apply_updates`` performs the drop and the grown entry starts at zero in the same slot.
 """
 
+import functools
 import sys
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
 from spiel_jax.ops.selection import drop, replace
-from spiel_jax.optim.criteria.criterion import Flag, Growth, Observation
+from spiel_jax.optim.criteria.criterion import Criterion, Flag, Observation
 from spiel_jax.optim.entry_state import Slots, check_per_entry, reset
 from spiel_jax.optim.inner_optimizers import state_dtype
 from spiel_jax.optim.schedules import Phase, Reselection
@@ -135,7 +138,7 @@ def _is_active(_: Any, found: Any) -> bool:
 _MULTI_STEPS = (optax.MultiSteps.init.__code__, optax.MultiSteps.update.__code__)
 
 
-def _refuse_multi_steps(growth: Growth) -> None:
+def _refuse_multi_steps(growth: Criterion) -> None:
     """Refuses candidates inside ``optax.MultiSteps``.
 
     It accumulates gradients, but passes on the extra arguments of its last micro-step alone, and nothing in
@@ -157,7 +160,7 @@ def spiel(
     inner: optax.GradientTransformation,
     targets: Mapping[str, Target],
     *,
-    growth: Growth,
+    growth: Criterion,
     schedule: Reselection,
     seed: int | jax.Array = 0,
     clip_norm: float | None = None,
@@ -214,36 +217,145 @@ def spiel(
             f"accumulation = {schedule.accumulation}: with every = {schedule.every} the original's phases "
             "would begin as they end, and it divides by zero"
         )
-    inner = optax.with_extra_args_support(inner)
-    counts = schedule.counts([target.block_count for target in targets.values()])
-    total = sum(target.total for target in targets.values())
+    evolution = _Evolution(
+        optax.with_extra_args_support(inner), targets, growth, schedule, seed, clip_norm, clip_candidates
+    )
+    functions: Any = evolution.init, evolution.update
+    return optax.GradientTransformationExtraArgs(*functions)
 
-    def init(values: optax.Params) -> SpielState:
-        _refuse_multi_steps(growth)
-        named = by_target(values, targets)
+
+@dataclass(frozen=True)
+class _Evolution:
+    """The two functions of ``spiel``; for the attributes see there."""
+
+    inner: optax.GradientTransformationExtraArgs
+    targets: Mapping[str, Target]
+    growth: Criterion
+    schedule: Reselection
+    seed: int | jax.Array
+    clip_norm: float | None
+    clip_candidates: bool
+
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """[reselections, targets] int32: how many entries of a matrix (or block) are replaced."""
+        return self.schedule.counts([target.block_count for target in self.targets.values()])
+
+    def init(self, values: optax.Params) -> SpielState:
+        """See ``spiel``."""
+        _refuse_multi_steps(self.growth)
+        named = by_target(values, self.targets)
         for name, value in named.items():
-            expected = (*targets[name].lead, targets[name].block_count)
+            expected = (*self.targets[name].lead, self.targets[name].block_count)
             if value.shape != expected:
                 raise ValueError(f"values of {name} are {value.shape}: expected {expected}")
-        state = inner.init(values)
+        state = self.inner.init(values)
         if named:
-            check_per_entry(inner, jax.eval_shape(inner.init, values), values)
+            check_per_entry(self.inner, jax.eval_shape(self.inner.init, values), values)
         return SpielState(
             spiel_count=jnp.zeros((), jnp.int32),
-            active=initial_positions(targets, seed),
-            growth=growth.init(targets, named),
+            active=initial_positions(self.targets, self.seed),
+            growth=self.growth.init(self.targets, named),
             inner=state,
             replaced=jnp.zeros((), jnp.float32),
         )
 
-    def reselect_now(
-        updates: Any, values: Any, state: SpielState, number: jax.Array | int
+    def update(
+        self,
+        grads: optax.Updates,
+        state: SpielState,
+        params: optax.Params | None = None,
+        *,
+        candidates: Mapping[str, SparseDelta] | None = None,
+        phase: Phase | None = None,
+        reselect: Flag | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SpielState]:
+        """See ``spiel``."""
+        _refuse_multi_steps(self.growth)
+        if params is None:
+            raise ValueError("spiel needs the values: call update(grads, state, values)")
+        values, step = params, state.spiel_count + 1
+        grads, candidates = self._clipped(grads, candidates)
+        with jax.named_scope("inner_optimizer"):
+            updates, inner_state = self.inner.update(
+                grads, state.inner, values, active=state.active, **extra_args
+            )
+            # where gradients are narrower than values, a drop of their dtype would leave a rest
+            updates = jax.tree.map(
+                lambda u, v: u.astype(jnp.promote_types(u.dtype, v.dtype)), updates, values
+            )
+        with jax.named_scope("observe"):
+            seen = self._seen(grads, state, candidates, phase, inner_state)
+            observed = self.growth.observe(state.growth, seen)
+        state = state._replace(
+            spiel_count=optax.safe_increment(state.spiel_count),
+            growth=observed,
+            inner=inner_state,
+            replaced=jnp.zeros((), jnp.float32),
+        )
+        ends: Flag = self.schedule.reselects(step) if reselect is None else reselect
+        if ends is False or not len(self.counts):
+            return updates, state
+        # rounded up: the count of a host that gives reselect= is ahead of this one where steps were skipped
+        number = self.schedule.number(step + self.schedule.every - 1)
+        number = jnp.clip(number, 0, len(self.counts) - 1)
+        with jax.named_scope("reselection"):
+            if ends is True:
+                return self._reselect(updates, values, state, number)
+            return lax.cond(
+                ends,
+                lambda updates, state: self._reselect(updates, values, state, number),
+                lambda updates, state: (updates, state),
+                updates,
+                state,
+            )
+
+    def _clipped(
+        self, grads: Any, candidates: Mapping[str, SparseDelta] | None
+    ) -> tuple[Any, Mapping[str, SparseDelta] | None]:
+        """Gradients, and alike those of candidates, within the global norm of the former."""
+        if self.clip_norm is None:
+            return grads, candidates
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(state_dtype(g.dtype)), grads))
+        factor = jnp.minimum(1.0, self.clip_norm / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
+        grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
+        if self.clip_candidates and candidates is not None:
+            candidates = {
+                name: delta.with_values(delta.values * factor) for name, delta in candidates.items()
+            }
+        return grads, candidates
+
+    def _seen(
+        self,
+        grads: Any,
+        state: SpielState,
+        candidates: Mapping[str, SparseDelta] | None,
+        phase: Phase | None,
+        inner_state: Any,
+    ) -> Observation:
+        """What the step shows to the criterion."""
+        proposes: Flag = False
+        estimates: Flag = False
+        if not self.growth.uses_candidates:
+            candidates = None
+        elif phase is not None:
+            proposes, estimates = phase is Phase.PROPOSE, phase is Phase.ESTIMATE
+        else:
+            step = state.spiel_count + 1
+            proposes, estimates = self.schedule.proposes(step), self.schedule.estimates(step)
+        named = by_target(grads, self.targets)
+        return Observation(state.active, named, candidates, proposes, estimates, inner_state)
+
+    def _reselect(
+        self, updates: Any, values: Any, state: SpielState, number: jax.Array | int
     ) -> tuple[Any, SpielState]:
-        table = jnp.asarray(counts)[number]  # [targets]
+        """Drops and grows: updates and state after reselection ``number``, from 0."""
+        targets, table = self.targets, jnp.asarray(self.counts)[number]  # [targets]
         old_values, named_updates = by_target(values, targets), by_target(updates, targets)
         active, replaced, seeds = {}, {}, {}
         for position, (name, target) in enumerate(targets.items()):
-            one = partial(_reselect_matrix, n=table[position], target=target, growth=growth)
+            one = partial(_reselect_matrix, n=table[position], target=target, growth=self.growth)
             indices, replaced[name], seeds[name] = map_matrices(
                 one,
                 state.active[name],
@@ -258,84 +370,16 @@ def spiel(
         slots = tree({name: Slots(replaced[name], seeds[name]) for name in targets})
         new_values = by_target(optax.apply_updates(values, updates), targets)
         kept = {name: jnp.where(replaced[name], 0, v) for name, v in new_values.items()}
-        inner_state = reset(inner, state.inner, tree(kept), slots)
+        inner_state = reset(self.inner, state.inner, tree(kept), slots)
         updates = jax.tree.map(lambda u, v, s: jnp.where(s.replaced, -v, u), updates, values, slots)
         changed = sum(jnp.sum(mask, dtype=jnp.float32) for mask in replaced.values())
+        total = sum(target.total for target in targets.values())
         return updates, state._replace(
             active=active,
-            growth=growth.clear(state.growth, targets),
+            growth=self.growth.clear(state.growth, targets),
             inner=inner_state,
             replaced=jnp.asarray(changed / total, jnp.float32),
         )
-
-    def update(
-        grads: optax.Updates,
-        state: SpielState,
-        params: optax.Params | None = None,
-        *,
-        candidates: Mapping[str, SparseDelta] | None = None,
-        phase: Phase | None = None,
-        reselect: Flag | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, SpielState]:
-        _refuse_multi_steps(growth)
-        if params is None:
-            raise ValueError("spiel needs the values: call update(grads, state, values)")
-        values = params
-        step = state.spiel_count + 1
-        proposes: Flag = schedule.proposes(step) if phase is None else phase is Phase.PROPOSE
-        estimates: Flag = schedule.estimates(step) if phase is None else phase is Phase.ESTIMATE
-        ends: Flag = schedule.reselects(step) if reselect is None else reselect
-
-        if clip_norm is not None:
-            norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(state_dtype(g.dtype)), grads))
-            factor = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
-            grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
-            if clip_candidates and candidates is not None:
-                candidates = {
-                    name: delta.with_values(delta.values * factor) for name, delta in candidates.items()
-                }
-
-        with jax.named_scope("inner_optimizer"):
-            updates, inner_state = inner.update(grads, state.inner, values, active=state.active, **extra_args)
-            # where gradients are narrower than values, a drop of their dtype would leave a rest
-            updates = jax.tree.map(
-                lambda u, v: u.astype(jnp.promote_types(u.dtype, v.dtype)), updates, values
-            )
-        with jax.named_scope("observe"):
-            observed = growth.observe(
-                state.growth,
-                Observation(
-                    state.active,
-                    by_target(grads, targets),
-                    candidates if growth.uses_candidates else None,
-                    proposes if growth.uses_candidates else False,
-                    estimates if growth.uses_candidates else False,
-                    inner_state,
-                ),
-            )
-        state = state._replace(
-            spiel_count=optax.safe_increment(state.spiel_count),
-            growth=observed,
-            inner=inner_state,
-            replaced=jnp.zeros((), jnp.float32),
-        )
-        if ends is False or not len(counts):
-            return updates, state
-        # rounded up: the count of a host that gives reselect= is ahead of this one where steps were skipped
-        number = jnp.clip(schedule.number(step + schedule.every - 1), 0, len(counts) - 1)
-        with jax.named_scope("reselection"):
-            if ends is True:
-                return reselect_now(updates, values, state, number)
-            return lax.cond(
-                ends,
-                lambda updates, state: reselect_now(updates, values, state, number),
-                lambda updates, state: (updates, state),
-                updates,
-                state,
-            )
-
-    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def _reselect_matrix(
@@ -346,7 +390,7 @@ def _reselect_matrix(
     *,
     n: jax.Array,
     target: Target,
-    growth: Growth,
+    growth: Criterion,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """Drop and grow in one matrix: new indices [k], replaced [k], seeds."""
     moved: Any = optax.apply_updates(values, updates)  # here: not for all matrices at once

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from spiel_jax.config import SPARSE, Config, ConfigError, micro_batch_size
+from spiel_jax.config import Config, ConfigError, micro_batch_size, with_grid
 from spiel_jax.distributed.mesh import batch_sharding
-from spiel_jax.methods import registry as build
-from spiel_jax.methods.method import Training, TrainState, compiled_step, kind_of_step, state_shardings
+from spiel_jax.methods.configured import check_layout
+from spiel_jax.methods.method import Method, TrainState, compiled_step
+from spiel_jax.methods.registry import build
 from spiel_jax.models import ModelConfig, abstract_params
 from spiel_jax.optim.schedules import Phase
 from spiel_jax.planning.hlo import Program, compile_program
@@ -31,7 +32,7 @@ class Run:
         given: The configuration as it was given.
         config: Complete: with the block grid and a micro-batch that can be spread over the mesh.
         mesh: Of the hardware's devices.
-        training: The method.
+        method: The method.
         state: Of ``jax.ShapeDtypeStruct`` with shardings, as ``batch``.
         batch: Of one step.
         kinds: Name of each kind of step that the run has to its phase and whether it reselects.
@@ -40,7 +41,7 @@ class Run:
     given: Config
     config: Config
     mesh: Mesh
-    training: Training
+    method: Method
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
     kinds: dict[str, tuple[Phase, bool]]
@@ -50,25 +51,14 @@ class Run:
         phase, reselect = self.kinds[kind]
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         with jax.set_mesh(self.mesh):
-            step: Any = compiled_step(self.training, shardings)
+            step: Any = compiled_step(self.method, shardings)
             traced = step.trace(self.state, self.batch, phase=phase, reselect=reselect)
             return compile_program(traced, hardware.options)
 
     def held(self) -> dict[str, int]:
         """Bytes on each device between steps, by what they are for; without padding of layouts."""
-        state = self.state
-        active = [
-            leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
-            if any(getattr(key, "name", None) == "active" for key in path)
-        ]
-        deltas = [state.trainable, state.base, active]
-        return {
-            "weights": _device_bytes(state.params),
-            "deltas": _device_bytes(deltas),
-            "optimizer": _device_bytes(state.opt_state) - _device_bytes(active),
-            "batch": _device_bytes(self.batch),
-        }
+        parts = {**self.method.memory(self.state), "batch": self.batch}
+        return {name: _device_bytes(tree) for name, tree in parts.items()}
 
 
 def _device_bytes(tree: Any) -> int:
@@ -91,10 +81,24 @@ def prepare(config: Config, model: ModelConfig, mesh: Mesh) -> Run:
         ConfigError: If no micro-batch can be spread over the mesh.
         ValueError: If the mesh does not divide the model or the grid.
     """
-    given, config = config, config.copy_and_resolve_references()
-    sparse = config.method in SPARSE
-    for axis, blocks in config.targets.grid.items():
-        config.targets.grid[axis] = blocks or (mesh.shape[axis] if sparse else 1)
+    given, config = config, with_grid(config, mesh.shape, {})
+    config.micro_batch_size = _spread_micro_batch(config, mesh)
+    check_layout(config, model, mesh)
+    steps = config.steps or _STEPS
+    with jax.set_mesh(mesh):
+        method = build(config, model, steps)
+        params = abstract_params(model, jnp.dtype(config.model.dtype), packed=method.keeps_base)
+        state = jax.eval_shape(method.init, params)
+    state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        method.shardings(state, mesh),
+    )
+    return Run(given, config, mesh, method, state, _abstract_batch(config, mesh), _step_kinds(method, steps))
+
+
+def _spread_micro_batch(config: Config, mesh: Mesh) -> int:
+    """The micro-batch of a config, or the next one that can be spread over the mesh."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     possible = micro_batches(config.batch_size, shards)
     if not possible:
@@ -103,39 +107,30 @@ def prepare(config: Config, model: ModelConfig, mesh: Mesh) -> Run:
             "fsdp in config.mesh"
         )
     wanted = micro_batch_size(config)
-    config.micro_batch_size = next((rows for rows in possible if rows >= wanted), possible[-1])
-    build.check_layout(config, model, mesh)
+    return next((rows for rows in possible if rows >= wanted), possible[-1])
 
-    steps = config.steps or _STEPS
-    with jax.set_mesh(mesh):
-        adapted = build.targets(config, model)
-        schedule = build.reselection(config, steps)
-        training = build.training(config, model, adapted, schedule, build.learning_rate(config, steps))
-        params = abstract_params(model, jnp.dtype(config.model.dtype), packed=config.method != "full")
-        state = jax.eval_shape(training.init, params)
-    shardings = state_shardings(state, adapted, mesh)
-    state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state,
-        shardings,
-    )
+
+def _abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     rows = config.micro_batch_size
     shape = (config.batch_size // rows, rows, config.data.sequence_length)
     dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32)
-    batch = {
+    return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, 1))
         for name, dtype in {**dtypes, "weights": jnp.float32}.items()
     }
+
+
+def _step_kinds(method: Method, steps: int) -> dict[str, tuple[Phase, bool]]:
+    """Name of each kind of step to its phase and whether it reselects; those that do more come last."""
     kinds: dict[str, tuple[Phase, bool]] = {}
     for step in range(1, steps + 1):
-        phase, reselects = kind_of_step(training, schedule, step)
+        phase, reselects = method.step_kind(step)
         name = _NAMES[phase]
         if reselects:
             name = "reselecting" if phase is Phase.PLAIN else f"{name}+reselecting"
         kinds[name] = phase, reselects
     order = list(Phase)
-    kinds = dict(sorted(kinds.items(), key=lambda kind: (order.index(kind[1][0]), kind[1][1])))
-    return Run(given, config, mesh, training, state, batch, kinds)
+    return dict(sorted(kinds.items(), key=lambda kind: (order.index(kind[1][0]), kind[1][1])))
 
 
 def micro_batches(batch_size: int, shards: int) -> list[int]:

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from spiel_jax.config import SPARSE, Config
+from spiel_jax.config import Config
 from spiel_jax.distributed.mesh import MESH_AXES, make_mesh
 from spiel_jax.models import ModelConfig
+from spiel_jax.optim.criteria.criterion import CRITERIA
 from spiel_jax.planning.hlo import Program
 from spiel_jax.planning.run import Run, micro_batches, prepare
 from spiel_jax.planning.topology import Hardware
@@ -52,7 +53,7 @@ def easier(config: Config, mesh: Mapping[str, int]) -> Iterator[dict[str, Any]]:
     if data > 1:
         changes |= spread(1, shards, tensor)
         yield dict(changes)
-    if config.method in SPARSE and config.method != "spiel_ma":
+    if config.method in CRITERIA and config.method != "spiel_ma":
         yield changes | {"method": "spiel_ma"}
     while shards % 2 == 0:
         shards, tensor = shards // 2, tensor * 2

@@ -9,8 +9,7 @@ import jax
 import numpy as np
 
 from spiel_jax.config import Config, micro_batch_size
-from spiel_jax.methods.method import Training, TrainState, compiled_step, compiler_options, kind_of_step
-from spiel_jax.optim.schedules import Reselection
+from spiel_jax.methods.method import Method, TrainState, compiled_step, compiler_options
 from spiel_jax.training.metrics import Recorder
 from spiel_jax.training.profiler import Profile
 
@@ -33,8 +32,7 @@ class Loop:
     """The loop over steps. Metrics are read one step late, so that the device never waits for the host."""
 
     config: Config
-    training: Training
-    schedule: Reselection
+    method: Method
     rate: Callable[[int], Any]
     place: Callable[[Any], Any]  # this process's rows of a batch [..., B, S] to the devices
     tokens: Sequence[int]  # of each step, in the rows of all processes
@@ -47,10 +45,10 @@ class Loop:
         self.heldout_losses: list[tuple[int, float]] = []
         self.skipped = 0
         self.seconds = 0.0
-        training = self.training
+        method = self.method
         self._step: Any = None
         self._evaluate = jax.jit(
-            lambda state, batch: training.evaluate(state, batch), compiler_options=compiler_options()
+            lambda state, batch: method.evaluate(state, batch), compiler_options=compiler_options()
         )
         self._unread: list[tuple[int, dict[str, jax.Array]]] = []  # step, metrics
 
@@ -70,11 +68,11 @@ class Loop:
         groups = config.batch_size // micro_batch_size(config)
         step = start
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        self._step = compiled_step(self.training, shardings)
+        self._step = compiled_step(self.method, shardings)
         for step in range(start + 1, total + 1):
             batch = next(batches)
             grouped = {name: array.reshape(groups, -1, array.shape[-1]) for name, array in batch.items()}
-            phase, reselect = kind_of_step(self.training, self.schedule, step)
+            phase, reselect = self.method.step_kind(step)
             with self.profile.step(step):
                 state, metrics = self._step(state, self.place(grouped), phase=phase, reselect=reselect)
             self._unread.append((step, metrics))

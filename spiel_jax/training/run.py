@@ -16,20 +16,30 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from spiel_jax.checkpoint import CheckpointError, Checkpoints, newest_facts, stored_targets
-from spiel_jax.config import Config, ConfigError, check_config, data_config, flatten, micro_batch_size
+from spiel_jax.config import (
+    Config,
+    ConfigError,
+    check_config,
+    check_micro_batch,
+    data_config,
+    flatten,
+    micro_batch_size,
+    with_grid,
+)
 from spiel_jax.data import Data, load_data
 from spiel_jax.distributed import processes
 from spiel_jax.distributed.mesh import local_rows, make_mesh, spread_batch
 from spiel_jax.inference.chat import reply
-from spiel_jax.methods import registry as build
-from spiel_jax.methods.method import Training, TrainState, compiler_options, state_shardings
+from spiel_jax.methods.configured import check_layout, learning_rate
+from spiel_jax.methods.method import Method, TrainState, compiler_options
+from spiel_jax.methods.registry import build
 from spiel_jax.models.axes import param_sharding
 from spiel_jax.models.io.fingerprint import differing, fingerprint
 from spiel_jax.models.io.loading import ModelSource, open_model
 from spiel_jax.training.loop import Loop
 from spiel_jax.training.metrics import Recorder, table
 from spiel_jax.training.profiler import Profile
-from spiel_jax.training.workdir import check_workdir, find_workdir, with_grid
+from spiel_jax.training.workdir import check_workdir, find_workdir, stored_config
 
 _log = logging.getLogger(__name__)
 
@@ -82,14 +92,15 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(name, handler)
 
 
-def _load_data(config: Config, tokenizer: Any, progress: bool) -> tuple[Data, int]:
-    """The data, and the number of steps of the run."""
-    data = load_data(data_config(config), tokenizer, progress=progress)
-    for source in data.report.sources + data.report.heldout_sources:
-        _log.info("%s", source)
-    if config.steps is not None:
-        return data, config.steps
-    return data, len(data.train_dataset(config.batch_size, epochs=config.epochs))
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run reads beside the model's weights."""
+
+    tokenizer: Any
+    data: Data
+    steps: int  # of the run
+    rows: list[int]  # of a micro-batch, those that this process makes
+    heldout: list[dict]  # this process's rows of the batches
 
 
 def run(config: Config, workdir: str | Path, *, resume: bool = False, progress: bool = True) -> Summary:
@@ -118,12 +129,13 @@ def run(config: Config, workdir: str | Path, *, resume: bool = False, progress: 
     check_config(config)
     mesh = make_mesh(config.mesh)
     processes.check_devices(mesh)
-    config = processes.together(lambda: with_grid(config, workdir, mesh))
+    config = processes.together(lambda: with_grid(config, mesh.shape, stored_config(workdir) or {}))
+    check_micro_batch(config, mesh.shape)
     first = processes.is_first()
     processes.together(lambda: check_workdir(workdir, config, resume) if first else None)
     processes.together(lambda: None if first else find_workdir(workdir, config))
     source = processes.together(lambda: open_model(config.model.source, preset=config.model.preset))
-    build.check_layout(config, source.config, mesh)
+    check_layout(config, source.config, mesh)
     with jax.set_mesh(mesh):
         summary = _run(config, workdir, source, mesh, resume, progress and first)
         processes.wait_for_all("the end of the run")
@@ -135,40 +147,18 @@ def _run(
 ) -> Summary:
     began, first = time.perf_counter(), processes.is_first()
     known = newest_facts(workdir)  # before any process makes the folder of checkpoints
-
-    def read() -> tuple[Any, Data, int]:
-        named = source if config.model.tokenizer is None else open_model(config.model.tokenizer)
-        tokenizer = named.tokenizer()
-        if len(tokenizer) > source.config.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {len(tokenizer)} tokens, the model only {source.config.vocab_size}"
-            )
-        return tokenizer, *_load_data(config, tokenizer, progress)
-
-    tokenizer, data, total = processes.together(read)
-    micro = micro_batch_size(config)
-    mine = local_rows(micro, mesh)  # the rows of every micro-batch that this process makes
-    heldout = data.heldout_batches(micro, mine)[: config.eval_batches]
-    if known is None:
-        adapted = build.targets(config, source.config)
-    else:  # a run that was regridded has other numbers of entries than its budget would give
-        adapted = build.with_axes(stored_targets(known))
-    schedule = build.reselection(config, total)
-    rate = build.learning_rate(config, total)
-    training = build.training(config, source.config, adapted, schedule, rate)
-
+    inputs = processes.together(lambda: _read(config, source, mesh, progress))
+    # a run that was regridded has other numbers of entries than its budget would give
+    targets = None if known is None else stored_targets(known)
+    method = build(config, source.config, inputs.steps, targets)
     params = source.load(
         jnp.dtype(config.model.dtype),
         sharding=lambda name, shape: param_sharding(name, shape, mesh),
         seed=config.seed,
-        packed=config.method != "full",
+        packed=method.keeps_base,
         progress=progress,
     )
-    base_print = fingerprint(params)
-    if known is not None and (names := differing(known["fingerprint"], base_print)):
-        raise CheckpointError(
-            f"{workdir} was trained on another base model: these weights differ: {', '.join(names)}"
-        )
+    base_print = _checked_fingerprint(params, known, workdir)
     size = sum(param.size for param in params.values())
 
     with (
@@ -177,64 +167,129 @@ def _run(
     ):
         if resume and known is None:
             raise CheckpointError(f"--resume: {workdir} holds no checkpoint to continue from")
-        shardings = state_shardings(jax.eval_shape(training.init, params), adapted, mesh)
-        compiled = partial(
-            jax.jit, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options()
-        )
-        begin = compiled(lambda params: training.init(params))
-        state = begin(params)
+        state, start = _first_state(method, params, mesh, checkpoints, known)
         del params
         tunable = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
         _log.info("%d tunable of %d parameters (%.2f%%)", tunable, size, 100 * tunable / size)
-        rows = [start + row for start in range(0, config.batch_size, micro) for row in mine]
-        batches = data.train_iterator(config.batch_size, steps=total, rows=rows)
-        start = 0
-        if known is not None:
-            start = known["step"]
-            batches.set_state(known["data"])
-            restored = checkpoints.restore(state, start)
-            attach = compiled(lambda *parts: training.attach(*parts))
-            state = attach(state.params, restored.trainable, restored.opt_state)
-            _log.info("continuing after step %d of %d", start, total)
+        if start:
+            _log.info("continuing after step %d of %d", start, inputs.steps)
+        batches = _batches(config, inputs, known)
 
         def save(step: int, state: TrainState) -> None:
             facts = {"config": flatten(config), "fingerprint": base_print, "data": batches.get_state()}
-            checkpoints.save(step, state, adapted, facts)
+            checkpoints.save(step, state, method, facts)
 
-        place = partial(spread_batch, mesh=mesh, rows=micro)
-        tokens = data.batch_tokens(config.batch_size, steps=total).tolist()
         if jax.process_count() > 1:
             stop_asked = processes.stop_agreed(start)
-        with Recorder(workdir if first else None, start, total, progress) as recorder:
-            profile = Profile(workdir / "profile", start + 3, config.profile if first else 0)
-            loop = Loop(config, training, schedule, rate, place, tokens, heldout, recorder, save, profile)
-            state, step = loop.run(state, batches, start, total, stop_asked)
-            if step < total:
-                recorder.say(f"stopped after step {step} of {total}: run the same command to continue")
+        with Recorder(workdir if first else None, start, inputs.steps, progress) as recorder:
+            loop = Loop(
+                config=config,
+                method=method,
+                rate=learning_rate(config, inputs.steps),
+                place=partial(spread_batch, mesh=mesh, rows=micro_batch_size(config)),
+                tokens=inputs.data.batch_tokens(config.batch_size, steps=inputs.steps).tolist(),
+                heldout=inputs.heldout,
+                recorder=recorder,
+                save=save,
+                profile=Profile(workdir / "profile", start + 3, config.profile if first else 0),
+            )
+            state, step = loop.run(state, batches, start, inputs.steps, stop_asked)
+            if step < inputs.steps:
+                recorder.say(f"stopped after step {step} of {inputs.steps}: run the same command to continue")
         checkpoints.wait()
 
+    summary = _summary(loop, inputs, step, time.perf_counter() - began, (tunable, size), workdir)
+    if first:
+        print(table(summary.rows, f"{config.method} on {config.model.source}"), flush=True)
+    if config.sample.prompt and step == inputs.steps:
+        _show_sample(config, source.config, method, state, inputs.tokenizer)
+    return summary
+
+
+def _read(config: Config, source: ModelSource, mesh: Mesh, progress: bool) -> _Inputs:
+    """Reads tokenizer and data.
+
+    Raises:
+        ConfigError: If the tokenizer is another model's.
+        DataError: If the data cannot be used.
+    """
+    named = source if config.model.tokenizer is None else open_model(config.model.tokenizer)
+    tokenizer = named.tokenizer()
+    if len(tokenizer) > source.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model only {source.config.vocab_size}"
+        )
+    data = load_data(data_config(config), tokenizer, progress=progress)
+    for reported in data.report.sources + data.report.heldout_sources:
+        _log.info("%s", reported)
+    steps = config.steps
+    if steps is None:
+        steps = len(data.train_dataset(config.batch_size, epochs=config.epochs))
+    micro = micro_batch_size(config)
+    rows = local_rows(micro, mesh)
+    return _Inputs(tokenizer, data, steps, rows, data.heldout_batches(micro, rows)[: config.eval_batches])
+
+
+def _checked_fingerprint(params: Any, known: dict[str, Any] | None, workdir: Path) -> dict[str, str]:
+    """The fingerprint of the base weights, which must be that of the run that is continued."""
+    found = fingerprint(params)
+    if known is not None and (names := differing(known["fingerprint"], found)):
+        raise CheckpointError(
+            f"{workdir} was trained on another base model: these weights differ: {', '.join(names)}"
+        )
+    return found
+
+
+def _first_state(
+    method: Method, params: Any, mesh: Mesh, checkpoints: Checkpoints, known: dict[str, Any] | None
+) -> tuple[TrainState, int]:
+    """The state to start from, new or of a checkpoint, and its step; reuses the memory of ``params``."""
+    shardings = method.shardings(jax.eval_shape(method.init, params), mesh)
+    compiled = partial(
+        jax.jit, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options()
+    )
+    begin = compiled(lambda params: method.init(params))
+    state = begin(params)
+    if known is None:
+        return state, 0
+    restored = checkpoints.restore(state, method, known["step"])
+    attach = compiled(lambda *parts: method.attach(*parts))
+    return attach(state.params, restored.trainable, restored.opt_state), known["step"]
+
+
+def _batches(config: Config, inputs: _Inputs, known: dict[str, Any] | None) -> Any:
+    """This process's rows of each step's batch, from the first or from where a run was left."""
+    starts = range(0, config.batch_size, micro_batch_size(config))
+    rows = [start + row for start in starts for row in inputs.rows]
+    batches = inputs.data.train_iterator(config.batch_size, steps=inputs.steps, rows=rows)
+    if known is not None:
+        batches.set_state(known["data"])
+    return batches
+
+
+def _summary(
+    loop: Loop, inputs: _Inputs, step: int, seconds: float, sizes: tuple[int, int], workdir: Path
+) -> Summary:
+    (tunable, size), report = sizes, inputs.data.report
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     rows = [
-        ("steps", f"{step} of {total}"),
+        ("steps", f"{step} of {inputs.steps}"),
         ("tunable parameters", f"{tunable:,} ({100 * tunable / size:.2f}% of {size:,})"),
-        ("train examples", f"{data.report.examples:,} ({data.report.fill:.0%} of row slots filled)"),
+        ("train examples", f"{report.examples:,} ({report.fill:.0%} of row slots filled)"),
         *[(f"held-out loss, step {s}", f"{loss:.4f}") for s, loss in loop.heldout_losses],
         ("skipped steps", str(loop.skipped)),
-        ("seconds, all / training", f"{time.perf_counter() - began:.0f} / {loop.seconds:.0f}"),
-        ("peak memory", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of host"),
+        ("seconds, all / training", f"{seconds:.0f} / {loop.seconds:.0f}"),
+        ("peak memory", f"{peak:.2f} GiB of host"),
         ("run folder", str(workdir)),
     ]
-    if first:
-        print(table(rows, f"{config.method} on {config.model.source}"), flush=True)
-    if config.sample.prompt and step == total:
-        _show_sample(config, source.config, training, state, tokenizer)
-    return Summary(step, loop.heldout_losses, loop.skipped, time.perf_counter() - began, rows)
+    return Summary(step, loop.heldout_losses, loop.skipped, seconds, rows)
 
 
-def _show_sample(config: Config, model: Any, training: Training, state: TrainState, tokenizer: Any) -> None:
+def _show_sample(config: Config, model: Any, method: Method, state: TrainState, tokenizer: Any) -> None:
     """Prints what the base and the tuned model reply to the config's prompt; all processes compute it."""
     say = partial(print, flush=True) if processes.is_first() else lambda text: None
     say(f"\nprompt: {config.sample.prompt}")
-    for name, params in (("base", training.pretrained(state)), ("tuned", training.tuned(state))):
+    for name, params in (("base", method.pretrained(state)), ("tuned", method.tuned(state))):
         if params is not None:
             text = reply(
                 model, params, tokenizer, config.sample.prompt, max_new_tokens=config.sample.max_new_tokens

@@ -5,20 +5,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
-
 from spiel_jax.checkpoint import FOLDER, CheckpointError
 from spiel_jax.config import (
-    SPARSE,
     Config,
     ConfigError,
     differences,
     flatten,
-    micro_batch_size,
 )
 
 
-def _stored_config(workdir: Path) -> dict[str, Any] | None:
+def stored_config(workdir: Path) -> dict[str, Any] | None:
     """The flat config of the run whose checkpoints a folder holds; None if it holds none.
 
     Raises:
@@ -45,7 +41,7 @@ def check_workdir(workdir: Path, config: Config, resume: bool) -> None:
             whose config is lost.
         CheckpointError: If ``resume`` is asked for and there is nothing to continue.
     """
-    if (stored := _stored_config(workdir)) is not None:
+    if (stored := stored_config(workdir)) is not None:
         changed = differences(stored, json.loads(json.dumps(flatten(config))))
         if changed:
             lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items()]
@@ -60,27 +56,6 @@ def check_workdir(workdir: Path, config: Config, resume: bool) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(flatten(config), indent=1))
     temporary.replace(path)
-
-
-def with_grid(config: Config, workdir: Path, mesh: Mesh) -> Config:
-    """The config with its block grid filled in: that of the run in the folder, or the mesh's.
-
-    Raises:
-        ConfigError: If a micro-batch cannot be spread over the mesh, or the config of that run is lost.
-    """
-    config = config.copy_and_resolve_references()
-    known = _stored_config(workdir) or {}
-    for axis, blocks in config.targets.grid.items():
-        if blocks is None:
-            sparse = config.method in SPARSE
-            config.targets.grid[axis] = known.get(f"targets.grid.{axis}", mesh.shape[axis] if sparse else 1)
-    rows, shards = micro_batch_size(config), mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % shards:
-        raise ConfigError(
-            f"config.micro_batch_size = {rows}: expected a multiple of {shards}, the size of data x fsdp in "
-            "config.mesh"
-        )
-    return config
 
 
 def find_workdir(workdir: Path, config: Config) -> None:

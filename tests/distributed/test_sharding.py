@@ -8,8 +8,14 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import spiel_jax as sj
 from spiel_jax.distributed.mesh import batch_sharding, check_mesh, make_mesh, mesh_sizes
-from spiel_jax.methods.method import TrainState, state_shardings
+from spiel_jax.losses.next_token import Objective
+from spiel_jax.methods.full import FullMethod
+from spiel_jax.methods.lora import Lora
+from spiel_jax.methods.method import TrainState
+from spiel_jax.methods.parametrization import ParametrizationMethod
+from spiel_jax.methods.sparse import SparseMethod
 from spiel_jax.models import ModelConfig, abstract_params
 from spiel_jax.models.axes import logical_axes, param_sharding, weight_axes, weight_grid
 from spiel_jax.models.decoder import ADAPTED
@@ -92,6 +98,13 @@ def test_what_does_not_divide_lies_whole():
     assert batch_sharding(mesh, 1).spec == P(None, ("data", "fsdp"))
 
 
+OBJECTIVE = Objective(ModelConfig.llama2_7b())
+
+
+def sparse(targets):
+    return SparseMethod(OBJECTIVE, optax.sgd(1.0), targets, sj.MomentApproximation())
+
+
 def test_state_lies_like_its_weight():
     mesh = mesh_of(1, 4, 2)
     shape = jax.ShapeDtypeStruct
@@ -104,20 +117,22 @@ def test_state_lies_like_its_weight():
         trainable=moments,
         opt_state=(optax.ScaleByAdamState(shape((), jnp.int32), moments, moments), rows),
     )
-    found = state_shardings(state, {DOWN: target}, mesh)
+    found = sparse({DOWN: target}).shardings(state, mesh)
     assert {s.spec for s in jax.tree.leaves(found)} == {P(None, "fsdp", "tensor"), P()}
     assert found.opt_state[0].count.spec == P()
 
     factors = {"lora_A": shape((3, 8, 64), jnp.float32), "lora_B": shape((3, 32, 8), jnp.float32)}
     low_rank = dataclasses.replace(state, trainable={DOWN: factors}, opt_state=(), base={})
-    found = state_shardings(low_rank, {}, mesh).trainable[DOWN]
+    lora = ParametrizationMethod(OBJECTIVE, optax.sgd(1.0), Lora({DOWN: target}))
+    found = lora.shardings(low_rank, mesh).trainable[DOWN]
     assert (found["lora_A"].spec, found["lora_B"].spec) == (P(None, None, "tensor"), P(None, "fsdp"))
 
     dense = dataclasses.replace(state, trainable=state.params, opt_state=(), base={})
-    assert state_shardings(dense, {}, mesh).trainable[DOWN].spec == P(None, "fsdp", "tensor")
+    full = FullMethod(OBJECTIVE, optax.sgd(1.0), jnp.float32)
+    assert full.shardings(dense, mesh).trainable[DOWN].spec == P(None, "fsdp", "tensor")
     whole = dataclasses.replace(target, grid=(1, 1), axes=None)
     lone = dataclasses.replace(state, trainable={DOWN: shape((3, 64), jnp.float32)})
-    assert state_shardings(lone, {DOWN: whole}, mesh).trainable[DOWN].spec == P()
+    assert sparse({DOWN: whole}).shardings(lone, mesh).trainable[DOWN].spec == P()
 
 
 def test_without_a_mesh_nothing_changes():

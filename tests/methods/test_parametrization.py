@@ -16,12 +16,12 @@ from support.adapter_cases import jitted, logits, make_batch, perturbed, twins
 
 from spiel_jax.adapters.load import load_run
 from spiel_jax.checkpoint import CheckpointError, Checkpoints, restore_deltas
-from spiel_jax.config import LINEAR_LAYERS, default_config, flatten
+from spiel_jax.config import LINEAR_LAYERS, default_config, flatten, unflatten
 from spiel_jax.losses.next_token import Objective
 from spiel_jax.methods.ia3 import IA3
 from spiel_jax.methods.lora import Lora
-from spiel_jax.methods.parametrization import AdapterTraining, adapted
-from spiel_jax.methods.registry import adapter_kind
+from spiel_jax.methods.parametrization import ParametrizationMethod, adapted
+from spiel_jax.methods.registry import build
 from spiel_jax.models import ModelConfig, abstract_params, open_model
 from spiel_jax.models.io.fingerprint import fingerprint
 
@@ -44,7 +44,7 @@ def standard(name, remat="full"):
     """One training for many tests, so that its programs are compiled once."""
     objective = Objective(tiny()[0], remat=remat, loss_chunk=16)
     kind = make_kind("lora", ONE, dropout=0.3) if name == "dropout" else make_kind(name)
-    training = AdapterTraining(objective, optax.adamw(1e-2), kind)
+    training = ParametrizationMethod(objective, optax.adamw(1e-2), kind)
     return training, jitted(training)
 
 
@@ -178,7 +178,7 @@ def test_scaled_biases_have_their_gradient(dtype):
     params = {name: param.astype(dtype) for name, param in params.items()}
     params[values] = jnp.zeros_like(params[values])
     kind = make_kind("ia3", (r".*\.v_proj\.weight",))
-    training = AdapterTraining(Objective(config, loss_chunk=16), optax.sgd(1.0), kind)
+    training = ParametrizationMethod(Objective(config, loss_chunk=16), optax.sgd(1.0), kind)
     state, data = training.init(params), make_batch(0)
     new, _ = jitted(training)(state, data)
     flat = flattened(data)
@@ -247,7 +247,7 @@ def test_a_step_forms_no_dense_gradient():
         matrices = {param.shape[-2:] for name, param in params.items() if param.ndim > 1 + ("layers" in name)}
         lora = Lora(adapted(config, LINEAR_LAYERS), rank=4, dropout=0.0)
         for name, kind in (("lora", lora), ("ia3", IA3.matching(config, LINEAR_LAYERS))):
-            training = AdapterTraining(Objective(config), optax.adamw(1e-2), kind)
+            training = ParametrizationMethod(Objective(config), optax.adamw(1e-2), kind)
             state = jax.eval_shape(training.init, params)
             program = jax.jit(jitted(training), donate_argnums=0).lower(state, data).compile()
             found = re.findall(r"= f32\[(\d+),(\d+)\]\S* dot\(", program.as_text())
@@ -263,14 +263,12 @@ def test_a_step_forms_no_dense_gradient():
 
 
 def test_what_the_settings_name():
-    config = tiny()[0]
-    settings = flatten(default_config()) | {"lora.rank": 3, "lora.alpha": 6.0, "lora.dropout": 0.25}
-    settings |= {"lora.rslora": True}
-    kind = adapter_kind(settings | {"method": "lora"}, config)
-    assert kind == Lora(adapted(config, LINEAR_LAYERS), 3, 6.0, 0.25, True)
-    assert adapter_kind(settings | {"method": "ia3"}, config) == IA3.matching(config, LINEAR_LAYERS)
-    for method in ("full", "spiel_ag", "spiel_ma"):
-        assert adapter_kind(settings | {"method": method}, config) is None
+    model, config = tiny()[0], default_config()
+    config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.rslora = 3, 6.0, 0.25, True
+    config.method = "lora"
+    assert build(config, model, 1).kind == Lora(adapted(model, LINEAR_LAYERS), 3, 6.0, 0.25, True)
+    config.method = "ia3"
+    assert build(config, model, 1).kind == IA3.matching(model, LINEAR_LAYERS)
 
 
 def save_run(folder, source, name):
@@ -280,13 +278,12 @@ def save_run(folder, source, name):
     settings |= {"lora.rank": 3, "lora.alpha": 6.0, "lora.dropout": 0.1, "lora.rslora": False}
     settings["targets.rules"] = list(TWO)
     base = source_model.load(jnp.bfloat16, progress=False)
-    kind = adapter_kind(settings, source_model.config)
-    training = AdapterTraining(Objective(source_model.config), optax.adamw(1e-2), kind)
+    training = build(unflatten(settings), source_model.config, 1)
     state = started(training, base)
     state = replace(state, opt_state=state.opt_state._replace(step=jnp.int32(3)))
     facts = {"config": settings, "fingerprint": fingerprint(base), "data": {}}
     with Checkpoints(folder) as checkpoints:
-        checkpoints.save(3, state, {}, facts)
+        checkpoints.save(3, state, training, facts)
         checkpoints.wait()
     return training, base, state
 
@@ -295,7 +292,7 @@ def save_run(folder, source, name):
 def test_a_checkpoint_gives_the_state_and_the_tuned_model_back(name, llama_folder, tmp_path):
     training, base, state = save_run(tmp_path / "run", llama_folder, name)
     with Checkpoints(tmp_path / "run") as checkpoints:
-        restored = checkpoints.restore(training.init(base))
+        restored = checkpoints.restore(training.init(base), training)
     assert_equal(training.attach(base, restored.trainable, restored.opt_state), state)
     tuned = training.tuned(state)
     for keep_base in (False, True):

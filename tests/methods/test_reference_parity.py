@@ -16,7 +16,7 @@ import pytest
 
 import spiel_jax as sj
 from spiel_jax.config import LINEAR_LAYERS, check_config, default_config
-from spiel_jax.methods import registry as build
+from spiel_jax.methods.registry import build
 from spiel_jax.models import bind, layer_names, open_model
 from spiel_jax.ops.tree import parameter_name
 
@@ -78,10 +78,8 @@ class Replay:
         self.model = source.config
         self.params = source.load(jnp.float32, progress=False)
         config = settings(meta, self.steps)
-        self.targets = build.targets(config, self.model)
-        self.schedule = build.reselection(config, self.steps)
-        rate = build.learning_rate(config, self.steps)
-        self.training = build.training(config, self.model, self.targets, self.schedule, rate)
+        self.training = build(config, self.model, self.steps)
+        self.targets, self.schedule = self.training.targets, self.training.schedule
         self.growing = config.method == "spiel_ag"
         self.worst = {}
 

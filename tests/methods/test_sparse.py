@@ -12,8 +12,8 @@ import pytest
 import spiel_jax as sj
 from spiel_jax.config import LINEAR_LAYERS
 from spiel_jax.losses.next_token import Objective
-from spiel_jax.methods.full import DenseTraining
-from spiel_jax.methods.sparse import SparseTraining
+from spiel_jax.methods.full import FullMethod
+from spiel_jax.methods.sparse import SparseMethod
 from spiel_jax.models import ModelConfig, abstract_params, init_params, layer_names
 from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients
 from spiel_jax.optim.criteria.moment_approximation import MomentApproximation
@@ -51,7 +51,7 @@ def method(targets, growth=None, *, resident=True, steps=12, **options):
     plan = sj.Reselection(steps, every=4, accumulation=2)
     inner = optax.chain(scale_by_aged_adam(), descend(1e-2))
     tx = sj.spiel(inner, targets, growth=growth, schedule=plan, **options)
-    return SparseTraining(OBJECTIVE, tx, targets, growth, resident), plan
+    return SparseMethod(OBJECTIVE, tx, targets, growth, resident), plan
 
 
 def batch(seed, micro_batches=2, rows=2, length=12):
@@ -250,7 +250,7 @@ def test_a_skipped_proposal_replaces_nothing(params):
 
 def test_full_fine_tuning_learns_and_is_adamw(params):
     tx = optax.adamw(1e-2)
-    training = DenseTraining(OBJECTIVE, tx, jnp.float32)
+    training = FullMethod(OBJECTIVE, tx, jnp.float32)
     state, data = training.init(params), batch(0)
     new, metrics = jitted(training)(state, data, phase=sj.Phase.PLAIN, reselect=False)
     loss, dense = dense_gradient(params, data)
@@ -275,7 +275,7 @@ def test_a_step_holds_no_dense_gradient_per_layer(remat):
         targets = sj.find_targets(shapes, density=0.01, rules=LINEAR_LAYERS, layer_names=names)
         growth = AccumulatedGradients()
         tx = sj.spiel(optax.sgd(0.1), targets, growth=growth, schedule=sj.Reselection(10))
-        training = SparseTraining(Objective(config, remat), tx, targets, growth)
+        training = SparseMethod(Objective(config, remat), tx, targets, growth)
         state = jax.eval_shape(training.init, shapes)
         few = jax.tree.map(jnp.asarray, batch(0, 1, rows=1, length=8))  # activations are small beside weights
         data = jax.eval_shape(lambda few=few: few)

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spiel_jax.losses.next_token import Objective
-from spiel_jax.methods.parametrization import AdapterTraining
+from spiel_jax.methods.parametrization import ParametrizationMethod
 from spiel_jax.models import ModelConfig, abstract_params, bind, layer_names
 from spiel_jax.optim.schedules import Phase
 
@@ -92,7 +92,7 @@ def check_against_peft(model, config, params, kind, theirs):
     """
     # at the usual eps, rounding would decide the steps of entries whose gradient is all but zero
     options = {"weight_decay": 0.1, "eps": 1e-4}
-    training = AdapterTraining(Objective(config, loss_chunk=16), optax.adamw(1e-2, **options), kind)
+    training = ParametrizationMethod(Objective(config, loss_chunk=16), optax.adamw(1e-2, **options), kind)
     state = training.init(params)
     state = replace(state, trainable=perturbed(state.trainable))
     assert jax.tree.structure(theirs) == jax.tree.structure(state.trainable)

@@ -13,8 +13,8 @@ import spiel_jax as sj
 from spiel_jax.config import LINEAR_LAYERS
 from spiel_jax.distributed.mesh import batch_sharding, make_mesh
 from spiel_jax.losses.next_token import Objective
-from spiel_jax.methods.method import compiled_step, state_shardings
-from spiel_jax.methods.sparse import SparseTraining
+from spiel_jax.methods.method import compiled_step
+from spiel_jax.methods.sparse import SparseMethod
 from spiel_jax.models import ModelConfig, abstract_params, init_params, layer_names
 from spiel_jax.models.axes import param_sharding, weight_axes, weight_grid
 from spiel_jax.models.decoder import ADAPTED
@@ -59,7 +59,7 @@ def adapted(blocks=BLOCKS, rules=LINEAR_LAYERS, config=CONFIG, num_tunable=3 * 1
 def method(targets, growth, *, resident=True, remat="full", config=CONFIG):
     inner = aged_adamw(1e-2) if growth.uses_candidates else sparse_sm3(1e-2, targets)
     tx = sj.spiel(inner, targets, growth=growth, schedule=PLAN)
-    return SparseTraining(Objective(config, remat, loss_chunk=16), tx, targets, growth, resident)
+    return SparseMethod(Objective(config, remat, loss_chunk=16), tx, targets, growth, resident)
 
 
 def batch(seed, micro_batches=1):
@@ -75,7 +75,7 @@ def placed(training, mesh, dtype=jnp.float32, config=CONFIG):
     """The first state on a mesh, and where its arrays lie."""
     params = init_params(config, jax.random.key(0), dtype, packed=True)
     params = {n: jax.device_put(p, param_sharding(n, p.shape, mesh)) for n, p in params.items()}
-    shardings = state_shardings(jax.eval_shape(training.init, params), training.targets, mesh)
+    shardings = training.shardings(jax.eval_shape(training.init, params), mesh)
     return jax.jit(lambda p: training.init(p), out_shardings=shardings)(params), shardings
 
 

@@ -1,14 +1,23 @@
 """Growth by accumulated gradients: SpIEL-AG."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spiel_jax.ops.selection import isin, largest
-from spiel_jax.optim.criteria.criterion import Flag, Observation
+from spiel_jax.optim.criteria.criterion import (
+    Criterion,
+    Flag,
+    Observation,
+    Regridding,
+    register,
+)
 from spiel_jax.optim.inner_optimizers import absorbed, state_dtype
+from spiel_jax.optim.parity import Parity, is_reference
 from spiel_jax.optim.schedules import require_static
 from spiel_jax.sparse.delta import SparseDelta
 from spiel_jax.sparse.targets import Target
@@ -30,7 +39,9 @@ def _choose(flag: Flag, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(flag, n, o), new, old)
 
 
-class AccumulatedGradients(NamedTuple):
+@register("spiel_ag")
+@dataclass(frozen=True)
+class AccumulatedGradients(Criterion):
     """SpIEL-AG: the gradients of a few candidates, accumulated over an estimation phase.
 
     The first step of a phase proposes the entries of largest gradient magnitude; their gradients are
@@ -62,6 +73,8 @@ class AccumulatedGradients(NamedTuple):
         SpIEL, section 3.2 and algorithm 1.
     """
 
+    in_original = True
+
     b1: float = 0.9
     b2: float = 0.999
     ratio: float = 1.0
@@ -76,6 +89,34 @@ class AccumulatedGradients(NamedTuple):
         """The criterion exactly as the original implementation has it, every quirk of it."""
         return cls(b1, b2, per_micro_batch=True, late_age=True, propose_active=True, low_precision=True)
 
+    @classmethod
+    def of(
+        cls, b1: float, b2: float, candidate_ratio: float, parity: Parity = "corrected"
+    ) -> "AccumulatedGradients":
+        """The criterion of ``spiel_ag``.
+
+        Raises:
+            ValueError: If the original has no such criterion and ``parity`` asks for it.
+            TypeError: If the ratio is not static.
+        """
+        require_static(candidate_ratio=candidate_ratio)
+        if candidate_ratio <= 0:
+            raise ValueError(f"candidate_ratio = {candidate_ratio}: expected more than 0")
+        if not is_reference(parity):
+            return cls(b1, b2, candidate_ratio)
+        if candidate_ratio != 1:
+            raise ValueError(
+                f"candidate_ratio = {candidate_ratio}: the original has as many candidates as active "
+                'entries, so parity="reference" needs 1'
+            )
+        return cls.reference(b1, b2)
+
+    @classmethod
+    def from_config(cls, config: Any) -> "AccumulatedGradients":
+        """See ``Criterion``."""
+        settings, optimizer = config.spiel, config.optimizer
+        return cls.of(optimizer.b1, optimizer.b2, settings.candidate_ratio, settings.parity)
+
     @property
     def uses_candidates(self) -> bool:
         """Candidates must be given to ``update`` on proposing and estimating steps."""
@@ -89,6 +130,10 @@ class AccumulatedGradients(NamedTuple):
         """
         require_static(candidate_ratio=self.ratio)
         return min(max(1, round(self.ratio * target.block_count)), target.block_size)
+
+    def known(self, stats: CandidateStats) -> jax.Array:
+        """Positions of the candidates."""
+        return stats.indices
 
     def init(
         self, targets: Mapping[str, Target], values: Mapping[str, jax.Array]
@@ -190,3 +235,14 @@ class AccumulatedGradients(NamedTuple):
             )
             for name, old in stats.items()
         }
+
+    def regrid(self, stats: CandidateStats, move: Regridding) -> CandidateStats:
+        """Moves the candidates; where a block cannot hold all, it keeps those of largest summed gradient."""
+        sums = np.asarray(stats.grad_sum)
+        # one that is not finite is not grown, and comes last
+        scores = np.nan_to_num(np.abs(sums), nan=-1, posinf=-1)
+        moved = move.positions(stats.indices, scores, self.count(move.new))
+        # the counts are the same for all matrices
+        counts = [np.full(move.new.lead, np.max(n), n.dtype) for n in (stats.samples, stats.steps)]
+        kept: Any = moved.indices(), moved(sums), moved(stats.grad_sq_sum), *counts
+        return CandidateStats(*kept)

@@ -1,21 +1,35 @@
-"""Growth criteria of SpIEL: where new entries would help.
+"""What a growth criterion of SpIEL answers: where new entries would help.
 
 A criterion keeps its own statistics, apart from those of the inner optimizer, so that any criterion works
 around any optimizer. ``spiel`` calls ``observe`` on every step; on a reselection it asks, matrix by matrix
 (or block by block), how many entries are ``available`` and which ``incoming`` ones rank highest; then
 ``seed`` may set fields of the inner optimizer's state at the grown entries.
+
+A criterion that is registered under a name is a method of the trainer: ``config.method`` names it.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 
+from spiel_jax.optim import schedules
+from spiel_jax.optim.inner_optimizers import aged_adamw
+from spiel_jax.optim.parity import is_reference
+from spiel_jax.optim.schedules import Reselection
 from spiel_jax.sparse.delta import SparseDelta
 from spiel_jax.sparse.targets import Target
 
 Flag = bool | jax.Array
 """True or false, known to the host or traced."""
+
+Complaint = tuple[str, Any, str]
+"""A key of the configuration, its value, and what is expected there."""
+
+ORIGINAL = "what the original has, as spiel.parity = 'reference' asks for"
 
 
 class Observation(NamedTuple):
@@ -38,32 +52,99 @@ class Observation(NamedTuple):
     inner: Any
 
 
-class Growth(Protocol):
-    """Protocol of a growth criterion. Statistics are a dict: target name to a pytree.
+class Regridding(Protocol):
+    """How what belongs to one target moves to another block grid; arrays of the host.
+
+    Attributes:
+        old: The target before.
+        new: The target after.
+    """
+
+    old: Target
+    new: Target
+
+    def positions(self, indices: Any, scores: np.ndarray | None = None, room: int | None = None) -> Any:
+        """Moves positions [*stack, ..., c]: has the new ``indices()``, and moves arrays like them by a call.
+
+        Args:
+            indices: Positions in the old blocks.
+            scores: Like ``indices``: where a block has room for fewer, those of largest score are kept.
+            room: Positions per new block; default: what the fullest needs.
+        """
+        ...
+
+    def rows(self, bounds: Any) -> np.ndarray:
+        """Upper bounds of the rows of each block, [*stack, ..., R]."""
+        ...
+
+    def columns(self, bounds: Any) -> np.ndarray:
+        """Upper bounds of the columns of each block, [*stack, ..., C]."""
+        ...
+
+
+class Criterion:
+    """A growth criterion. Statistics are a dict: target name to a pytree.
 
     The leaves of the statistics have the leading axes of the target's values ([*stack, ...]), so that one
-    matrix's statistics are one slice of them.
+    matrix's statistics are one slice of them. What is here is a criterion that keeps none, looks at no
+    candidates and seeds nothing: ``incoming`` is all that it lacks.
+
+    A criterion with candidates (``uses_candidates``) gets the gradients of a few entries that are not
+    active. The first step of an estimation phase proposes the ``count`` of largest gradient magnitude; in
+    those that follow, ``known`` says where gradients are wanted again.
+
+    Attributes:
+        propose_active: Whether active entries may be candidates.
+        per_micro_batch: Whether candidate gradients come per micro-batch, with a leading axis [G].
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class First(Criterion):  # grows the first entries that are not active
+        ...     def incoming(self, stats, indices, dropped, n, target):
+        ...         free = jnp.ones(target.block_size, bool).at[indices].set(False, mode="drop")
+        ...         found = jnp.nonzero(free, size=indices.size, fill_value=target.block_size)[0]
+        ...         return jnp.where(jnp.arange(indices.size) < n, found, target.block_size).astype(jnp.int32)
+        >>> target = Target((2, 3), 2)
+        >>> First().incoming((), jnp.array([0, 4]), jnp.array([True, False]), 1, target).tolist()
+        [1, 6]
     """
+
+    propose_active: bool = False
+    per_micro_batch: bool = False
+    in_original: ClassVar[bool] = False  # whether the original implementation has it
+    reselects_once: ClassVar[bool] = False  # its one phase may then be longer than ``spiel.every``
 
     @property
     def uses_candidates(self) -> bool:
         """Whether ``update`` must be given candidates on proposing and estimating steps."""
-        ...
+        return False
+
+    def count(self, target: Target) -> int:
+        """Candidates of one matrix (or block); asked of criteria that use candidates."""
+        raise NotImplementedError(f"{type(self).__name__} uses candidates, but has no count()")
+
+    def known(self, stats: Any) -> jax.Array:
+        """Positions [*stack, ..., c] of one target's candidates; asked of criteria that use candidates."""
+        raise NotImplementedError(f"{type(self).__name__} uses candidates, but has no known()")
 
     def init(self, targets: Mapping[str, Target], values: Mapping[str, jax.Array]) -> dict[str, Any]:
         """Statistics before the first step."""
-        ...
+        del values
+        return dict.fromkeys(targets, ())
 
     def observe(self, stats: dict[str, Any], seen: Observation) -> dict[str, Any]:
         """Statistics after a step."""
-        ...
+        del seen
+        return stats
 
     def available(self, stats: Any, indices: jax.Array, target: Target) -> jax.Array | int:
         """How many entries of one matrix could be grown, given its active positions [k].
 
         ``target.block_size`` marks unused slots among them, here and in ``incoming``.
         """
-        ...
+        del stats
+        return target.block_size - jnp.sum(indices < target.block_size, dtype=jnp.int32)
 
     def incoming(
         self, stats: Any, indices: jax.Array, dropped: jax.Array, n: jax.Array, target: Target
@@ -72,7 +153,7 @@ class Growth(Protocol):
 
         A position that is active and not dropped must not be among them.
         """
-        ...
+        raise NotImplementedError(f"{type(self).__name__} has no incoming()")
 
     def seed(self, stats: Any, source: jax.Array) -> dict[str, jax.Array]:
         """Fields of the inner state of grown entries: name to [k]. May be empty.
@@ -80,8 +161,135 @@ class Growth(Protocol):
         ``source`` [k] is the slot of ``incoming`` that each replaced slot took; what is returned for the
         other slots is not used.
         """
-        ...
+        del stats, source
+        return {}
 
     def clear(self, stats: dict[str, Any], targets: Mapping[str, Target]) -> dict[str, Any]:
         """Statistics after a reselection."""
-        ...
+        del targets
+        return stats
+
+    def regrid(self, stats: Any, move: Regridding) -> Any:
+        """One target's statistics for another block grid, arrays of the host.
+
+        Raises:
+            NotImplementedError: If the criterion has statistics and does not say how they move.
+        """
+        del move
+        if jax.tree.leaves(stats):
+            raise NotImplementedError(f"{type(self).__name__} has no regrid()")
+        return stats
+
+    # What follows makes a criterion a method of the trainer. ``config`` has the keys of ``default_config``.
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Criterion":
+        """The criterion as a run's configuration asks for it."""
+        del config
+        return cls()
+
+    @classmethod
+    def complaints(cls, config: Any) -> Iterator[Complaint]:
+        """What of the configuration it cannot use."""
+        settings = config.spiel
+        every, accumulation, first = settings.every, settings.accumulation, settings.first
+        reference = settings.parity == "reference"
+        if every < 1:
+            yield "spiel.every", every, "at least 1"
+        if accumulation < 1 or not (accumulation <= every or reference or cls.reselects_once):
+            yield "spiel.accumulation", accumulation, f"1 to spiel.every = {every}"
+        if not 0 <= settings.rate <= 1:
+            yield "spiel.rate", settings.rate, "0 to 1"
+        if first is not None and not first <= 1:
+            yield "spiel.first", first, "0 to 1, or negative"
+        if not settings.candidate_ratio > 0:
+            yield "spiel.candidate_ratio", settings.candidate_ratio, "more than 0"
+        if reference and not cls.in_original:
+            yield "method", config.method, f"a method of SpIEL: {ORIGINAL}"
+        if reference and first is not None:
+            yield "spiel.first", first, f"unset: {ORIGINAL}"
+        if reference and settings.schedule == "constant":
+            yield "spiel.schedule", settings.schedule, f"linear or cosine: {ORIGINAL}"
+        if reference and settings.candidate_ratio != 1:
+            yield "spiel.candidate_ratio", settings.candidate_ratio, f"1: {ORIGINAL}"
+
+    @classmethod
+    def schedule(cls, config: Any, steps: int) -> Reselection:
+        """When a run of so many steps reselects; by default everything is replaced first, as in SpIEL."""
+        return configured_schedule(config.spiel, steps, first=1.0)
+
+    @classmethod
+    def optimizer(
+        cls, config: Any, rate: optax.Schedule, targets: Mapping[str, Target]
+    ) -> optax.GradientTransformation:
+        """The inner optimizer of a run; by default Adam with an age per entry."""
+        del targets
+        settings = config.optimizer
+        return aged_adamw(
+            rate,
+            settings.b1,
+            settings.b2,
+            weight_decay=settings.weight_decay,
+            low_precision=is_reference(config.spiel.parity),
+            **({} if settings.eps is None else {"eps": settings.eps}),
+        )
+
+    @classmethod
+    def start(cls, config: Any) -> Callable[..., Mapping[str, SparseDelta]] | None:
+        """Pretrained parameters and targets to the positions to start from; None for random ones."""
+        del config
+        return None
+
+
+Growth = Criterion
+"""Earlier name of ``Criterion``."""
+
+C = TypeVar("C", bound=type[Criterion])
+
+CRITERIA: dict[str, type[Criterion]] = {}
+"""Name, as ``config.method`` has it, to criterion."""
+
+
+def register(name: str) -> Callable[[C], C]:
+    """Makes a criterion a method of the trainer.
+
+    Args:
+        name: What ``config.method`` calls it.
+
+    Raises:
+        ValueError: If another one has the name.
+
+    Example:
+        >>> @register("docs_example")
+        ... class Example(Criterion): ...
+        >>> CRITERIA.pop("docs_example").__name__
+        'Example'
+    """
+
+    def add(criterion: C) -> C:
+        if CRITERIA.setdefault(name, criterion) is not criterion:
+            raise ValueError(f"a criterion is registered as {name!r} already: {CRITERIA[name].__name__}")
+        return criterion
+
+    return add
+
+
+def configured_schedule(settings: Any, steps: int, first: float | None) -> Reselection:
+    """The schedule that ``config.spiel`` describes.
+
+    Args:
+        settings: That section.
+        steps: Optimizer steps of the run.
+        first: Rate of the first reselection where the section does not say; None: as the others.
+    """
+    rates = {"linear": schedules.linear, "cosine": schedules.cosine, "constant": schedules.constant}
+    first = first if settings.first is None else settings.first
+    schedule = Reselection(
+        total_steps=steps,
+        every=settings.every,
+        accumulation=settings.accumulation,
+        rate=rates[settings.schedule](settings.rate),
+        first=None if first is None or first < 0 else first,
+        long_phases=is_reference(settings.parity),
+    )
+    return schedule.original() if is_reference(settings.parity) else schedule

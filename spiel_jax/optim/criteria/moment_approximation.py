@@ -1,15 +1,24 @@
 """Growth by moments that rows and columns approximate: SpIEL-MA."""
 
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from spiel_jax.ops.selection import top_products
-from spiel_jax.optim.criteria.criterion import Observation
-from spiel_jax.optim.inner_optimizers import sm3_init, sm3_observe
+from spiel_jax.optim.criteria.criterion import (
+    ORIGINAL,
+    Complaint,
+    Criterion,
+    Observation,
+    Regridding,
+    register,
+)
+from spiel_jax.optim.inner_optimizers import sm3_init, sm3_observe, sparse_sm3
+from spiel_jax.optim.parity import Parity, is_reference
 from spiel_jax.sparse.targets import Target
 
 Score = Literal["product", "minimum"]
@@ -19,7 +28,9 @@ Score = Literal["product", "minimum"]
 SCORES = {"product": jnp.multiply, "minimum": jnp.minimum}
 
 
-class MomentApproximation(NamedTuple):
+@register("spiel_ma")
+@dataclass(frozen=True)
+class MomentApproximation(Criterion):
     """SpIEL-MA: the second moment of every entry, approximated by its row's and its column's.
 
     The accumulators are those of sparse SM3: m + n numbers per matrix and O(k) work per step; growth needs
@@ -35,13 +46,46 @@ class MomentApproximation(NamedTuple):
         <https://arxiv.org/abs/1901.11150>`_.
     """
 
+    in_original = True
+
     score: Score = "product"
     shared: bool = False
 
-    @property
-    def uses_candidates(self) -> bool:
-        """The accumulators say it all."""
-        return False
+    @classmethod
+    def of(cls, score: Score, parity: Parity = "corrected") -> "MomentApproximation":
+        """The criterion of ``spiel_ma``, on the accumulators of sparse SM3.
+
+        Raises:
+            ValueError: If the score is unknown, or the original does not have it and ``parity`` asks for it.
+        """
+        if score not in get_args(Score):
+            raise ValueError(f"score = {score!r}: expected one of {', '.join(get_args(Score))}")
+        if is_reference(parity) and score != "product":
+            raise ValueError(
+                f'score = {score!r}: the original ranks by the product, so parity="reference" does'
+            )
+        return cls(score, shared=True)
+
+    @classmethod
+    def from_config(cls, config: Any) -> "MomentApproximation":
+        """See ``Criterion``."""
+        return cls.of(config.spiel.score, config.spiel.parity)
+
+    @classmethod
+    def complaints(cls, config: Any) -> Iterator[Complaint]:
+        """See ``Criterion``."""
+        yield from super().complaints(config)
+        if config.spiel.parity == "reference" and config.spiel.score != "product":
+            yield "spiel.score", config.spiel.score, f"product: {ORIGINAL}"
+
+    @classmethod
+    def optimizer(
+        cls, config: Any, rate: optax.Schedule, targets: Mapping[str, Target]
+    ) -> optax.GradientTransformation:
+        """Sparse SM3, whose accumulators the criterion shares."""
+        settings = config.optimizer
+        eps = {} if settings.eps is None else {"eps": settings.eps}
+        return sparse_sm3(rate, targets, weight_decay=settings.weight_decay, **eps)
 
     def init(
         self, targets: Mapping[str, Target], values: Mapping[str, jax.Array]
@@ -68,10 +112,6 @@ class MomentApproximation(NamedTuple):
             for name, (row, column) in stats.items()
         }
 
-    def available(self, stats: Any, indices: jax.Array, target: Target) -> jax.Array:
-        """All entries that are not active."""
-        return target.block_size - jnp.sum(indices < target.block_size, dtype=jnp.int32)
-
     def incoming(
         self,
         stats: tuple[jax.Array, jax.Array],
@@ -84,10 +124,6 @@ class MomentApproximation(NamedTuple):
         row, column = stats
         return top_products(row, column, n, indices.size, indices, SCORES[self.score])
 
-    def seed(self, stats: Any, source: jax.Array) -> dict[str, jax.Array]:
-        """Nothing: the accumulators know the grown entries already."""
-        return {}
-
-    def clear(self, stats: dict[str, Any], targets: Mapping[str, Target]) -> dict[str, Any]:
-        """Keeps the accumulators."""
-        return stats
+    def regrid(self, stats: tuple[Any, Any], move: Regridding) -> Any:
+        """Joins or cuts the accumulators: they stay upper bounds."""
+        return move.rows(stats[0]), move.columns(stats[1])

@@ -2,16 +2,21 @@
 
 import zlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from spiel_jax.optim.criteria.criterion import Observation
+from spiel_jax.optim.criteria.criterion import Criterion, Regridding, configured_schedule, register
+from spiel_jax.optim.schedules import Reselection
 from spiel_jax.sparse.targets import Target
 
 
-class RandomGrowth(NamedTuple):
+@register("random")
+@dataclass(frozen=True)
+class RandomGrowth(Criterion):
     """Grows random entries (SET); at a replacement rate of 0, a static random mask (SHiRA, SpaRTA).
 
     Its only statistic is a PRNG key per matrix. A reselection takes O(k log k): one entry is drawn from each
@@ -28,10 +33,15 @@ class RandomGrowth(NamedTuple):
 
     key: int | jax.Array = 0
 
-    @property
-    def uses_candidates(self) -> bool:
-        """It draws blindly."""
-        return False
+    @classmethod
+    def from_config(cls, config: Any) -> "RandomGrowth":
+        """See ``Criterion``."""
+        return cls(config.seed)
+
+    @classmethod
+    def schedule(cls, config: Any, steps: int) -> Reselection:
+        """See ``Criterion``; the first reselection is no other than the rest."""
+        return configured_schedule(config.spiel, steps, first=None)
 
     def init(self, targets: Mapping[str, Target], values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """A key per matrix: target name to uint32 [..., words]."""
@@ -42,14 +52,6 @@ class RandomGrowth(NamedTuple):
             )
             for name, target in targets.items()
         }
-
-    def observe(self, stats: dict[str, jax.Array], seen: Observation) -> dict[str, jax.Array]:
-        """Nothing to learn from a step."""
-        return stats
-
-    def available(self, stats: jax.Array, indices: jax.Array, target: Target) -> jax.Array:
-        """All entries that are not active."""
-        return target.block_size - jnp.sum(indices < target.block_size, dtype=jnp.int32)
 
     def incoming(
         self, stats: jax.Array, indices: jax.Array, dropped: jax.Array, n: jax.Array, target: Target
@@ -68,10 +70,6 @@ class RandomGrowth(NamedTuple):
         position = rank + jnp.searchsorted(before, rank, side="right").astype(jnp.int32)
         return jnp.where(slot < n, position, target.block_size)
 
-    def seed(self, stats: jax.Array, source: jax.Array) -> dict[str, jax.Array]:
-        """Nothing is known of the grown entries."""
-        return {}
-
     def clear(self, stats: dict[str, jax.Array], targets: Mapping[str, Target]) -> dict[str, jax.Array]:
         """The next keys."""
 
@@ -80,3 +78,15 @@ class RandomGrowth(NamedTuple):
             return jax.random.key_data(jax.vmap(jax.random.fold_in, (0, None))(keys, 1)).reshape(data.shape)
 
         return {name: advance(data) for name, data in stats.items()}
+
+    def regrid(self, stats: Any, move: Regridding) -> Any:
+        """The keys of the first blocks, split."""
+        old, new = move.old, move.new
+        if old.grid == new.grid:
+            return stats
+        data = stats if old.grid == (1, 1) else stats[..., 0, 0, :]
+        split = jax.random.split
+        for _ in new.stack:
+            split = jax.vmap(split, (0, None))
+        keys = split(jax.random.wrap_key_data(jnp.asarray(data)), int(np.prod(new.grid)))
+        return jax.random.key_data(keys).reshape(*new.lead, -1)

@@ -1,8 +1,9 @@
-"""Growth criteria and positions of the baselines: random entries, and static masks."""
+"""Static masks: criteria that never grow, or once, and the positions of largest weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +12,16 @@ from jax import lax
 from spiel_jax.ops.selection import top_magnitudes
 from spiel_jax.ops.sharded import on_blocks
 from spiel_jax.ops.tree import parameter_name, path_name
-from spiel_jax.optim.criteria.criterion import Observation
+from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients
+from spiel_jax.optim.criteria.criterion import Criterion, register
+from spiel_jax.optim.schedules import Reselection, constant
 from spiel_jax.sparse.delta import SparseDelta
 from spiel_jax.sparse.targets import Target
 
 
-class NoGrowth(NamedTuple):
+@dataclass(frozen=True)
+class NoGrowth(Criterion):
     """Grows nothing: the entries stay where they were placed."""
-
-    @property
-    def uses_candidates(self) -> bool:
-        """None are looked for."""
-        return False
-
-    def init(self, targets: Mapping[str, Target], values: Mapping[str, jax.Array]) -> dict[str, tuple]:
-        """No statistics."""
-        return dict.fromkeys(targets, ())
-
-    def observe(self, stats: dict[str, tuple], seen: Observation) -> dict[str, tuple]:
-        """Nothing to learn from a step."""
-        return stats
 
     def available(self, stats: tuple, indices: jax.Array, target: Target) -> int:
         """None."""
@@ -42,13 +33,40 @@ class NoGrowth(NamedTuple):
         """Unused slots only."""
         return jnp.full_like(indices, target.block_size)
 
-    def seed(self, stats: tuple, source: jax.Array) -> dict[str, jax.Array]:
-        """Nothing."""
-        return {}
+    @classmethod
+    def schedule(cls, config: Any, steps: int) -> Reselection:
+        """Never."""
+        del config
+        return Reselection(steps, rate=constant(0.0), first=None)
 
-    def clear(self, stats: dict[str, tuple], targets: Mapping[str, Target]) -> dict[str, tuple]:
-        """Nothing."""
-        return stats
+
+@register("magnitude")
+class LargestWeights(NoGrowth):
+    """The largest or smallest pretrained weights, a static mask (Super-Tuning)."""
+
+    @classmethod
+    def start(cls, config: Any) -> Callable[..., Mapping[str, SparseDelta]]:
+        """See ``Criterion``."""
+        return partial(magnitude_positions, largest=config.spiel.magnitude == "largest")
+
+
+@register("gradient")
+class FirstGradients(AccumulatedGradients):
+    """The largest gradients of the first steps, a static mask (SIFT): chosen once, at the end of a phase."""
+
+    in_original = False
+    reselects_once = True
+
+    @classmethod
+    def from_config(cls, config: Any) -> AccumulatedGradients:
+        """See ``Criterion``: accumulated gradients that may stay where they are, and seed nothing."""
+        return AccumulatedGradients(ratio=config.spiel.candidate_ratio, seeds=False, propose_active=True)
+
+    @classmethod
+    def schedule(cls, config: Any, steps: int) -> Reselection:
+        """See ``Criterion``: everything is replaced at the end of step ``spiel.accumulation``."""
+        phase = config.spiel.accumulation
+        return Reselection(steps, max(steps, phase), phase, constant(0.0), first=1.0)
 
 
 def magnitude_positions(

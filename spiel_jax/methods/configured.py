@@ -1,0 +1,86 @@
+"""What methods make of a configuration alike: learning rate, optimizer, and what is adapted."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import optax
+from jax.sharding import Mesh
+
+from spiel_jax.distributed.mesh import check_mesh
+from spiel_jax.models.axes import weight_axes, weight_grid
+from spiel_jax.models.config import ModelConfig
+from spiel_jax.models.decoder import abstract_params, layer_names
+from spiel_jax.ops.tree import parameter_name
+from spiel_jax.optim.criteria.criterion import CRITERIA
+from spiel_jax.sparse.targets import Target, find_targets
+
+
+def learning_rate(config: Any, steps: int) -> optax.Schedule:
+    """Warm-up to the peak over a share of the steps, then the chosen decay.
+
+    The first step already has ``peak / warmup_steps``: a rate of 0 would waste it.
+    """
+    settings = config.optimizer
+    peak, warmup = settings.learning_rate, round(settings.warmup * steps)
+    rest = max(steps - warmup, 1)
+    after = {
+        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+        "constant": lambda: optax.constant_schedule(peak),
+    }[settings.schedule]()
+    if warmup == 0:
+        return after
+    rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def configured_adamw(config: Any, steps: int) -> optax.GradientTransformation:
+    """AdamW on all that is trained, behind a clipping of its gradients where there is one."""
+    settings = config.optimizer
+    eps: dict[str, Any] = {} if settings.eps is None else {"eps": settings.eps}
+    clip = [] if settings.clip_norm is None else [optax.clip_by_global_norm(settings.clip_norm)]
+    rate = learning_rate(config, steps)
+    return optax.chain(
+        *clip, optax.adamw(rate, settings.b1, settings.b2, weight_decay=settings.weight_decay, **eps)
+    )
+
+
+def configured_targets(config: Any, model: ModelConfig) -> dict[str, Target]:
+    """What has sparse deltas, without mesh axes.
+
+    Raises:
+        ValueError: If a rule matches nothing, or the budget does not fit.
+    """
+    blocks = {axis: number or 1 for axis, number in config.targets.grid.items()}
+    return find_targets(
+        abstract_params(model),
+        density=config.targets.density,
+        num_tunable=config.targets.num_tunable,
+        rules=tuple(config.targets.rules),
+        grid=partial(weight_grid, blocks=blocks),
+        layer_names=lambda name, stack: layer_names(name, stack[0]),
+    )
+
+
+def with_axes(targets: Mapping[str, Target]) -> dict[str, Target]:
+    """The targets with the mesh axes of their weights, where they have a block grid."""
+    return {
+        name: target if target.grid == (1, 1) else replace(target, axes=weight_axes(parameter_name(name)))
+        for name, target in targets.items()
+    }
+
+
+def check_layout(config: Any, model: ModelConfig, mesh: Mesh) -> None:
+    """Makes sure that a mesh divides the model, and the block grid where the method has sparse deltas.
+
+    Args:
+        config: With its block grid filled in.
+        model: Shape of the model.
+        mesh: From ``make_mesh``.
+
+    Raises:
+        ValueError: See ``check_mesh``.
+    """
+    check_mesh(model, mesh, config.targets.grid if config.method in CRITERIA else mesh.shape)
