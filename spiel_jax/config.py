@@ -15,6 +15,7 @@ from ml_collections import config_dict
 from spiel_jax.data import DataConfig, SourceSpec
 from spiel_jax.methods.registry import method_class, method_names
 from spiel_jax.models.decoder import Remat
+from spiel_jax.models.storage import KINDS
 from spiel_jax.optim.criteria.criterion import CRITERIA, Complaint
 from spiel_jax.optim.criteria.moment_approximation import Score
 from spiel_jax.optim.parity import Parity
@@ -53,6 +54,8 @@ def default_config() -> Config:
                 "preset": optional(str),  # shape of a random model, such as llama2_7b
                 "tokenizer": optional(str),  # another source to take the tokenizer from
                 "dtype": "bfloat16",  # of the base weights: bfloat16 | float32
+                # how the frozen weights of the blocks' linears are held: none (as they are)
+                "quantization": "none",
                 "remat": "full",  # stored for the backward pass: none | dots | full
                 "loss_chunk": 512,  # tokens whose logits are in memory at a time
             },
@@ -163,7 +166,8 @@ CHOICES = {
 
 
 def _unknown_choices(config: Config) -> Iterator[Complaint]:
-    for key, allowed in {"method": method_names(), **CHOICES}.items():
+    known = {"method": method_names(), "model.quantization": tuple(KINDS)}
+    for key, allowed in {**known, **CHOICES}.items():
         value: Any = config
         for part in key.split("."):
             value = value[part]
@@ -207,7 +211,11 @@ def _bad_optimizer(config: Config) -> Iterator[Complaint]:
 
 
 def _bad_method(config: Config) -> Iterator[Complaint]:
-    yield from method_class(config.method).complaints(config)
+    method = method_class(config.method)
+    if not method.keeps_base and config.model.quantization != "none":
+        expected = f"none: method = {config.method!r} trains every weight"
+        yield "model.quantization", config.model.quantization, expected
+    yield from method.complaints(config)
 
 
 def micro_batch_size(config: Config) -> int:
@@ -306,7 +314,13 @@ def unflatten(flat: Mapping[str, Any]) -> Config:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ between two flattened configs, but for the adjustable ones."""
+    """Keys whose values differ between two flattened configs, but for the adjustable ones.
+
+    Args:
+        old: As an earlier version may have stored it: a key that it lacks has its default.
+        new: Of this version.
+    """
+    old = {key: value for key, value in flatten(default_config()).items() if key in new} | old
 
     def adjustable(key: str) -> bool:
         return any(key == a or (a.endswith(".*") and key.startswith(a[:-1])) for a in ADJUSTABLE)

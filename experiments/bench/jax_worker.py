@@ -19,6 +19,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str], float]
     from spiel_jax.methods.method import compiled_step, compiler_options
     from spiel_jax.methods.registry import build
     from spiel_jax.models import ModelConfig, open_model
+    from spiel_jax.models.storage import storage_for
     from spiel_jax.optim.criteria.criterion import CRITERIA
     from spiel_jax.optim.schedules import Phase
     from spiel_jax.sparse.targets import Rule
@@ -44,7 +45,9 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str], float]
         config.targets.rules = tuple(Rule(pattern, job["share"]) for pattern in LINEAR_LAYERS)
     total = 10 * job["every"]
     training = build(config, source.config, total)
-    params = source.load(jnp.dtype(job["dtype"]), packed=training.keeps_base, progress=False)
+    dtype = jnp.dtype(job["dtype"])
+    storage = storage_for("none", dtype) if training.keeps_base else None
+    params = source.load(dtype, storage=storage, progress=False)
     state = jax.jit(training.init, donate_argnums=0, compiler_options=compiler_options())(params)
     del params
 

@@ -15,6 +15,8 @@ from spiel_jax.methods.registry import build
 from spiel_jax.models import ModelConfig
 from spiel_jax.models.io.fingerprint import differing, fingerprint
 from spiel_jax.models.io.loading import open_model
+from spiel_jax.models.storage import kind_named
+from spiel_jax.ops.stored import is_writable
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,16 @@ class Run:
         step: Optimizer steps done.
         settings: The run's configuration, dotted key to value.
         config: The model's shape.
-        base: The base model's parameters; None where they were not asked for.
-        tuned: The fine-tuned ones, merged. Arrays that were not tuned are those of ``base``.
+        base: The base model's parameters, quantised as in the run; None where they were not asked for.
+        tuned: The fine-tuned ones, merged, which are arrays; those that were not tuned are those of ``base``.
         tokenizer: The one it was trained with.
     """
 
     step: int
     settings: dict[str, Any]
     config: ModelConfig
-    base: dict[str, jax.Array] | None
-    tuned: dict[str, jax.Array]
+    base: dict[str, Any] | None
+    tuned: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
 
 
@@ -60,22 +62,25 @@ def load_run(directory: str | Path, step: int | None = None, *, keep_base: bool 
     source = open_model(name, preset=settings["model.preset"])
     named = settings["model.tokenizer"]
     tokenizer = (source if named is None else open_model(named)).tokenizer()
-    method = build(unflatten(settings), source.config, 1, stored_targets(facts))  # the length means nothing
+    config = unflatten(settings)
+    method = build(config, source.config, 1, stored_targets(facts))  # the length means nothing
     trained = restore_trained(directory, facts["step"])
     changed, base = method.changed(trained), None
     if changed is not None or keep_base:
-        base = source.load(dtype, seed=settings["seed"])
+        storage = kind_named(config.model.quantization)
+        base = source.load(dtype, seed=settings["seed"], storage=storage)
         _check_base(f"{directory} was trained on another base model than {name}", facts["fingerprint"], base)
     if changed is None:
         tuned = method.merge({}, trained)
     else:
         assert base is not None
         before = {name: base[name] for name in changed & base.keys()}
-        tuned = base | jax.jit(method.merge, donate_argnums=() if keep_base else 0)(before, trained)
+        in_place = not keep_base and all(map(is_writable, before.values()))
+        tuned = base | jax.jit(method.merge, donate_argnums=0 if in_place else ())(before, trained)
     return Run(facts["step"], settings, source.config, base if keep_base else None, tuned, tokenizer)
 
 
-def _check_base(problem: str, expected: Mapping[str, str], base: dict[str, jax.Array]) -> None:
+def _check_base(problem: str, expected: Mapping[str, str], base: dict[str, Any]) -> None:
     found = fingerprint(base)
     if names := differing(expected, found):
         lines = [f"  {name}: {expected.get(name)} then, {found.get(name)} now" for name in names[:5]]

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
@@ -16,7 +15,7 @@ _MARK = "\ufdd0"  # a noncharacter: no template writes it of its own accord
 
 def reply(
     config: ModelConfig,
-    params: Mapping[str, jax.Array],
+    params: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     prompt: str | Sequence[Mapping[str, str]],
     *,

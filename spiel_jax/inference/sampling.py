@@ -6,7 +6,7 @@ window, which counts slots, covers the right tokens.
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ _NOT_FINITE = -1  # in place of a token that could not be chosen
 
 def generate(
     config: ModelConfig,
-    params: Mapping[str, jax.Array],
+    params: Mapping[str, Any],
     tokens: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -151,7 +151,7 @@ class _Generation(NamedTuple):
 @partial(jax.jit, static_argnames=("config", "new_slots"))
 def _decode(
     config: ModelConfig,
-    params: dict[str, jax.Array],
+    params: dict[str, Any],
     prompts: jax.Array,
     segment_ids: jax.Array,
     stop: jax.Array,
@@ -202,7 +202,7 @@ def _decode(
         last=jnp.zeros((batch,), jnp.int32),
         new=jnp.zeros((batch, new_slots), jnp.int32),
         ended=jnp.zeros((batch,), bool),
-        cache=init_cache(config, batch, length + new_slots, params["model.embed_tokens.weight"].dtype),
+        cache=init_cache(config, batch, length + new_slots, bind(config, params).dtype),
     )
     end = lax.while_loop(
         lambda state: (state.step < limit) & ~jnp.all(state.ended),

@@ -12,7 +12,8 @@ from spiel_jax.models.decoder import Remat, bind
 from spiel_jax.models.layers import Adapter
 from spiel_jax.ops.cross_entropy import next_token_loss
 
-Params = dict[str, jax.Array]
+Params = dict[str, Any]
+"""Parameter name to array, or to a stored weight (see ``models.storage``)."""
 Batch = Mapping[str, jax.Array]
 """Arrays [B, S]: tokens, targets, positions, segment_ids (int32), weights (float32)."""
 

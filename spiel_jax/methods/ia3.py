@@ -15,6 +15,7 @@ from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import LAYERS
 from spiel_jax.models.layers import Adapter
 from spiel_jax.ops.matmul import linear
+from spiel_jax.ops.stored import Stored
 from spiel_jax.ops.tree import parameter_name
 from spiel_jax.sparse.targets import Target
 
@@ -65,7 +66,7 @@ class Scaled:
     factors: jax.Array
     inputs: bool = field(metadata={"static": True})
 
-    def __call__(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, weight: jax.Array | Stored) -> jax.Array:
         """[..., in] and [out, in] give [..., out], dtype of ``x``."""
         frozen = partial(linear, weight=lax.stop_gradient(weight))
         return frozen(scaled(x, self.factors)) if self.inputs else scaled(frozen(x), self.factors)

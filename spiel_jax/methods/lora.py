@@ -18,6 +18,7 @@ from spiel_jax.models.axes import weight_axes
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.layers import Adapter
 from spiel_jax.ops.matmul import dot, weight_gradient
+from spiel_jax.ops.stored import Stored, as_array
 from spiel_jax.ops.tree import parameter_name
 from spiel_jax.optim.criteria.criterion import Complaint
 from spiel_jax.sparse.targets import Target
@@ -47,7 +48,7 @@ class LowRank:
     scale: float = _static(default=1.0)
     dropout: float = _static(default=0.0)
 
-    def __call__(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, weight: jax.Array | Stored) -> jax.Array:
         """[..., in] and [out, in] give [..., out], dtype of ``x``."""
         return low_rank_linear(x, weight, self)
 
@@ -76,7 +77,7 @@ def _masked(x: jax.Array, kept: jax.Array | None) -> jax.Array:
 
 
 @jax.custom_vjp
-def low_rank_linear(x: jax.Array, weight: jax.Array, adapter: LowRank) -> jax.Array:
+def low_rank_linear(x: jax.Array, weight: jax.Array | Stored, adapter: LowRank) -> jax.Array:
     """``x @ weight.T`` and a term of low rank, of which only the latter has gradients.
 
     Products take operands in the dtype of the weight and accumulate in float32; the sum is rounded once,
@@ -94,9 +95,9 @@ def low_rank_linear(x: jax.Array, weight: jax.Array, adapter: LowRank) -> jax.Ar
     return _low_rank_forward(x, weight, adapter)[0]
 
 
-def _low_rank_forward(x: jax.Array, weight: jax.Array, adapter: LowRank) -> tuple[jax.Array, tuple]:
+def _low_rank_forward(x: jax.Array, weight: jax.Array | Stored, adapter: LowRank) -> tuple[jax.Array, tuple]:
     dtype = weight.dtype
-    y = dot(x.astype(dtype), weight, (-1, 1))
+    y = dot(x.astype(dtype), as_array(weight), (-1, 1))
     with jax.named_scope("low_rank"):
         seen = _masked(x.astype(dtype), adapter.kept(x.shape))
         hidden = dot(seen, adapter.a.astype(dtype), (-1, 1)).astype(dtype)  # [..., r]
@@ -108,7 +109,7 @@ def _low_rank_backward(residuals: tuple, dy: jax.Array) -> tuple[jax.Array, None
     x, weight, adapter, hidden = residuals
     dtype = weight.dtype
     dy = dy.astype(dtype)
-    dx = dot(dy, weight, (-1, 0))
+    dx = dot(dy, as_array(weight), (-1, 0))
     with jax.named_scope("low_rank"):
         kept = adapter.kept(x.shape)
         # Formed transposed, so that what a CPU transposes for the product is the narrow one of its operands;

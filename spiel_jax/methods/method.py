@@ -37,8 +37,9 @@ class TrainState:
 
     Attributes:
         params: What the model runs with; holds the merged weights of a resident merge. Those that are not
-            trained themselves are packed (see ``models.storage``).
-        base: Target name to pretrained entries at the active positions, for methods that merge.
+            trained themselves can be stored weights (see ``models.storage``).
+        base: Target name to pretrained entries at the active positions, for targets whose weight holds the
+            deltas merged.
         trainable: What the optimizer sees as its parameters.
         opt_state: State of the optimizer.
     """
@@ -98,11 +99,11 @@ class Method:
         return TrainState(params, {}, trainable, opt_state)
 
     def tuned(self, state: TrainState) -> Params:
-        """The tuned model's parameters, some of them packed (see ``models.storage``)."""
+        """The tuned model's parameters; some can be stored weights (see ``models.storage``)."""
         raise NotImplementedError
 
     def pretrained(self, state: TrainState) -> Params | None:
-        """The base model's parameters, exactly, some of them packed; None where they are not kept."""
+        """The base model's parameters, exactly, stored weights too; None where they are not kept."""
         return state.params
 
     def step_kind(self, step: int) -> tuple[Phase, bool]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -14,9 +15,11 @@ from spiel_jax.losses.next_token import Batch, Objective, Params
 from spiel_jax.methods.configured import configured_adamw
 from spiel_jax.methods.method import Method, Metrics, TrainState, optimizer_step
 from spiel_jax.models.config import ModelConfig
-from spiel_jax.models.decoder import ADAPTED, abstract_params, layer_names, unpacked
+from spiel_jax.models.decoder import ADAPTED, abstract_params, layer_names
 from spiel_jax.models.layers import Adapter
-from spiel_jax.models.storage.packed import pack, unpack
+from spiel_jax.models.storage.packed import packed
+from spiel_jax.models.storage.weight import hold
+from spiel_jax.ops.stored import as_array, is_stored, is_writable
 from spiel_jax.optim.schedules import Phase
 from spiel_jax.sparse.targets import Rule, Target, find_targets
 
@@ -49,6 +52,9 @@ class Parametrization(Protocol):
 
     def merge(self, params: Params, trainable: dict[str, Any]) -> Params:
         """Parameters of a plain model that computes the same, in the dtypes of ``params``.
+
+        They are held as in ``params``, but for those that change of a stored weight that cannot be written
+        exactly: these are arrays.
 
         Args:
             params: The pretrained parameters, or only those that change.
@@ -97,29 +103,35 @@ def among_layers(parts: jax.Array, target: Target, layers: int, fill: float) -> 
     return jnp.full((layers, *parts.shape[1:]), fill, parts.dtype).at[jnp.array(target.layers)].set(parts)
 
 
-def edit_layers(
-    stacked: jax.Array, target: Target, edit: Callable[..., jax.Array], *parts: jax.Array
-) -> jax.Array:
+def edit_layers(stacked: Any, target: Target, edit: Callable[..., jax.Array], *parts: jax.Array) -> Any:
     """Edits the adapted layers of a stacked parameter, in place where donated.
 
     One layer at a time: the intermediate results of a whole stack can be larger than the model. Not
     differentiable in a 16-bit ``stacked`` on a CPU.
 
     Args:
-        stacked: [L, ...].
+        stacked: [L, ...], an array or a stored weight.
         target: Which layers are adapted.
         edit: Layer [...] and its slices of ``parts`` to the new layer; cast to the dtype of ``stacked``.
         parts: [adapted layers, ...].
+
+    Returns:
+        The parameter, held as ``stacked`` is; an array in the place of a stored weight that is not writable.
     """
     numbers = jnp.arange(stacked.shape[0]) if target.layers is None else jnp.array(target.layers)
+    dtype, keeps = stacked.dtype, is_stored(stacked) and is_writable(stacked)
+    held = stacked if keeps else packed(as_array(stacked))
+    kind: Any = type(held) if is_stored(held) else None
 
-    def one(slot: jax.Array, stacked: jax.Array) -> jax.Array:
-        old = unpack(lax.dynamic_index_in_dim(stacked, numbers[slot], keepdims=False), dtype)
-        new = pack(edit(old, *(part[slot] for part in parts)).astype(dtype))
-        return lax.dynamic_update_index_in_dim(stacked, new, numbers[slot], 0)
+    def one(slot: jax.Array, held: Any) -> Any:
+        take = partial(lax.dynamic_index_in_dim, index=numbers[slot], keepdims=False)
+        old = as_array(jax.tree.map(take, held))
+        new = hold(edit(old, *(part[slot] for part in parts)).astype(dtype), kind)
+        put = partial(lax.dynamic_update_index_in_dim, index=numbers[slot], axis=0)
+        return jax.tree.map(put, held, new)
 
-    dtype = stacked.dtype
-    return unpack(lax.fori_loop(0, numbers.size, one, pack(stacked)), dtype)
+    edited = lax.fori_loop(0, numbers.size, one, held)
+    return edited if keeps else as_array(edited)
 
 
 class ParametrizationState(NamedTuple):
@@ -171,7 +183,7 @@ class ParametrizationMethod(Method):
 
     def tuned(self, state: TrainState) -> Params:
         """See ``Method``: the adapters merged into the weights."""
-        return self.kind.merge(unpacked(state.params), state.trainable)
+        return self.kind.merge(state.params, state.trainable)
 
     def step(
         self, state: TrainState, batch: Batch, *, phase: Phase, reselect: bool

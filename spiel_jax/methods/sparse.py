@@ -1,6 +1,6 @@
 """Training of sparse deltas: gradients of entries, candidates, and the resident merge."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,9 +13,8 @@ from spiel_jax.losses.next_token import Batch, Objective, Params, supervised
 from spiel_jax.methods.configured import configured_targets, learning_rate, with_axes
 from spiel_jax.methods.method import Method, Metrics, TrainState, guarded, scan_micro_batches
 from spiel_jax.models.config import ModelConfig
-from spiel_jax.models.decoder import EMBEDDING, unpacked
-from spiel_jax.models.storage.packed import stored_like, unpack
 from spiel_jax.ops.selection import compact, largest
+from spiel_jax.ops.stored import is_writable
 from spiel_jax.ops.tree import parameter_name
 from spiel_jax.optim.block_grid import Regridded, convert
 from spiel_jax.optim.criteria.criterion import CRITERIA, Complaint, Criterion
@@ -23,7 +22,15 @@ from spiel_jax.optim.inner_optimizers import state_dtype
 from spiel_jax.optim.parity import is_reference
 from spiel_jax.optim.schedules import Phase, Reselection
 from spiel_jax.optim.spiel import active_positions, deltas, place, spiel
-from spiel_jax.sparse.delta import SparseDelta, gather, merge, merged_entries, set_entries, spread
+from spiel_jax.sparse.delta import (
+    SparseDelta,
+    gather,
+    merge,
+    merged_entries,
+    set_entries,
+    spread,
+    unmerge,
+)
 from spiel_jax.sparse.linear import SparseLinear, candidates_from_proposal
 from spiel_jax.sparse.targets import Target, zeros
 
@@ -37,8 +44,9 @@ class SparseMethod(Method):
         tx: ``spiel`` or a chain that ends with it.
         targets: What is adapted.
         growth: The growth criterion inside ``tx``.
-        resident: Hold the weights merged, and set the active entries once per step. Otherwise the deltas
-            are scattered into each weight on each use, and the parameters stay the pretrained ones.
+        resident: Hold the weights merged, those that can be written, and set the active entries once per
+            step. Otherwise the deltas are scattered into each weight on each use, and the parameters stay
+            the pretrained ones.
         start: Pretrained parameters and targets to the positions to start from; None for random ones.
         schedule: That of ``tx``; None where the steps' kinds are not asked of the method.
     """
@@ -92,36 +100,33 @@ class SparseMethod(Method):
         values = zeros(self.targets)
         opt_state = self.tx.init(values)
         if self.start is not None:
-            opt_state = place(opt_state, self.start(unpacked(params), self.targets))
+            opt_state = place(opt_state, self.start(params, self.targets))
         return self.attach(params, values, opt_state)
 
     def attach(self, params: Params, trainable: Any, opt_state: Any) -> TrainState:
         """See ``Method``: remembers the pretrained entries and merges, where merges are resident."""
-        if not self.resident:
-            return TrainState(params, {}, trainable, opt_state)
         zipped, params, base = deltas(trainable, opt_state), dict(params), {}
         for name, delta in zipped.items():
             weight = params[parameter_name(name)]
-            base[name] = _entries(params, name, delta)
-            entries = merged_entries(base[name], delta.values, base[name].dtype)
-            params[parameter_name(name)] = set_entries(weight, delta, stored_like(entries, weight))
+            if self.resident and is_writable(weight):
+                base[name] = gather(weight, delta)
+                entries = merged_entries(base[name], delta.values, weight.dtype)
+                params[parameter_name(name)] = set_entries(weight, delta, entries)
         return TrainState(params, base, trainable, opt_state)
 
     def tuned(self, state: TrainState) -> Params:
         """See ``Method``."""
-        if self.resident:
-            return state.params
-        return merge(unpacked(state.params), deltas(state.trainable, state.opt_state))
+        return merge(state.params, self._unmerged(state))
 
     def pretrained(self, state: TrainState) -> Params:
         """See ``Method``."""
-        if not self.resident:
-            return state.params
-        params = dict(state.params)
-        for name, delta in deltas(state.trainable, state.opt_state).items():
-            weight = params[parameter_name(name)]
-            params[parameter_name(name)] = set_entries(weight, delta, stored_like(state.base[name], weight))
-        return params
+        zipped = deltas(state.trainable, state.opt_state)
+        return unmerge(state.params, {name: zipped[name] for name in state.base}, state.base)
+
+    def _unmerged(self, state: TrainState) -> dict[str, SparseDelta]:
+        """The deltas that the parameters do not hold."""
+        zipped = deltas(state.trainable, state.opt_state)
+        return {name: delta for name, delta in zipped.items() if name not in state.base}
 
     def step(
         self, state: TrainState, batch: Batch, *, phase: Phase, reselect: bool
@@ -140,9 +145,8 @@ class SparseMethod(Method):
         with jax.named_scope("optimizer"):
             values, opt_state = guarded(finite, change, state.trainable, state.opt_state)
         new = replace(state, trainable=values, opt_state=opt_state)
-        if self.resident:
-            with jax.named_scope("merge"):
-                new = self._merge(state, new, reselect)
+        with jax.named_scope("merge"):
+            new = self._merge(state, new, reselect)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
@@ -155,9 +159,7 @@ class SparseMethod(Method):
 
     def evaluate(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """See ``Method``."""
-        adapters = None
-        if not self.resident:
-            adapters = self._adapters(deltas(state.trainable, state.opt_state), None, None)
+        adapters = self._adapters(self._unmerged(state), None, None, state.base)
         return self.objective(state.params, batch, adapters, frozen=True), jnp.sum(batch["weights"])
 
     def changed(self, trained: Mapping[str, SparseDelta]) -> Set[str]:
@@ -239,7 +241,7 @@ class SparseMethod(Method):
                     probes = None
                     if candidates is not None and slots is not None:
                         probes = {n: delta.with_values(slots[n]) for n, delta in candidates.items()}
-                    adapters = self._adapters(positions, probes, None)
+                    adapters = self._adapters(positions, probes, None, state.base)
                     return self.objective(state.params, micro, adapters, frozen=True) / total
 
                 slots = candidates and {n: jnp.zeros_like(d.values) for n, d in candidates.items()}
@@ -290,13 +292,13 @@ class SparseMethod(Method):
             lead = active[group[0]].indices.shape[:-1]
             if active[group[0]].layers is not None:
                 lead = (self.objective.config.num_layers, *lead[1:])
-            dtype = jnp.promote_types(state.params[EMBEDDING].dtype, jnp.float32)
+            dtype = jnp.promote_types(state.params[name].dtype, jnp.float32)
             slots[name] = jnp.zeros((*lead, 3, max(counts[n] for n in group)), dtype)
         micro = jax.tree.map(lambda x: x[0], batch)
 
         def loss(values: Params, slots: Params) -> jax.Array:
             positions = {name: delta.with_values(values[name]) for name, delta in active.items()}
-            adapters = self._adapters(positions, None, slots)
+            adapters = self._adapters(positions, None, slots, state.base)
             return self.objective(state.params, micro, adapters, frozen=True) / total
 
         value, (grads, proposals) = jax.value_and_grad(loss, (0, 1))(state.trainable, slots)
@@ -314,8 +316,16 @@ class SparseMethod(Method):
         active: dict[str, SparseDelta],
         candidates: dict[str, SparseDelta] | None,
         proposals: Params | None,
+        merged: Collection[str],
     ) -> dict[str, SparseLinear]:
-        """One adapter per weight; where only some layers are adapted, the others are switched off."""
+        """One adapter per weight; where only some layers are adapted, the others are switched off.
+
+        Args:
+            active: Deltas by target name.
+            candidates: Likewise, or None.
+            proposals: Slots by parameter name, or None.
+            merged: Targets whose weight holds the deltas.
+        """
         layers = self.objective.config.num_layers
 
         def join(parts: dict[str, SparseDelta], group: list[str]) -> SparseDelta:
@@ -334,7 +344,7 @@ class SparseMethod(Method):
                 candidates=None if candidates is None else join(candidates, group),
                 proposal=None if proposals is None else proposals[name],
                 enabled=enabled(group),
-                merged=self.resident,
+                merged=group[0] in merged,
                 propose_active=self.growth.propose_active,
             )
             for name, group in _by_parameter(active).items()
@@ -345,24 +355,17 @@ class SparseMethod(Method):
         params, base = dict(new.params), dict(new.base)
         before = deltas(old.trainable, old.opt_state)
         after = deltas(new.trainable, new.opt_state)
-        for name, delta in after.items():
-            weight = params[parameter_name(name)]
-            entries = merged_entries(base[name], delta.values, base[name].dtype)
+        for name in old.base:
+            delta, weight = after[name], params[parameter_name(name)]
+            entries = merged_entries(base[name], delta.values, weight.dtype)
             if not reselect:
-                weight = set_entries(weight, delta, stored_like(entries, weight))
+                weight = set_entries(weight, delta, entries)
             else:
                 replaced = before[name].indices != delta.indices
-                kept_or_pretrained = jnp.where(replaced, base[name], entries)
-                weight = set_entries(weight, before[name], stored_like(kept_or_pretrained, weight))
-                params[parameter_name(name)] = weight
-                base[name] = jnp.where(replaced, _entries(params, name, delta), base[name])
+                weight = set_entries(weight, before[name], jnp.where(replaced, base[name], entries))
+                base[name] = jnp.where(replaced, gather(weight, delta), base[name])
             params[parameter_name(name)] = weight
         return replace(new, params=params, base=base)
-
-
-def _entries(params: Params, target: str, delta: SparseDelta) -> jax.Array:
-    """Entries of a target's weight, which may be packed, at the positions of a delta."""
-    return unpack(gather(params[parameter_name(target)], delta), params[EMBEDDING].dtype)
 
 
 def _by_parameter(active: Mapping[str, SparseDelta]) -> dict[str, list[str]]:

@@ -1,6 +1,7 @@
 """One table from the names of a model's parameters to logical axes, and from these to mesh axes."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -47,17 +48,18 @@ def weight_grid(parameter: str, blocks: Mapping[str, int]) -> tuple[int, int]:
     return blocks.get(rows or "", 1), blocks.get(columns or "", 1)
 
 
-def collected(parameter: str, matrix: jax.Array) -> jax.Array:
+def collected(parameter: str, matrix: Any) -> Any:
     """One layer's matrix as a product wants it on a mesh: whole along the axes that spread the examples too.
 
-    Said outright, because XLA may otherwise collect it along the others as well, or move activations.
+    Said outright, because XLA may otherwise collect it along the others as well, or move activations. Of a
+    stored weight it is what is held that is collected.
     """
-    axes = (None if name in BATCH_AXES else name for name in weight_axes(parameter))
-    return constrain(matrix, *axes)
+    axes = [None if name in BATCH_AXES else name for name in weight_axes(parameter)]
+    return jax.tree.map(lambda leaf: constrain(leaf, *axes), matrix)
 
 
 def param_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """Where a parameter lies; whole on every device along the axes that do not divide it."""
+    """Where a parameter, or an array that holds it, lies; whole along the mesh axes that do not divide it."""
     axes = [MESH_AXIS.get(axis or "") for axis in logical_axes(name) or ()]
     kept = [
         axis if axis is not None and size % mesh.shape[axis] == 0 else None

@@ -1,8 +1,8 @@
 """Decoders of the Llama family (Llama, Mistral, Qwen2, Qwen3, SmolLM2), layers stacked and scanned.
 
-The parameters of a model are a flat dict from name to array. A name is the Hugging Face one,
-without the layer number where layers are stacked: ``model.layers.mlp.up_proj.weight`` is
-[L, out, in].
+The parameters of a model are a flat dict from name to array, or for a linear of the layers to a stored
+weight (see ``models.storage``). A name is the Hugging Face one, without the layer number where layers are
+stacked: ``model.layers.mlp.up_proj.weight`` is [L, out, in].
 
 Example:
     >>> config = ModelConfig.smollm2_135m()
@@ -14,7 +14,7 @@ import functools
 import zlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +27,11 @@ from spiel_jax.models.cache import KVCache
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.layers import PROJECTION, Adapter, Embedding, Linear, RMSNorm
 from spiel_jax.models.rope import inverse_frequencies, rotate, rotation
-from spiel_jax.models.storage.packed import loop_dtype, named, pack, packed_dtype, unpack
+from spiel_jax.models.storage.packed import loop_dtype, named, packed
+from spiel_jax.models.storage.weight import Weight, hold
 from spiel_jax.ops.matmul import linear
 from spiel_jax.ops.sharded import BATCH_AXES, constrain
-from spiel_jax.ops.tree import path_name
+from spiel_jax.ops.stored import as_array, is_stored
 
 Remat = Literal["none", "dots", "full"]
 ATTENTION = "attention"
@@ -189,6 +190,11 @@ class CausalLM(nnx.Module):
         owner = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return owner.weight[...]
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the activations: that in which the embedding gives them."""
+        return self.model.embed_tokens.weight.get_value().dtype
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits [..., V] in float32 of final hidden states [..., D]; never rounded to bfloat16."""
         return linear(hidden.astype(jnp.float32), self.head)
@@ -231,8 +237,8 @@ class CausalLM(nnx.Module):
             cache: The tokens before these, which fill its next S slots. Past its end: NaN.
             remat: What the backward pass finds stored of a layer: "none" everything it needs,
                 "dots" the outputs of the linears and of attention, "full" the layer's input.
-            frozen: Whether no gradient of the parameters is wanted (that of an adapted weight never is): on
-                a CPU, 16-bit ones then take less memory.
+            frozen: Whether no gradient of the parameters is wanted (that of an adapted or a stored weight
+                never is): on a CPU, 16-bit ones then take less memory.
 
         Returns:
             [B, S, D] in the dtype of the embedding, and the new cache (None without a cache).
@@ -246,64 +252,102 @@ class CausalLM(nnx.Module):
             raise ValueError(f"unknown adapters {unknown}: expected some of {', '.join(ADAPTED)}")
         adapters = {name.removeprefix(LAYERS): adapter for name, adapter in adapters.items()}
 
-        config = self.config
         if cache is not None:
             if segment_ids is None:
                 segment_ids = jnp.ones(tokens.shape, jnp.int32)
             cache = cache.advance(segment_ids)
-        elif segment_ids is None and config.sliding_layers is not None:
+        elif segment_ids is None and self.config.sliding_layers is not None:
             segment_ids = jnp.ones((1, tokens.shape[1]), jnp.int32)
+        masks = None if segment_ids is None else _masks(self.config, segment_ids, cache)
+        turn = _turn(self.config, _positions(tokens, masks) if positions is None else positions)
 
-        masks = None  # without and with the window, [B or 1, 1, S, T]
-        if segment_ids is not None:
-            keys = segment_ids if cache is None else cache.segment_ids
-            offset = 0 if cache is None else cache.length - tokens.shape[1]
-            full = near = visible(segment_ids, keys, offset)
-            if config.sliding_window is not None:
-                near = full & within(config.sliding_window, tokens.shape[1], keys.shape[1], offset)
-            masks = full, near
-        if positions is None and masks is not None:
-            positions = jnp.sum(masks[0][:, 0], axis=-1, dtype=jnp.int32) - 1
-        elif positions is None:
-            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        turn = rotation(positions, frequencies)
-        graphdef, states = nnx.split(self.model.layers)
+        x, cache = self._through_layers(tokens, turn, masks, adapters, cache, remat, frozen)
+        x = self.model.norm(x)
+        if cache is not None:  # a full cache would otherwise overwrite its last slots unnoticed
+            x = jnp.where(cache.length <= cache.segment_ids.shape[1], x, jnp.nan)
+        return x, cache
 
-        def used(path: tuple, part: jax.Array, whole: jax.Array) -> jax.Array:
-            held_packed = not jnp.issubdtype(whole.dtype, jnp.floating)
-            part = unpack(part, dtype if held_packed else whole.dtype)
-            name = path_name(path[:-1])
-            if LAYERS + name not in ADAPTED or not (frozen or name in adapters):
-                return part  # the gradient of a trained weight would be collected too
-            return collected(LAYERS + name, part)
+    def _through_layers(
+        self,
+        tokens: jax.Array,
+        turn: tuple[jax.Array, jax.Array],
+        masks: tuple[jax.Array, jax.Array] | None,
+        adapters: Mapping[str, Adapter],
+        cache: KVCache | None,
+        remat: Remat,
+        frozen: bool,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """The scan over layers: hidden states [B, S, D] before the final norm, and the new cache.
+
+        Args:
+            tokens: [B, S].
+            turn: From ``rotation``.
+            masks: From ``_masks``; None: every layer sees all that precedes, in its window.
+            adapters: By name within the layer.
+            cache: With the slots of these tokens claimed, or None.
+            remat: See ``hidden``.
+            frozen: See ``hidden``.
+        """
+        graphdef, state = nnx.split(self.model.layers)
+        weights = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+        trained = {name for name in weights if not (frozen or name in adapters or is_stored(weights[name]))}
 
         def body(carry: tuple, inputs: tuple) -> tuple:
             x, cache = carry
             x = x.astype(dtype)
-            packed, adapters, layer, slides = inputs
-            state = jax.tree_util.tree_map_with_path(used, packed, states)
+            weights, adapters, layer, slides = inputs
+            used = {name: _used(name, weights[name], name in trained) for name in weights}
             mask = None
             if masks is not None:
                 mask = masks[1] if slides is None else jnp.where(slides, masks[1], masks[0])
-            x, cache = nnx.merge(graphdef, state)(x, turn, mask, adapters, cache, layer)
+            x, cache = nnx.merge(graphdef, _as_state(used))(x, turn, mask, adapters, cache, layer)
             x = constrain(x, BATCH_AXES, None, None)
             return (x.astype(carried), cache), None
 
-        layers = jnp.arange(config.num_layers, dtype=jnp.int32)
-        slides = None if config.sliding_layers is None else jnp.array(config.sliding_layers)
+        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        slides = None if self.config.sliding_layers is None else jnp.array(self.config.sliding_layers)
         x = constrain(self.model.embed_tokens(tokens), BATCH_AXES, None, None)
         dtype, carried = x.dtype, loop_dtype(x.dtype)
         carry = (x.astype(carried), cache)
-        packed = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: pack(leaf) if frozen or path_name(path[:-1]) in adapters else leaf, states
-        )
-        inputs = (packed, adapters, layers, slides)
+        looped = {name: weight if name in trained else _looped(weight) for name, weight in weights.items()}
+        inputs = (looped, adapters, layers, slides)
         (x, cache), _ = jax.lax.scan(_rematerialised(body, remat), carry, inputs)
-        x = self.model.norm(x.astype(dtype))
-        if cache is not None:  # a full cache would otherwise overwrite its last slots unnoticed
-            x = jnp.where(cache.length <= cache.segment_ids.shape[1], x, jnp.nan)
-        return x, cache
+        return x.astype(dtype), cache
+
+
+def _masks(config: ModelConfig, segment_ids: jax.Array, cache: KVCache | None) -> tuple[jax.Array, jax.Array]:
+    """What tokens see without and with the window, [B or 1, 1, S, T]; of these segments, [B or 1, S]."""
+    keys = segment_ids if cache is None else cache.segment_ids
+    length = segment_ids.shape[1]
+    offset = 0 if cache is None else cache.length - length
+    full = near = visible(segment_ids, keys, offset)
+    if config.sliding_window is not None:
+        near = full & within(config.sliding_window, length, keys.shape[1], offset)
+    return full, near
+
+
+def _positions(tokens: jax.Array, masks: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+    """[B or 1, S]: how many tokens of its segment precede each token."""
+    if masks is None:
+        return jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    return jnp.sum(masks[0][:, 0], axis=-1, dtype=jnp.int32) - 1
+
+
+def _turn(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of the positions."""
+    return rotation(positions, inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
+
+
+def _looped(weight: Any) -> Any:
+    """A parameter of the layers that has no gradient, as it goes through their loop."""
+    return weight if is_stored(weight) else packed(weight)
+
+
+def _used(name: str, weight: Any, trained: bool) -> Any:
+    """One layer's parameter as its module takes it: linears dequantise their weight for each product."""
+    if LAYERS + name not in ADAPTED:
+        return as_array(weight)
+    return weight if trained else collected(LAYERS + name, weight)  # its gradient would be collected too
 
 
 def _rematerialised(body: Callable, remat: Remat) -> Callable:
@@ -326,22 +370,38 @@ def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, Mapping[str, tuple[in
     return graphdef, MappingProxyType(shapes)
 
 
-def _as_state(params: Mapping[str, jax.Array]) -> nnx.State:
+def _as_state(params: Mapping[str, Any]) -> nnx.State:
     return nnx.from_flat_state([(tuple(name.split(".")), params[name]) for name in sorted(params)])
 
 
 def abstract_params(
-    config: ModelConfig, dtype: DTypeLike = jnp.float32, *, packed: bool = False
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Names, shapes and dtype of a model's parameters; allocates nothing. ``packed``: see ``init_params``."""
-    shapes = _structure(config)[1]
-    dtypes = {name: packed_dtype(dtype) if packed and name in ADAPTED else dtype for name in shapes}
-    return {name: jax.ShapeDtypeStruct(shape, dtypes[name]) for name, shape in shapes.items()}
+    config: ModelConfig, dtype: DTypeLike = jnp.float32, *, storage: type[Weight] | None = None
+) -> dict[str, Any]:
+    """Names, shapes and dtypes of a model's parameters; allocates nothing.
+
+    Args:
+        config: The model's shape.
+        dtype: Of the parameters.
+        storage: See ``init_params``.
+
+    Returns:
+        Name to ``jax.ShapeDtypeStruct``, or for the weights in ``ADAPTED`` to a stored weight of these.
+    """
+
+    def described(name: str, shape: tuple[int, ...]) -> Any:
+        array = jax.ShapeDtypeStruct(shape, dtype)
+        return jax.eval_shape(storage.hold, array) if storage and name in ADAPTED else array
+
+    return {name: described(name, shape) for name, shape in _structure(config)[1].items()}
 
 
 def init_params(
-    config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.float32, *, packed: bool = False
-) -> dict[str, jax.Array]:
+    config: ModelConfig,
+    key: jax.Array,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    storage: type[Weight] | None = None,
+) -> dict[str, Any]:
     """Fresh parameters as Hugging Face initialises them: normal weights, norms 1, biases 0.
 
     Each tensor depends on the key and its own name only.
@@ -350,10 +410,13 @@ def init_params(
         config: The model's shape.
         key: A JAX random key.
         dtype: Of the result; drawn in float32.
-        packed: Whether the weights in ``ADAPTED`` are packed, see ``storage``.
+        storage: How the weights in ``ADAPTED`` are held, see ``models.storage``; None: as arrays.
+
+    Returns:
+        Name to array or stored weight.
     """
 
-    def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
+    def draw(name: str, shape: tuple[int, ...]) -> Any:
         if name.endswith("norm.weight"):
             return jnp.ones(shape, dtype)
         if name.endswith(".bias"):
@@ -362,8 +425,8 @@ def init_params(
         if not name.startswith(LAYERS):
             return normal(own, shape)
         # layer by layer: the float32 draw of a whole stack can be larger than the model
-        hold = pack if packed and name in ADAPTED else lambda x: x
-        return jax.lax.map(lambda k: hold(normal(k, shape[1:])), jax.random.split(own, shape[0]))
+        kind = storage if name in ADAPTED else None
+        return jax.lax.map(lambda k: hold(normal(k, shape[1:]), kind), jax.random.split(own, shape[0]))
 
     def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return (config.initializer_range * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
@@ -371,14 +434,8 @@ def init_params(
     return {name: draw(name, shape) for name, shape in _structure(config)[1].items()}
 
 
-def unpacked(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Parameters of which none is held packed, see ``storage``."""
-    dtype = params[EMBEDDING].dtype
-    return {name: unpack(param, dtype) if name in ADAPTED else param for name, param in params.items()}
-
-
-def bind(config: ModelConfig, params: Mapping[str, jax.Array]) -> CausalLM:
-    """The model with these parameters, packed ones too; cheap, and usable while tracing.
+def bind(config: ModelConfig, params: Mapping[str, Any]) -> CausalLM:
+    """The model with these parameters, stored weights too; cheap, and usable while tracing.
 
     Raises:
         ValueError: If a parameter is missing, unknown or of the wrong shape; it is named.

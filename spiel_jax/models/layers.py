@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from spiel_jax.models.storage.packed import named, take_rows
 from spiel_jax.ops.matmul import linear
 from spiel_jax.ops.sharded import constrain
+from spiel_jax.ops.stored import Stored
 
 PROJECTION = "projection"
 """Name under which ``jax.checkpoint`` policies find the outputs of the linears."""
@@ -22,8 +23,12 @@ PROJECTION = "projection"
 class Adapter(Protocol):
     """What takes the place of a plain product in an adapted linear; a pytree."""
 
-    def __call__(self, x: jax.Array, weight: jax.Array) -> jax.Array:
-        """The adapted product: [..., in] and [out, in] give [..., out], without the bias."""
+    def __call__(self, x: jax.Array, weight: jax.Array | Stored) -> jax.Array:
+        """The adapted product: [..., in] and [out, in] give [..., out], without the bias.
+
+        The weight comes as it is held: ``ops.stored.as_array`` gives the array, ``ops.matmul.linear`` a
+        product.
+        """
         ...
 
 
@@ -53,7 +58,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, adapter: Adapter | None = None) -> jax.Array:
         """Apply to [..., in]; an adapter replaces the product, the bias is added afterwards."""
-        weight = self.weight[...]
+        weight = self.weight.get_value()
         y = linear(x, weight) if adapter is None else adapter(x, weight)
         if self.bias is not None:
             y = y + _over_rows(self.bias[...].astype(y.dtype), y)

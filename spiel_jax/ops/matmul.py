@@ -3,12 +3,17 @@
 A bfloat16 product that asks for a float32 result runs at the hardware's full rate on GPUs, TPUs and on
 CPUs with bfloat16 units, and does not round partial sums. Plain autodiff would feed the float32 cotangent
 of such a product back into mixed-dtype products; the rules here cast it to the operand's dtype first.
+
+A stored weight is dequantised for each product, and the backward pass finds it as it is held: of the
+arrays that a model's weights stand for, no more is in memory than is being multiplied.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
+
+from spiel_jax.ops.stored import Stored, as_array, is_stored
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
@@ -58,25 +63,28 @@ def input_gradient(dy: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+def linear(x: jax.Array, weight: jax.Array | Stored) -> jax.Array:
     """``x @ weight.T`` with float32 accumulation, cast to the dtype of ``x``.
 
     Args:
         x: [..., in].
-        weight: [out, in], Hugging Face orientation.
+        weight: [out, in], Hugging Face orientation. A stored one has no gradient.
 
     Returns:
         [..., out], dtype of ``x``.
     """
-    return dot(x.astype(weight.dtype), weight, (-1, 1)).astype(x.dtype)
+    matrix = as_array(weight)
+    return dot(x.astype(matrix.dtype), matrix, (-1, 1)).astype(x.dtype)
 
 
-def _linear_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple]:
+def _linear_forward(x: jax.Array, weight: jax.Array | Stored) -> tuple[jax.Array, tuple]:
     return linear(x, weight), (x, weight)
 
 
-def _linear_backward(residuals: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _linear_backward(residuals: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     x, weight = residuals
+    if is_stored(weight):
+        return input_gradient(dy, as_array(weight)), None
     gradient = weight_gradient(x.astype(weight.dtype), dy)
     return input_gradient(dy, weight), gradient.astype(weight.dtype)
 

@@ -39,17 +39,28 @@ def on_blocks(function: Callable[..., Any], axes: Axes | None, stack: int, *tree
             are of them; what it closes over is the same on all devices.
         axes: See ``Axes``; None where the grid is not spread.
         stack: Number of axes before the two that are spread.
-        trees: Pytrees of arrays [*stack, rows, columns] or [*stack, grid_rows, grid_columns, ...].
+        trees: Pytrees of arrays [*stack, rows, columns] or [*stack, grid_rows, grid_columns, ...]. An axis
+            that the mesh does not divide (of the one scale of each row of a stored weight) is not spread.
 
     Returns:
-        What ``function`` returns, arrays like those of ``trees``.
+        What ``function`` returns, arrays like those of ``trees`` that the mesh divides.
     """
     used = in_force(axes or ())
     if not any(used):
         return function(*trees)
-    spec = PartitionSpec(*[None] * stack, *used)
+
+    def spec(leaf: jax.Array) -> PartitionSpec:
+        sizes = leaf.shape[stack : stack + 2]
+        cut = [name if size % axis_size(name) == 0 else None for name, size in zip(used, sizes, strict=True)]
+        return PartitionSpec(*[None] * stack, *cut)
+
     # the loops of the selection carry what differs between devices from a start that does not
-    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*trees)
+    return jax.shard_map(
+        function,
+        in_specs=jax.tree.map(spec, trees),
+        out_specs=PartitionSpec(*[None] * stack, *used),
+        check_vma=False,
+    )(*trees)
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:

@@ -1,9 +1,11 @@
-"""Names of the leaves of pytrees, and edits of the named ones."""
+"""Names of the leaves of pytrees, and edits of the named ones. A stored weight is a leaf."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+
+from spiel_jax.ops.stored import is_stored
 
 
 def parameter_name(target: str) -> str:
@@ -16,13 +18,17 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def edit(params: Any, edits: Mapping[str, Callable[[jax.Array], jax.Array]]) -> Any:
+def named_leaves(params: Any) -> dict[str, Any]:
+    """The leaves of a pytree by name, in their order."""
+    return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_stored)}
+
+
+def edit(params: Any, edits: Mapping[str, Callable[[Any], Any]]) -> Any:
     """Applies to the named leaves of a pytree the edits of the targets on them."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    named = {path_name(path): leaf for path, leaf in leaves}
+    named, structure = named_leaves(params), jax.tree.structure(params, is_leaf=is_stored)
     for target, edit in edits.items():
         name = parameter_name(target)
         if name not in named:
             raise KeyError(f"no parameter {name!r}: expected one of {', '.join(named)}")
         named[name] = edit(named[name])
-    return jax.tree_util.tree_unflatten(structure, list(named.values()))
+    return jax.tree.unflatten(structure, list(named.values()))

@@ -14,6 +14,7 @@ from spiel_jax.methods.configured import check_layout
 from spiel_jax.methods.method import Method, TrainState, compiled_step
 from spiel_jax.methods.registry import build
 from spiel_jax.models import ModelConfig, abstract_params
+from spiel_jax.models.storage import storage_for
 from spiel_jax.optim.schedules import Phase
 from spiel_jax.planning.hlo import Program, compile_program
 from spiel_jax.planning.topology import Hardware
@@ -87,7 +88,9 @@ def prepare(config: Config, model: ModelConfig, mesh: Mesh) -> Run:
     steps = config.steps or _STEPS
     with jax.set_mesh(mesh):
         method = build(config, model, steps)
-        params = abstract_params(model, jnp.dtype(config.model.dtype), packed=method.keeps_base)
+        dtype = jnp.dtype(config.model.dtype)
+        storage = storage_for(config.model.quantization, dtype) if method.keeps_base else None
+        params = abstract_params(model, dtype, storage=storage)
         state = jax.eval_shape(method.init, params)
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

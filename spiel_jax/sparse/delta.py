@@ -1,8 +1,9 @@
 """Sparse deltas of weights: the central type, merging, and a linear that collects its sparse gradient.
 
-A weight is a matrix, or a stack of matrices on leading axes (stacked layers). Each matrix has its own
-active entries. Positions are flat and row-major inside a matrix, or inside one block of it where a block
-grid cuts the matrix up (the grid is what makes a large mesh and matrices of more than 2^31 entries work).
+A weight is a matrix, or a stack of matrices on leading axes (stacked layers); an array, or a stored weight
+(``ops.stored``), which is never differentiated. Each matrix has its own active entries. Positions are flat
+and row-major inside a matrix, or inside one block of it where a block grid cuts the matrix up (the grid is
+what makes a large mesh and matrices of more than 2^31 entries work).
 """
 
 import math
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from spiel_jax.ops.sharded import on_blocks
+from spiel_jax.ops.stored import Stored, as_array, entries_at, is_stored, is_writable, with_entries
 from spiel_jax.ops.tree import edit
 
 _static = partial(field, metadata={"static": True})
@@ -192,26 +194,25 @@ def map_matrices(function: Callable[..., Any], delta: SparseDelta, *trees: Any) 
     return on_blocks(mapped, delta.axes, delta.stack_axes, *trees)
 
 
-def gather(weight: jax.Array, delta: SparseDelta, *, transposed: bool = False) -> jax.Array:
+def gather(weight: jax.Array | Stored, delta: SparseDelta, *, transposed: bool = False) -> jax.Array:
     """Entries of ``weight`` at the positions of ``delta``; 0 in unused slots.
 
     Args:
         weight: [*stack, rows, columns].
         delta: Its positions; values are not read.
         transposed: Whether ``weight`` is given as [*stack, columns, rows]; not where it is spread over
-            devices.
+            devices, nor for a stored one.
 
     Returns:
         Shaped like ``delta.indices``, dtype of ``weight``.
     """
 
     def entries(matrix: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-        at = (columns, rows) if transposed else (rows, columns)
-        return matrix.at[at].get(mode="fill", fill_value=0)
+        return entries_at(matrix, (columns, rows) if transposed else (rows, columns))
 
-    def taken(weight: jax.Array, indices: jax.Array) -> jax.Array:
+    def taken(weight: jax.Array | Stored, indices: jax.Array) -> jax.Array:
         part = delta.part(indices)
-        if part.stack_axes and not jnp.issubdtype(weight.dtype, jnp.floating):
+        if is_stored(weight):
             return _gather_matrix_by_matrix(weight, part)
         if delta.layers is not None:
             weight = weight[jnp.array(delta.layers)]
@@ -220,63 +221,68 @@ def gather(weight: jax.Array, delta: SparseDelta, *, transposed: bool = False) -
     return on_blocks(taken, delta.axes, delta.stack_axes, weight, delta.indices)
 
 
-def _matrices(weight: jax.Array, delta: SparseDelta) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _matrices(weight: Any, delta: SparseDelta) -> tuple[Any, jax.Array, jax.Array]:
     """The weight as [M, rows, columns], which of these are adapted [A], and their positions [A, ...]."""
-    matrices = weight.reshape(-1, *delta.shape)
+    matrices = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[-2:]), weight)
     numbers = jnp.arange(matrices.shape[0]) if delta.layers is None else jnp.array(delta.layers)
     return matrices, numbers, delta.indices.reshape(-1, *delta.indices.shape[delta.stack_axes :])
 
 
-def _gather_matrix_by_matrix(weight: jax.Array, delta: SparseDelta) -> jax.Array:
+def _gather_matrix_by_matrix(weight: Stored, delta: SparseDelta) -> jax.Array:
     """For what is not differentiated: coordinates of all entries of a stack can be as large as the stack."""
     matrices, numbers, indices = _matrices(weight, delta)
 
     def one(item: tuple[jax.Array, jax.Array]) -> jax.Array:
         number, positions = item
         place = replace(delta, indices=positions, layers=None).coordinates()
-        return matrices.at[number, *place].get(mode="fill", fill_value=0)
+        return entries_at(matrices, (number, *place))
 
     return lax.map(one, (numbers, indices)).reshape(delta.indices.shape)
 
 
-def set_entries(weight: jax.Array, delta: SparseDelta, entries: jax.Array) -> jax.Array:
+def set_entries(weight: Any, delta: SparseDelta, entries: jax.Array) -> Any:
     """``weight`` with the entries at the positions of ``delta`` replaced, in place where donated.
 
     Args:
-        weight: [*stack, rows, columns].
+        weight: [*stack, rows, columns], an array or a writable stored weight.
         delta: Positions; unused slots are skipped.
         entries: Shaped like ``delta.indices``; cast to the dtype of ``weight``.
 
     Returns:
-        The new weight, same shape and dtype.
+        The new weight, same shape, dtype and kind.
+
+    Raises:
+        TypeError: If the weight is stored in a way in which entries cannot be set.
     """
 
-    def changed(weight: jax.Array, indices: jax.Array, entries: jax.Array) -> jax.Array:
+    def changed(weight: Any, indices: jax.Array, entries: jax.Array) -> Any:
         part = delta.part(indices)
         if part.stack_axes or part.layers is not None:
             return _set_matrix_by_matrix(weight, part, entries)
-        return weight.at[part.coordinates()].set(entries, mode="drop", unique_indices=True)
+        return with_entries(weight, part.coordinates(), entries)
 
     entries = entries.astype(weight.dtype)
     return on_blocks(changed, delta.axes, delta.stack_axes, weight, delta.indices, entries)
 
 
-def _set_matrix_by_matrix(weight: jax.Array, delta: SparseDelta, entries: jax.Array) -> jax.Array:
+def _set_matrix_by_matrix(weight: Any, delta: SparseDelta, entries: jax.Array) -> Any:
     """One matrix at a time: coordinates of all entries of a stack can be as large as the stack."""
     matrices, numbers, indices = _matrices(weight, delta)
     entries = entries.reshape(indices.shape)
-    narrow = jnp.issubdtype(weight.dtype, jnp.floating) and weight.dtype.itemsize < 4
+    array = not is_stored(weight)
+    narrow = array and jnp.issubdtype(weight.dtype, jnp.floating) and weight.dtype.itemsize < 4
 
-    def one(slot: jax.Array, matrices: jax.Array) -> jax.Array:
+    def one(slot: jax.Array, matrices: Any) -> Any:
         number, place = numbers[slot], replace(delta, indices=indices[slot], layers=None).coordinates()
         if not narrow:
-            return matrices.at[number, *place].set(entries[slot], mode="drop", unique_indices=True)
+            return with_entries(matrices, (number, *place), entries[slot])
         # XLA's CPU backend upcasts the whole operand of a 16-bit scatter
         matrix = lax.dynamic_index_in_dim(matrices, number, keepdims=False)
-        matrix = matrix.at[place].set(entries[slot], mode="drop", unique_indices=True)
+        matrix = with_entries(matrix, place, entries[slot])
         return lax.dynamic_update_index_in_dim(matrices, matrix, number, 0)
 
-    return lax.fori_loop(0, indices.shape[0], one, matrices).reshape(weight.shape)
+    changed = lax.fori_loop(0, indices.shape[0], one, matrices)
+    return jax.tree.map(lambda new, old: new.reshape(old.shape), changed, weight)
 
 
 def merged_entries(base: jax.Array, values: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -291,11 +297,13 @@ def merge(params: Any, deltas: Mapping[str, SparseDelta]) -> Any:
     formed in the dtype of the values and rounded once to the dtype of the weight.
 
     Args:
-        params: Any pytree of arrays; weights are [*stack, rows, columns].
+        params: Any pytree of arrays and stored weights, which are not differentiated; weights are
+            [*stack, rows, columns].
         deltas: Target name to ``SparseDelta``; the name is the dotted path of the leaf.
 
     Returns:
-        The pytree with merged weights.
+        The pytree with merged weights. In the place of a stored weight that cannot be written exactly is the
+        array that it dequantises to, merged.
 
     Raises:
         KeyError: If a name is no leaf of ``params``.
@@ -307,7 +315,8 @@ def merge(params: Any, deltas: Mapping[str, SparseDelta]) -> Any:
                [-1. ,  0. ]], dtype=float32)
     """
 
-    def add(weight: jax.Array, delta: SparseDelta) -> jax.Array:
+    def add(weight: jax.Array | Stored, delta: SparseDelta) -> jax.Array | Stored:
+        weight = weight if is_writable(weight) else as_array(weight)
         entries = merged_entries(gather(weight, delta), delta.values, weight.dtype)
         return set_entries(weight, delta, entries)
 
@@ -325,7 +334,7 @@ def base_entries(params: Any, deltas: Mapping[str, SparseDelta]) -> dict[str, ja
     """
     taken = {}
 
-    def take(weight: jax.Array, name: str, delta: SparseDelta) -> jax.Array:
+    def take(weight: jax.Array | Stored, name: str, delta: SparseDelta) -> jax.Array | Stored:
         taken[name] = gather(weight, delta)
         return weight
 
@@ -337,7 +346,7 @@ def unmerge(params: Any, deltas: Mapping[str, SparseDelta], base: Mapping[str, j
     """Puts the pretrained entries back, bit for bit.
 
     Args:
-        params: Merged parameters.
+        params: Merged parameters. (Of a stored weight that cannot be written they hold an array.)
         deltas: The positions that were merged; values are not read.
         base: The pretrained entries there, from ``base_entries``.
 

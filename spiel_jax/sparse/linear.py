@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from spiel_jax.ops.matmul import dot, input_gradient, weight_gradient
 from spiel_jax.ops.selection import top_magnitudes
 from spiel_jax.ops.sharded import BATCH_AXES, in_force, on_blocks
+from spiel_jax.ops.stored import Stored, as_array
 from spiel_jax.ops.tree import edit
 from spiel_jax.sparse.delta import SparseDelta, divided, gather, merge
 
@@ -53,19 +54,21 @@ class SparseLinear:
     propose_active: bool = _static(default=False)
     batch_axes: tuple[str, ...] = _static(default=BATCH_AXES)
 
-    def __call__(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, weight: jax.Array | Stored) -> jax.Array:
         """[..., in] and [out, in] give [..., out], dtype of ``x``."""
         return sparse_linear(x, weight, self)
 
 
-def _used_weight(weight: jax.Array, adapter: SparseLinear) -> jax.Array:
+def _used_weight(weight: jax.Array | Stored, adapter: SparseLinear) -> jax.Array:
+    """The array that is multiplied: of a stored weight, what it dequantises to, and the deltas in it."""
+    matrix = as_array(weight)
     if adapter.merged:
-        return weight
-    return merge({"weight": weight}, {"weight": adapter.active})["weight"]
+        return matrix
+    return merge({"weight": matrix}, {"weight": adapter.active})["weight"]
 
 
 @jax.custom_vjp
-def sparse_linear(x: jax.Array, weight: jax.Array, adapter: SparseLinear) -> jax.Array:
+def sparse_linear(x: jax.Array, weight: jax.Array | Stored, adapter: SparseLinear) -> jax.Array:
     """``x @ weight.T`` whose only weight gradient is the one that ``adapter`` collects.
 
     Args:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from spiel_jax.ops.sharded import Axes
-from spiel_jax.ops.tree import path_name
+from spiel_jax.ops.tree import named_leaves, path_name
 from spiel_jax.sparse.delta import SparseDelta
 
 
@@ -179,8 +179,8 @@ def find_targets(
     proportion to their size, and each share is rounded down. ``num_tunable`` gives the budget itself.
 
     Args:
-        params: Pytree of arrays or ``jax.ShapeDtypeStruct``; leaves with at least two axes can be adapted,
-            axes before the last two are a stack.
+        params: Pytree of arrays, stored weights or ``jax.ShapeDtypeStruct``; leaves with at least two axes
+            can be adapted, axes before the last two are a stack.
         density: Budget as a share of all parameters, in (0, 1].
         num_tunable: Budget as a number of entries. Exactly one of the two is given, or neither where
             every rule has a density of its own.
@@ -204,13 +204,12 @@ def find_targets(
         32
     """
     rules = [Rule(rule) if isinstance(rule, str) else rule for rule in rules]
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = named_leaves(params)
     matrices: dict[str, dict[str, int]] = {}  # parameter -> name of matrix -> its number in the stack
     shapes = {}
-    for path, leaf in leaves:
+    for name, leaf in leaves.items():
         if len(leaf.shape) < 2:
             continue
-        name = path_name(path)
         *stack, rows, columns = leaf.shape
         shapes[name] = tuple(stack), (rows, columns)
         names = layer_names(name, tuple(stack)) if stack else [name]
@@ -222,7 +221,7 @@ def find_targets(
     sizes = {layer: math.prod(shapes[name][1]) for name, layers in matrices.items() for layer in layers}
     sharing = sum(sizes[layer] for layer, rule in matched.items() if rule.density is None)
     if sharing:
-        total = sum(math.prod(leaf.shape) for _, leaf in leaves)
+        total = sum(math.prod(leaf.shape) for leaf in leaves.values())
         budget = _budget(density, num_tunable, total, sharing)
     else:
         budget = 0

@@ -36,6 +36,7 @@ from spiel_jax.methods.registry import build
 from spiel_jax.models.axes import param_sharding
 from spiel_jax.models.io.fingerprint import differing, fingerprint
 from spiel_jax.models.io.loading import ModelSource, open_model
+from spiel_jax.models.storage import storage_for
 from spiel_jax.training.loop import Loop
 from spiel_jax.training.metrics import Recorder, table
 from spiel_jax.training.profiler import Profile
@@ -151,11 +152,12 @@ def _run(
     # a run that was regridded has other numbers of entries than its budget would give
     targets = None if known is None else stored_targets(known)
     method = build(config, source.config, inputs.steps, targets)
+    dtype = jnp.dtype(config.model.dtype)
     params = source.load(
-        jnp.dtype(config.model.dtype),
+        dtype,
         sharding=lambda name, shape: param_sharding(name, shape, mesh),
         seed=config.seed,
-        packed=method.keeps_base,
+        storage=storage_for(config.model.quantization, dtype) if method.keeps_base else None,
         progress=progress,
     )
     base_print = _checked_fingerprint(params, known, workdir)

@@ -18,6 +18,7 @@ from spiel_jax.methods.sparse import SparseMethod
 from spiel_jax.models import ModelConfig, abstract_params, init_params, layer_names
 from spiel_jax.models.axes import param_sharding, weight_axes, weight_grid
 from spiel_jax.models.decoder import ADAPTED
+from spiel_jax.models.storage import storage_for
 from spiel_jax.ops.matmul import linear
 from spiel_jax.ops.tree import parameter_name
 from spiel_jax.optim.inner_optimizers import aged_adamw, sparse_sm3
@@ -73,8 +74,11 @@ def mesh_of(data, fsdp, tensor):
 
 def placed(training, mesh, dtype=jnp.float32, config=CONFIG):
     """The first state on a mesh, and where its arrays lie."""
-    params = init_params(config, jax.random.key(0), dtype, packed=True)
-    params = {n: jax.device_put(p, param_sharding(n, p.shape, mesh)) for n, p in params.items()}
+    params = init_params(config, jax.random.key(0), dtype, storage=storage_for("none", dtype))
+    params = {
+        name: jax.tree.map(lambda x, name=name: jax.device_put(x, param_sharding(name, x.shape, mesh)), param)
+        for name, param in params.items()
+    }
     shardings = training.shardings(jax.eval_shape(training.init, params), mesh)
     return jax.jit(lambda p: training.init(p), out_shardings=shardings)(params), shardings
 

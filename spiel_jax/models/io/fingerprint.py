@@ -1,25 +1,28 @@
 """A digest of the base weights, so that deltas are never put on top of another model's."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spiel_jax.models.decoder import EMBEDDING
-from spiel_jax.models.storage.packed import pack
+from spiel_jax.models.storage.packed import packed
+from spiel_jax.ops.stored import is_stored
 
 
-def fingerprint(params: Mapping[str, jax.Array]) -> dict[str, str]:
+def fingerprint(params: Mapping[str, Any]) -> dict[str, str]:
     """Dtype, shape and a 32-bit digest of the contents of every parameter.
 
     The digest is a sum of hashes of the entries' bits and positions, formed where the parameters are: it
-    does not depend on how they are spread over devices and processes, or held (see ``storage``). Not a
-    cryptographic hash: it tells models apart, it does not prove who made them.
+    does not depend on how they are spread over devices and processes. Of a stored weight it is the digest of
+    the arrays that hold it, which are the same on any hardware; held by their bits, 16-bit floats have the
+    digest that they have as an array. Not a cryptographic hash: it tells models apart, it does not prove
+    who made them.
 
     Args:
-        params: The model's parameters.
+        params: The model's parameters, arrays and stored weights.
 
     Returns:
         Parameter name to, for example, ``"bfloat16[30,576,576]:1c291ca3"``; sorted by name.
@@ -28,10 +31,7 @@ def fingerprint(params: Mapping[str, jax.Array]) -> dict[str, str]:
     for name in sorted(params):
         digest = _digest(params[name])
         shape = ",".join(map(str, params[name].shape))
-        dtype = params[name].dtype
-        if not jnp.issubdtype(dtype, jnp.floating):  # packed
-            dtype = params[EMBEDDING].dtype
-        found[name] = f"{dtype}[{shape}]:{int(np.asarray(digest)):08x}"
+        found[name] = f"{params[name].dtype}[{shape}]:{int(np.asarray(digest)):08x}"
     return found
 
 
@@ -41,9 +41,15 @@ def differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
 
 
 @jax.jit
-def _digest(array: jax.Array) -> jax.Array:
+def _digest(weight: Any) -> jax.Array:
+    """[] uint32, of an array or a stored weight."""
+    leaves = jax.tree.leaves(weight if is_stored(weight) else packed(weight))
+    first, *others = (_of_array(leaf) for leaf in leaves)
+    return sum((_mixed(other + jnp.uint32(i)) for i, other in enumerate(others)), start=first)
+
+
+def _of_array(array: jax.Array) -> jax.Array:
     """[] uint32."""
-    array = pack(array)
     matrices = (
         array.reshape(-1, *array.shape[-2:]) if array.ndim > 2 else array.reshape(1, -1, array.shape[-1])
     )
@@ -65,8 +71,9 @@ def _digest(array: jax.Array) -> jax.Array:
 
 def _words(x: jax.Array) -> jax.Array:
     """The bits of floats or integers as uint32; 64-bit ones get an axis of two words."""
-    if x.dtype.itemsize == 2:
-        return lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
+    if x.dtype.itemsize < 4:
+        bits = {1: jnp.uint8, 2: jnp.uint16}[x.dtype.itemsize]
+        return lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
     return lax.bitcast_convert_type(x, jnp.uint32)
 
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import huggingface_hub
 import jax
@@ -27,11 +27,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from spiel_jax.models.config import ModelConfig
-from spiel_jax.models.decoder import EMBEDDING, abstract_params, init_params
+from spiel_jax.models.decoder import ADAPTED, EMBEDDING, abstract_params, init_params
 from spiel_jax.models.io.gguf import GGUFFile
 from spiel_jax.models.io.huggingface import SafetensorsFolder
 from spiel_jax.models.io.names import Slot, Stored, check_tensors, expected_tensors
-from spiel_jax.models.storage.packed import stored_like
+from spiel_jax.models.storage.weight import Weight, hold, nbytes
 
 Index = tuple[slice, ...]
 """A part of an array, as a slice of each axis."""
@@ -85,21 +85,21 @@ class ModelSource:
         *,
         sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
         seed: int = 0,
-        packed: bool = False,
+        storage: type[Weight] | None = None,
         progress: bool = True,
-    ) -> dict[str, jax.Array]:
+    ) -> dict[str, Any]:
         """Load every parameter.
 
         Args:
             dtype: Of the parameters.
             sharding: Gives the sharding of a parameter by name and shape; it must not split the layers.
-                None: everything on the default device.
+                Of a stored weight it is asked for each array. None: everything on the default device.
             seed: Of random weights; otherwise without effect.
-            packed: Hold the weights in ``ADAPTED`` packed, as training does; see ``storage``.
+            storage: How the weights in ``ADAPTED`` are held, see ``models.storage``; None: as arrays.
             progress: Show a progress bar if loading takes longer than a second.
 
         Returns:
-            The parameters by name, as ``abstract_params(config, dtype, packed=packed)`` describes them.
+            The parameters by name, as ``abstract_params(config, dtype, storage=storage)`` describes them.
 
         Raises:
             ValueError: If the dtype is not floating, or a tied model ships a head that differs from
@@ -108,14 +108,13 @@ class ModelSource:
         dtype = jnp.dtype(dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"parameters must be floating point, got dtype {dtype}")
-        specs = abstract_params(self.config, dtype, packed=packed)
-        total = sum(spec.size * spec.dtype.itemsize for spec in specs.values())
+        specs = abstract_params(self.config, dtype, storage=storage)
         with tqdm(
-            total=total, unit="B", unit_scale=True, desc="loading", delay=1, disable=not progress
+            total=nbytes(specs), unit="B", unit_scale=True, desc="loading", delay=1, disable=not progress
         ) as bar:
             if self.checkpoint is None:
-                return self._draw(dtype, specs, sharding, seed, bar)
-            return self._read(self.checkpoint, dtype, specs, sharding, bar)
+                return self._draw(dtype, storage, specs, sharding, seed, bar)
+            return self._read(self.checkpoint, dtype, storage, specs, sharding, bar)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that comes with the weights, with its chat template if it has one.
@@ -133,33 +132,32 @@ class ModelSource:
     def _draw(
         self,
         dtype: jnp.dtype,
-        specs: Mapping[str, jax.ShapeDtypeStruct],
+        storage: type[Weight] | None,
+        specs: Mapping[str, Any],
         sharding: Callable[[str, tuple[int, ...]], Sharding] | None,
         seed: int,
         bar: tqdm,
-    ) -> dict[str, jax.Array]:
+    ) -> dict[str, Any]:
         params = {}
         for name, spec in specs.items():
             # one program per parameter: what the others need is removed as dead code
-            packed = spec.dtype != dtype
             draw = jax.jit(
-                lambda key, name=name, packed=packed: init_params(self.config, key, dtype, packed=packed)[
-                    name
-                ],
+                lambda key, name=name: init_params(self.config, key, dtype, storage=storage)[name],
                 out_shardings=_place(sharding, name, spec),
             )
-            params[name] = draw(jax.random.key(seed)).block_until_ready()
-            bar.update(params[name].nbytes)
+            params[name] = jax.block_until_ready(draw(jax.random.key(seed)))
+            bar.update(nbytes(spec))
         return params
 
     def _read(
         self,
         checkpoint: Checkpoint,
         dtype: jnp.dtype,
-        specs: Mapping[str, jax.ShapeDtypeStruct],
+        storage: type[Weight] | None,
+        specs: Mapping[str, Any],
         sharding: Callable[[str, tuple[int, ...]], Sharding] | None,
         bar: tqdm,
-    ) -> dict[str, jax.Array]:
+    ) -> dict[str, Any]:
         ships_head = self.config.tie_embeddings and _HEAD in checkpoint.stored
         if ships_head and not _equal(checkpoint, _HEAD, EMBEDDING):
             raise ValueError(
@@ -169,12 +167,17 @@ class ModelSource:
         params = {}
         for name, slot in expected_tensors(self.config, checkpoint.naming).items():
             spec = specs[slot.parameter]
-            place = _place(sharding, slot.parameter, spec)
             if slot.layer in (None, 0):
-                params[slot.parameter] = _zeros(spec, place)
-            read = functools.partial(checkpoint.read, name)
-            params[slot.parameter] = _write(params[slot.parameter], read, slot, dtype, place)
-            bar.update(math.prod(slot.shape) * spec.dtype.itemsize)
+                params[slot.parameter] = _zeros(spec, _place(sharding, slot.parameter, spec))
+            kind = storage if slot.parameter in ADAPTED else None
+            array = _place(sharding, slot.parameter, jax.ShapeDtypeStruct(spec.shape, dtype))
+            tensor = _tensor(functools.partial(checkpoint.read, name), slot, array)
+            write = _writer(dtype, kind, *_shardings(params[slot.parameter]))
+            # waiting bounds the tensors in flight to one
+            params[slot.parameter] = jax.block_until_ready(
+                write(params[slot.parameter], tensor, np.int32(slot.layer or 0))
+            )
+            bar.update(nbytes(spec) * math.prod(slot.shape) // math.prod(spec.shape))
         return params
 
 
@@ -293,14 +296,17 @@ def _download(source: str, cache_dir: str | Path | None) -> Path:
     return Path(folder)
 
 
-def _place(
-    sharding: Callable[[str, tuple[int, ...]], Sharding] | None, name: str, spec: jax.ShapeDtypeStruct
-) -> Sharding:
-    return jnp.zeros(()).sharding if sharding is None else sharding(name, spec.shape)
+def _place(sharding: Callable[[str, tuple[int, ...]], Sharding] | None, name: str, spec: Any) -> Any:
+    """The sharding of each array of a parameter."""
+    here = jnp.zeros(()).sharding
+    return jax.tree.map(lambda leaf: here if sharding is None else sharding(name, leaf.shape), spec)
 
 
-def _zeros(spec: jax.ShapeDtypeStruct, place: Sharding) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(spec.shape, spec.dtype), out_shardings=place)()
+def _zeros(spec: Any, place: Any) -> Any:
+    zeros = jax.jit(
+        lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), spec), out_shardings=place
+    )
+    return zeros()
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
@@ -318,15 +324,8 @@ def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
     return True
 
 
-def _write(
-    param: jax.Array,
-    read: Callable[[Sequence[Index]], list[np.ndarray]],
-    slot: Slot,
-    dtype: jnp.dtype,
-    place: Sharding,
-) -> jax.Array:
-    """Put a tensor in its place in a parameter, whose buffer is reused."""
-    # the rank of the parameter, so that its sharding fits
+def _tensor(read: Callable[[Sequence[Index]], list[np.ndarray]], slot: Slot, place: Sharding) -> jax.Array:
+    """A tensor as it is in the checkpoint, in the rank of its parameter, so that its sharding fits."""
     lead = () if slot.layer is None else (1,)
     shape = (*lead, *slot.shape)
     held = distinct_parts(place.addressable_devices_indices_map(shape).values(), shape)
@@ -335,17 +334,28 @@ def _write(
     parts = {
         part: found.reshape(place.shard_shape(shape)) for part, found in zip(held, read(wanted), strict=True)
     }
-    tensor = jax.make_array_from_callback(shape, place, lambda index: parts[_bounds(index, shape)])
-    # waiting bounds the tensors in flight to one
-    return _writer(dtype, place)(param, tensor, np.int32(slot.layer or 0)).block_until_ready()
+    return jax.make_array_from_callback(shape, place, lambda index: parts[_bounds(index, shape)])
+
+
+def _shardings(param: Any) -> tuple[Any, ...]:
+    """The structure of a parameter, and where its arrays lie."""
+    leaves, structure = jax.tree.flatten(param)
+    return structure, *(leaf.sharding for leaf in leaves)
 
 
 @functools.cache
-def _writer(dtype: jnp.dtype, place: Sharding) -> Callable[[jax.Array, jax.Array, np.int32], jax.Array]:
-    def write(param: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(param, stored_like(part.astype(dtype), param), start, axis=0)
+def _writer(
+    dtype: jnp.dtype, kind: type[Weight] | None, structure: Any, *places: Sharding
+) -> Callable[[Any, jax.Array, np.int32], Any]:
+    """Puts a tensor in its place in a parameter, whose buffers are reused."""
 
-    return jax.jit(write, donate_argnums=0, out_shardings=place)
+    def write(param: Any, part: jax.Array, start: jax.Array) -> Any:
+        new = hold(part.astype(dtype), kind)
+        return jax.tree.map(
+            lambda old, new: lax.dynamic_update_slice_in_dim(old, new, start, axis=0), param, new
+        )
+
+    return jax.jit(write, donate_argnums=0, out_shardings=jax.tree.unflatten(structure, places))
 
 
 def model_shape(source: str, preset: str | None = None) -> ModelConfig:

@@ -11,7 +11,8 @@ from jax import lax
 
 from spiel_jax.ops.selection import top_magnitudes
 from spiel_jax.ops.sharded import on_blocks
-from spiel_jax.ops.tree import parameter_name, path_name
+from spiel_jax.ops.stored import Stored, as_array
+from spiel_jax.ops.tree import named_leaves, parameter_name
 from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients
 from spiel_jax.optim.criteria.criterion import Criterion, register
 from spiel_jax.optim.schedules import Reselection, constant
@@ -77,7 +78,7 @@ def magnitude_positions(
     Exact, ties towards the lowest position, one matrix at a time.
 
     Args:
-        params: Pytree of pretrained weights, [*stack, rows, columns].
+        params: Pytree of pretrained weights, [*stack, rows, columns]; stored ones too.
         targets: What is adapted.
         largest: Or the smallest.
 
@@ -87,7 +88,7 @@ def magnitude_positions(
     Raises:
         KeyError: If a target is no leaf of ``params``.
     """
-    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    leaves = named_leaves(params)
     positions = {}
     for name, target in targets.items():
         parameter = parameter_name(name)
@@ -99,11 +100,14 @@ def magnitude_positions(
     return positions
 
 
-def _strongest(weight: jax.Array, target: Target, largest: bool) -> jax.Array:
+def _strongest(weight: Any, target: Target, largest: bool) -> jax.Array:
     """[*stack, grid_rows, grid_columns, k] positions in each block of a weight, or of a part of it."""
-    chosen = weight if target.layers is None else weight[jnp.array(target.layers)]
+    chosen = weight
+    if target.layers is not None:
+        chosen = jax.tree.map(lambda leaf: leaf[jnp.array(target.layers)], weight)
 
-    def strongest(matrix: jax.Array) -> jax.Array:
+    def strongest(weight: jax.Array | Stored) -> jax.Array:
+        matrix = as_array(weight)
         rows, columns = target.block
         blocks = matrix.reshape(-1, rows, matrix.shape[1] // columns, columns).swapaxes(1, 2)
         grid = blocks.shape[:2]
@@ -117,5 +121,6 @@ def _strongest(weight: jax.Array, target: Target, largest: bool) -> jax.Array:
         found = lax.map(lambda block: top_magnitudes(block, target.block_count), blocks)
         return found.reshape(*grid, target.block_count)
 
-    found = lax.map(strongest, chosen.reshape(-1, *chosen.shape[-2:]))
+    matrices = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[-2:]), chosen)
+    found = lax.map(strongest, matrices)
     return found.reshape(*target.stack, *found.shape[1:])

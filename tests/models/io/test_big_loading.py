@@ -128,16 +128,18 @@ MEASURE = """
 import json, resource, sys, time
 import jax.numpy as jnp
 import numpy as np
-from spiel_jax.models.loading import open_model
+import jax
+from spiel_jax.models.io.loading import open_model
+from spiel_jax.models.storage import Packed
 
 start = time.monotonic()
-params = open_model(sys.argv[1]).load(jnp.bfloat16, packed=True, progress=False)
+params = open_model(sys.argv[1]).load(jnp.bfloat16, storage=Packed, progress=False)
 result = {
     "seconds": time.monotonic() - start,
     "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     "size": sum(param.nbytes for param in params.values()),
 }
-bits = {name: np.asarray(param).view(np.uint16) for name, param in params.items()}
+bits = {name: np.asarray(*jax.tree.leaves(param)).view(np.uint16) for name, param in params.items()}
 result["bits"] = [int(bits[name][tuple(index)]) for name, index in json.load(sys.stdin)]
 print(json.dumps(result))
 """

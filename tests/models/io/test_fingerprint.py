@@ -7,7 +7,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from spiel_jax.models.decoder import EMBEDDING
 from spiel_jax.models.io.fingerprint import differing, fingerprint
-from spiel_jax.models.storage.packed import pack
+from spiel_jax.models.storage import Packed
 
 STACK = "model.layers.mlp.up_proj.weight"
 NORM = "model.norm.weight"
@@ -120,8 +120,8 @@ def test_sharding_does_not_matter(params, spec, kind):
 
 
 def test_packing_does_not_matter(params):
-    packed = pack(params[STACK])
-    assert packed.dtype == jnp.uint16
+    packed = Packed.hold(params[STACK])
+    assert packed.bits.dtype == jnp.uint16
     assert fingerprint(params | {STACK: packed}) == fingerprint(params)
     sharded = spread(packed, AxisType.Auto, (None, "fsdp", "tensor"))
     assert fingerprint(params | {STACK: sharded}) == fingerprint(params)

@@ -26,6 +26,7 @@ from spiel_jax.models.decoder import ADAPTED, abstract_params, bind, init_params
 from spiel_jax.models.io import loading
 from spiel_jax.models.io.huggingface import SafetensorsFolder
 from spiel_jax.models.io.loading import ModelSource, distinct_parts, open_model
+from spiel_jax.models.storage import Packed, storage_for
 
 SIZES = {
     "vocab_size": 96,
@@ -199,8 +200,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spiel_jax.models.loading import open_model
-from spiel_jax.models.safetensors_reader import SafetensorsFolder
+from spiel_jax.models.io.loading import open_model
+from spiel_jax.models.io.huggingface import SafetensorsFolder
 
 source = open_model(sys.argv[1])
 whole = source.load(jnp.float32, progress=False)
@@ -320,19 +321,21 @@ def both(request, single):
     if request.param == "random":
         source = ModelSource(source.config, None)
     plain = source.load(jnp.bfloat16, progress=False)
-    return source.config, plain, source.load(jnp.bfloat16, packed=True, progress=False)
+    return source.config, plain, source.load(jnp.bfloat16, storage=Packed, progress=False)
 
 
 class TestPacked:
     def test_bits_are_those_of_the_numbers(self, both):
         config, plain, packed = both
-        specs = abstract_params(config, jnp.bfloat16, packed=True)
+        specs = abstract_params(config, jnp.bfloat16, storage=Packed)
         assert plain.keys() == packed.keys() == specs.keys()
         for name, param in packed.items():
-            assert plain[name].dtype == jnp.bfloat16
-            assert param.dtype == specs[name].dtype == (jnp.uint16 if name in ADAPTED else jnp.bfloat16)
+            assert plain[name].dtype == param.dtype == specs[name].dtype == jnp.bfloat16
+            assert isinstance(param, Packed) == isinstance(specs[name], Packed) == (name in ADAPTED)
+            assert not isinstance(plain[name], Packed)
+            held = param.bits if name in ADAPTED else param
             np.testing.assert_array_equal(
-                np.asarray(param).view(np.uint16), np.asarray(plain[name]).view(np.uint16), err_msg=name
+                np.asarray(held).view(np.uint16), np.asarray(plain[name]).view(np.uint16), err_msg=name
             )
 
     def test_gives_the_same_logits(self, both):
@@ -344,7 +347,11 @@ class TestPacked:
         np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32))
 
     def test_other_widths_stay_as_they_are(self, single):
-        assert {param.dtype for param in load(single, packed=True).values()} == {jnp.dtype(jnp.float32)}
+        assert storage_for("none", jnp.float32) is None
+        params = load(single, storage=storage_for("none", jnp.float32))
+        assert {param.dtype for param in params.values()} == {jnp.dtype(jnp.float32)}
+        with pytest.raises(ValueError, match="bits are held of bfloat16 and float16 weights, got float32"):
+            load(single, storage=Packed)
 
 
 class TestTensorsThatDoNotFit:
@@ -554,7 +561,7 @@ class TestHub:
 MEASURE = """
 import resource, sys
 import jax.numpy as jnp
-from spiel_jax.models.loading import open_model
+from spiel_jax.models.io.loading import open_model
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,17 +1,31 @@
-"""Rows of a table by their bits, against a plain lookup."""
+"""Bits of arrays (as a weight: see test_weight), and rows of a table by them, against a plain lookup."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spiel_jax.models.storage.packed import take_rows
+from spiel_jax.models.storage.packed import Packed, packed, take_rows
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
 
 def table_of(dtype, rows=7, width=5):
     return jnp.array(np.random.default_rng(0).normal(size=(rows, width)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_only_16_bit_floats_are_held_by_their_bits(dtype):
+    table = table_of(dtype).at[0, 0].set(-jnp.inf)
+    held = packed(table)
+    if dtype == jnp.float32:
+        assert held is table
+        with pytest.raises(ValueError, match="bfloat16 and float16 weights, got float32"):
+            Packed.hold(table)
+    else:
+        assert held.bits.dtype == jnp.uint16
+        np.testing.assert_array_equal(np.asarray(held.bits), np.asarray(table).view(np.uint16))
+        np.testing.assert_array_equal(held.dequantize(), table)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,82 @@
+"""Kinds of stored weights for the tests that all of them pass, and one that is there for tests only."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from spiel_jax.models.storage import Packed, Weight, register
+
+
+@register("toy")
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RowScaled(Weight):
+    """float8 with one float32 scale per row: all that a new kind has to be."""
+
+    codes: jax.Array  # float8 [*stack, rows, columns]
+    scales: jax.Array  # float32 [*stack, rows, 1]
+    dtype: Any = field(metadata={"static": True})
+
+    @property
+    def shape(self):
+        return self.codes.shape
+
+    @classmethod
+    def hold(cls, array):
+        wide = array.astype(jnp.float32)
+        largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+        scales = jnp.where(largest > 0, largest / 448, 1.0)
+        return cls((wide / scales).astype(jnp.float8_e4m3fn), scales, array.dtype)
+
+    def dequantize(self):
+        return (self.codes.astype(jnp.float32) * self.scales).astype(self.dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind (None: arrays), the dtype of the weights, and its error relative to the largest of a row."""
+
+    kind: type[Weight] | None
+    dtype: Any
+    error: float = 0.0
+
+    def hold(self, array):
+        array = jnp.array(array, self.dtype)
+        return array if self.kind is None else jax.jit(self.kind.hold)(array)
+
+
+KINDS = {
+    "dense": Case(None, jnp.float32),
+    "packed": Case(Packed, jnp.bfloat16),
+    "toy": Case(RowScaled, jnp.float32, 2**-4),
+    "toy of bfloat16": Case(RowScaled, jnp.bfloat16, 2**-4 + 2**-8),
+}
+"""The kinds that exist. A new one joins here and passes all that is asked of a weight."""
+
+
+def numbers(*shape, seed=0):
+    """Random float32, one row of zeros among them."""
+    array = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    array[..., 1, :] = 0
+    return array
+
+
+def bits(array):
+    """What is equal where two arrays are, bit for bit."""
+    array = np.asarray(array)
+    return array.dtype, array.shape, array.tobytes()
+
+
+def with_bit_changed(weight, leaf_number):
+    """The weight with the last bit of one entry of one of its arrays changed."""
+    leaves, structure = jax.tree.flatten(weight)
+    leaf = leaves[leaf_number]
+    integers = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    words = lax.bitcast_convert_type(leaf, integers)
+    place = tuple(size // 2 for size in leaf.shape)
+    leaves[leaf_number] = lax.bitcast_convert_type(words.at[place].set(words[place] ^ 1), leaf.dtype)
+    return jax.tree.unflatten(structure, leaves)

@@ -1,0 +1,141 @@
+"""Runs of the trainer on a base that is held in a kind that only the tests know."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from support.run_cases import chat_file, losses, run, tiny_config
+from support.weight_cases import RowScaled
+
+from spiel_jax.adapters.load import load_run
+from spiel_jax.checkpoint import CheckpointError
+from spiel_jax.config import ConfigError, check_config, default_config
+from spiel_jax.distributed.mesh import make_mesh
+from spiel_jax.models import layer_names, open_model
+from spiel_jax.models.decoder import ADAPTED
+from spiel_jax.ops.stored import as_array, is_stored
+from spiel_jax.planning.run import prepare
+from spiel_jax.training.workdir import check_workdir
+
+UP = "model.layers.mlp.up_proj.weight"
+RULES = (r".*\.up_proj\.weight",)  # one linear: others only take time to compile
+
+
+def configured(model, data, method="spiel_ag", quantization="toy"):
+    config = tiny_config(model, data, method)
+    config.targets.rules = RULES
+    config.targets.num_tunable = 300 if method == "spiel_ag" else None
+    config.model.quantization = quantization
+    config.steps, config.data.heldout = 4, 4
+    return config
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return chat_file(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def dequantized(llama_folder, tmp_path_factory):
+    """The tiny model with the weights that its quantised ones stand for."""
+    folder = tmp_path_factory.mktemp("dequantized") / "model"
+    shutil.copytree(llama_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    source = open_model(str(llama_folder))
+    for name, param in source.load("float32", storage=RowScaled, progress=False).items():
+        assert is_stored(param) == (name in ADAPTED)
+        if name in ADAPTED:
+            for one, layer in zip(layer_names(name, source.config.num_layers), as_array(param), strict=True):
+                assert np.any(tensors[one] != np.asarray(layer))
+                tensors[one] = np.asarray(layer)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("method", ["spiel_ag", "lora"])
+def test_a_run_is_the_run_on_what_the_base_dequantizes_to(method, llama_folder, dequantized, data, tmp_path):
+    toy, plain = tmp_path / "toy", tmp_path / "plain"
+    config = configured(llama_folder, data, method)
+    if method == "spiel_ag":  # interrupted on the way
+        run(config, toy, until=3)
+    summary = run(config, toy)
+    expected = run(configured(dequantized, data, method, "none"), plain)
+    assert losses(toy) == losses(plain)
+    assert summary.heldout[-1] == expected.heldout[-1]
+    assert losses(toy)[4] < losses(toy)[1]
+
+    ours, theirs = load_run(toy, keep_base=True), load_run(plain)
+    assert ours.base is not None
+    for name in theirs.tuned:
+        assert is_stored(ours.base[name]) == (name in ADAPTED)
+        assert is_stored(ours.tuned[name]) == (name in ADAPTED and name != UP)
+        np.testing.assert_array_equal(as_array(ours.tuned[name]), theirs.tuned[name], err_msg=name)
+    assert np.any(ours.tuned[UP] != as_array(ours.base[UP]))
+    np.testing.assert_array_equal(load_run(toy).tuned[UP], ours.tuned[UP])
+
+
+def test_the_base_of_a_run_is_known_by_what_holds_it(llama_folder, dequantized, data, tmp_path):
+    config = configured(llama_folder, data)
+    config.steps = 2
+    run(config, tmp_path)
+    facts = json.loads((tmp_path / "config.json").read_text())
+    assert facts["model.quantization"] == "toy"
+    changed = config.copy_and_resolve_references()
+    changed.model.quantization = "none"
+    with pytest.raises(ConfigError, match="model.quantization: 'toy' there, 'none' now"):
+        run(changed, tmp_path)
+    shutil.copytree(dequantized, tmp_path / "model")
+    changed = config.copy_and_resolve_references()
+    changed.model.source = str(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3] *= 2  # other scales, the same codes
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(facts | {"model.source": changed.model.source}))
+    with pytest.raises(CheckpointError, match=r"another base model.*mlp\.down_proj"):
+        run(changed, tmp_path)
+
+
+def test_a_plan_holds_the_base_as_the_run_does(llama_folder, data):
+    model = open_model(str(llama_folder)).config
+    mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, jax.devices()[:4])
+    held = {}
+    for quantization in ("none", "toy"):
+        planned = prepare(configured(llama_folder, data, quantization=quantization), model, mesh)
+        held[quantization] = planned.held()["weights"]
+        weight = planned.state.params[UP]
+        assert is_stored(weight) == (quantization == "toy")
+        assert UP in planned.state.base or is_stored(weight)
+    assert isinstance(weight, RowScaled)
+    assert weight.codes.sharding.spec == (None, "tensor", "fsdp")
+    assert weight.scales.sharding.shard_shape(weight.scales.shape) == (2, 24, 1)
+    assert held["toy"] < 0.6 * held["none"]
+
+
+def test_quantization_that_cannot_be_is_refused():
+    config = default_config()
+    config.model.source = "random"
+    config.model.quantization = "nf3"
+    with pytest.raises(ConfigError, match=r"model.quantization = 'nf3': expected one of none, toy"):
+        check_config(config)
+    config.method, config.model.quantization = "full", "toy"
+    with pytest.raises(ConfigError, match=r"model.quantization = 'toy': expected none where method = 'full'"):
+        check_config(config)
+
+
+def test_a_run_of_before_there_was_the_key_is_continued(llama_folder, data, tmp_path):
+    config = configured(llama_folder, data, quantization="none")
+    check_workdir(tmp_path, config, resume=False)
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    path = tmp_path / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["model.quantization"]
+    path.write_text(json.dumps(stored))
+    config.model.quantization = "toy"
+    with pytest.raises(ConfigError, match="model.quantization: 'none' there, 'toy' now"):
+        check_workdir(tmp_path, config, resume=True)
+    config.model.quantization = "none"
+    check_workdir(tmp_path, config, resume=True)
+    assert json.loads(path.read_text())["model.quantization"] == "none"
