@@ -10,6 +10,7 @@ CORE = [
     "spiel_jax.ops.matmul",
     "spiel_jax.ops.selection",
     "spiel_jax.ops.sharded",
+    "spiel_jax.ops.stored",
     "spiel_jax.ops.tree",
     "spiel_jax.optim",
     "spiel_jax.optim.alias",

@@ -6,12 +6,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file, save_file
 from support.run_cases import chat_file, losses, run, tiny_config
 from support.weight_cases import RowScaled
 
 from spiel_jax.adapters.load import load_run
-from spiel_jax.checkpoint import CheckpointError
 from spiel_jax.config import ConfigError, check_config, default_config
 from spiel_jax.distributed.mesh import make_mesh
 from spiel_jax.models import layer_names, open_model
@@ -29,7 +29,7 @@ def configured(model, data, method="spiel_ag", quantization="toy"):
     config.targets.rules = RULES
     config.targets.num_tunable = 300 if method == "spiel_ag" else None
     config.model.quantization = quantization
-    config.steps, config.data.heldout = 4, 4
+    config.steps, config.data.heldout, config.eval_batches = 4, 4, 1
     return config
 
 
@@ -64,6 +64,7 @@ def test_a_run_is_the_run_on_what_the_base_dequantizes_to(method, llama_folder, 
     summary = run(config, toy)
     expected = run(configured(dequantized, data, method, "none"), plain)
     assert losses(toy) == losses(plain)
+    assert [step for step, _ in expected.heldout] == [0, 4]
     assert summary.heldout[-1] == expected.heldout[-1]
     assert losses(toy)[4] < losses(toy)[1]
 
@@ -77,27 +78,6 @@ def test_a_run_is_the_run_on_what_the_base_dequantizes_to(method, llama_folder, 
     np.testing.assert_array_equal(load_run(toy).tuned[UP], ours.tuned[UP])
 
 
-def test_the_base_of_a_run_is_known_by_what_holds_it(llama_folder, dequantized, data, tmp_path):
-    config = configured(llama_folder, data)
-    config.steps = 2
-    run(config, tmp_path)
-    facts = json.loads((tmp_path / "config.json").read_text())
-    assert facts["model.quantization"] == "toy"
-    changed = config.copy_and_resolve_references()
-    changed.model.quantization = "none"
-    with pytest.raises(ConfigError, match="model.quantization: 'toy' there, 'none' now"):
-        run(changed, tmp_path)
-    shutil.copytree(dequantized, tmp_path / "model")
-    changed = config.copy_and_resolve_references()
-    changed.model.source = str(tmp_path / "model")
-    tensors = load_file(tmp_path / "model" / "model.safetensors")
-    tensors["model.layers.1.mlp.down_proj.weight"][3] *= 2  # other scales, the same codes
-    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "config.json").write_text(json.dumps(facts | {"model.source": changed.model.source}))
-    with pytest.raises(CheckpointError, match=r"another base model.*mlp\.down_proj"):
-        run(changed, tmp_path)
-
-
 def test_a_plan_holds_the_base_as_the_run_does(llama_folder, data):
     model = open_model(str(llama_folder)).config
     mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, jax.devices()[:4])
@@ -109,7 +89,7 @@ def test_a_plan_holds_the_base_as_the_run_does(llama_folder, data):
         assert is_stored(weight) == (quantization == "toy")
         assert UP in planned.state.base or is_stored(weight)
     assert isinstance(weight, RowScaled)
-    assert weight.codes.sharding.spec == (None, "tensor", "fsdp")
+    assert weight.codes.sharding.spec == PartitionSpec(None, "tensor", "fsdp")
     assert weight.scales.sharding.shard_shape(weight.scales.shape) == (2, 24, 1)
     assert held["toy"] < 0.6 * held["none"]
 
@@ -134,7 +114,7 @@ def test_a_run_of_before_there_was_the_key_is_continued(llama_folder, data, tmp_
     del stored["model.quantization"]
     path.write_text(json.dumps(stored))
     config.model.quantization = "toy"
-    with pytest.raises(ConfigError, match="model.quantization: 'none' there, 'toy' now"):
+    with pytest.raises(ConfigError, match=r"model\.quantization: 'none' there, 'toy' now"):
         check_workdir(tmp_path, config, resume=True)
     config.model.quantization = "none"
     check_workdir(tmp_path, config, resume=True)

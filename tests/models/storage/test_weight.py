@@ -304,6 +304,6 @@ def test_kinds_are_found_by_name():
     assert storage_for("none", jnp.bfloat16) is Packed
     with pytest.raises(ValueError, match="quantization = 'nf3': expected one of none, toy"):
         kind_named("nf3")
-    with pytest.raises(ValueError, match="quantization 'toy' is taken by .*RowScaled"):
+    with pytest.raises(ValueError, match=r"quantization 'toy' is taken by .*RowScaled"):
         register("toy")(Packed)
     assert register("toy")(RowScaled) is RowScaled
