@@ -15,7 +15,7 @@ GREY, BLUE, ORANGE, GREEN = "#858b94", "#4a86d8", "#e07b2e", "#33a06a"
 
 
 def text(
-    x: float, y: float, words: str, *, size: int = 13, colour: str = GREY, anchor: str = "middle"
+    x: float, y: float, words: str, *, size: int = 14, colour: str = GREY, anchor: str = "middle"
 ) -> str:
     """A line of text."""
     return (
@@ -47,8 +47,8 @@ def weight(left: float, title: str, what: str) -> list[str]:
     ]
     centre = left + COLUMNS * CELL / 2
     return [
-        text(centre, 24, title, size=16),
-        text(centre, 46, what),
+        text(centre, 22, title, size=19),
+        text(centre, 47, what, size=15),
         f'<path d="{"".join(lines)}" stroke="{GREY}" stroke-opacity=".35" fill="none"/>',
     ]
 
@@ -61,8 +61,9 @@ def slots(left: float, entries: list[tuple[int, float, str]]) -> list[str]:
         x = left + (number + 0.5) * step
         box = f'width="{step:g}" height="24" fill="none" stroke="{GREY}" stroke-opacity=".35"'
         drawn += [f'<rect x="{x - step / 2:g}" y="{top + row * 24}" {box}/>' for row in range(2)]
-        drawn += [text(x, top + 17, str(index), size=11, colour=colour)]
-        drawn += [text(x, top + 41, f"{value:g}".replace("-", "\u2212"), size=11, colour=colour)]
+        drawn += [text(x, top + 17, str(index), size=12, colour=colour)]
+        shown = f"{value:g}".replace("-", "\u2212").replace("0.", ".")
+        drawn += [text(x, top + 41, shown, size=12, colour=colour)]
     return drawn
 
 
@@ -72,7 +73,7 @@ def picture() -> str:
     grown = sorted(CANDIDATES, key=lambda position: -abs(CANDIDATES[position]))[:N]
     lefts = [74 + number * (COLUMNS * CELL + GAP) for number in range(3)]
 
-    parts = weight(lefts[0], "update", "every step: k deltas are trained")
+    parts = weight(lefts[0], "update", "every step trains k deltas")
     for position, value in VALUES.items():
         parts.append(square(*middle(lefts[0], position), side(value), f'fill="{BLUE}"'))
     parts += slots(lefts[0], [(i, v, BLUE) for i, v in VALUES.items()])
@@ -84,7 +85,7 @@ def picture() -> str:
         parts.append(square(*middle(lefts[1], position), 18 if position in dropped else side(value), style))
     parts += slots(lefts[1], [(i, v, ORANGE if i in dropped else BLUE) for i, v in VALUES.items()])
 
-    parts += weight(lefts[2], "grow", f"the {N} of largest gradient, at zero")
+    parts += weight(lefts[2], "grow", f"the {N} of largest gradient")
     for position, value in VALUES.items():
         if position not in dropped:
             parts.append(square(*middle(lefts[2], position), side(value), f'fill="{BLUE}"'))
@@ -98,7 +99,7 @@ def picture() -> str:
     parts += slots(lefts[2], after)
 
     for left in lefts[1:]:
-        parts.append(text(left - GAP / 2, TOP + ROWS * CELL / 2 + 6, "→", size=22))
+        parts.append(text(left - GAP / 2, TOP + ROWS * CELL / 2 + 6, "→", size=26))
     base = TOP + ROWS * CELL + 39
     parts += [text(66, base, "indices", anchor="end"), text(66, base + 24, "values", anchor="end")]
     width, height = lefts[2] + COLUMNS * CELL + 8, base + 44
