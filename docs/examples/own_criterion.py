@@ -25,7 +25,7 @@ class Seen(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Steady(sj.Growth):
+class Steady(sj.Criterion):
     """Grows the candidates of largest ``|sum g| / sqrt(sum g^2)``."""
 
     ratio: int = 2  # candidates per active entry
@@ -76,11 +76,6 @@ class Steady(sj.Growth):
         score = jnp.abs(stats.total) / jnp.sqrt(stats.squares + 1e-30)
         order = jnp.argsort(-jnp.where(stats.indices < target.block_size, score, -1))[: indices.size]
         return jnp.where(jnp.arange(indices.size) < n, stats.indices[order], target.block_size)
-
-    def seed(self, stats, source):
-        """Nothing: a grown entry starts as the inner optimizer has it."""
-        del stats, source
-        return {}
 
     def clear(self, stats, targets):
         """Forgets the candidates."""

@@ -19,8 +19,8 @@ MODULES = (
     "spiel_jax.config",
     "spiel_jax.data",
     "spiel_jax.methods.method",
+    "spiel_jax.methods.registry",
     "spiel_jax.models",
-    "spiel_jax.optim.criteria.criterion",
     "spiel_jax.training.run",
 )
 """Modules whose public names are documented."""
