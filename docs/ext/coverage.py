@@ -75,7 +75,7 @@ def gaps(modules: Iterable[str], rendered: set[str], root: Path = ROOT) -> Itera
             yield f"configs/{config.name} is not among the reproduction records"
 
 
-def _find(package: griffe.Module, path: str) -> Any:
+def _find(package: Any, path: str) -> Any:
     """The object of that dotted path; None where there is none."""
     first, _, rest = path.partition(".")
     if first != package.name:
