@@ -8,8 +8,8 @@ decay after 3% of warm-up, base in bfloat16, deltas in float32, as many tunable 
 (3,911,680 a rank), reselection every 20 steps after 5 of estimation, initial rate 0.2. Learning rates
 tried there: SpIEL-AG 1e-4, 3e-5, 1e-5, 3e-6; SpIEL-MA 2e-3, 1e-3, 7e-4, 4e-4; weight decay 1, 3, 10, 30.
 
-Memory: 24.2 GiB of base weights; 24 bytes a tunable weight of trainer state and 12 a candidate for SpIEL-
-AG (8.4 GiB), 12 bytes for SpIEL-MA (2.8 GiB); activations of `micro_batch_size` sequences.
+Memory: 24.2 GiB of base weights; 24 bytes a tunable weight of trainer state and 12 a candidate for
+SpIEL-AG (8.4 GiB), 12 bytes for SpIEL-MA (2.8 GiB); activations of `micro_batch_size` sequences.
 
 Reproduction record: not run yet at this size; the same program was run end to end at the size of
 SmolLM2-135M (configs/smollm2_135m.py).

@@ -8,9 +8,9 @@ decay after 3% of warm-up, base in bfloat16, deltas in float32, as many tunable 
 (12,943,360 a rank), reselection every 20 steps after 5 of estimation, initial rate 0.2. The paper stops at
 13B: the learning rate is the one used there.
 
-Memory: 128.5 GiB of base weights; 24 bytes a tunable weight of trainer state and 12 a candidate for SpIEL-
-AG (27.8 GiB), 12 bytes for SpIEL-MA (9.3 GiB); activations of `micro_batch_size` sequences. What that comes
-to on a mesh of devices, spiel_jax.plan finds out.
+Memory: 128.5 GiB of base weights; 24 bytes a tunable weight of trainer state and 12 a candidate for
+SpIEL-AG (27.8 GiB), 12 bytes for SpIEL-MA (9.3 GiB); activations of `micro_batch_size` sequences. What that
+comes to on a mesh of devices, spiel_jax.plan finds out.
 
 Reproduction record: not run yet at this size; the same program was run end to end at the size of
 SmolLM2-135M (configs/smollm2_135m.py).

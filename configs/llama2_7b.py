@@ -8,13 +8,13 @@ decay after 3% of warm-up, base in bfloat16, deltas in float32, as many tunable 
 (2,498,560 a rank), reselection every 20 steps after 5 of estimation, initial rate 0.2. Learning rates
 tried there: SpIEL-AG 1e-4, 3e-5, 1e-5, 3e-6; SpIEL-MA 2e-3, 1e-3, 7e-4, 4e-4; weight decay 1, 3, 10, 30.
 
-Memory: 12.6 GiB of base weights; 24 bytes a tunable weight of trainer state and 12 a candidate for SpIEL-
-AG (5.4 GiB), 12 bytes for SpIEL-MA (1.8 GiB); activations of `micro_batch_size` sequences.
+Memory: 12.6 GiB of base weights; 24 bytes a tunable weight of trainer state and 12 a candidate for
+SpIEL-AG (5.4 GiB), 12 bytes for SpIEL-MA (1.8 GiB); activations of `micro_batch_size` sequences.
 
 Reproduction record: not run yet on an accelerator. Compiled for 8 TPU v5e (``spiel_jax.plan``): 5.7 GiB per
 device with SpIEL-AG, 4.6 with SpIEL-MA. The full size was run with random weights on 2 CPU cores, 2 steps of
 2 x 96 tokens with a reselection in between, SpIEL-MA, bfloat16: 2 m 20 s, peak 17.7 GiB
-(tests/test_7b.py).
+(tests/methods/test_7b.py).
 """
 
 from spiel_jax.config import Config, default_config

@@ -4,6 +4,8 @@ The names here are the library's core: they need only JAX and Optax, and work on
 Models, data, training and checkpoints are in the submodules.
 """
 
+from importlib import metadata as _metadata
+
 from spiel_jax.optim.alias import spiel_ag, spiel_ma
 from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients
 from spiel_jax.optim.criteria.criterion import Criterion, Growth, Observation, register
@@ -55,3 +57,8 @@ __all__ = [
     "unmerge",
     "zeros",
 ]
+
+try:
+    __version__ = _metadata.version("spiel_jax")
+except _metadata.PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0+unknown"

@@ -59,7 +59,9 @@ def generate(
             ``config.max_positions``, or if the model's logits are not finite.
 
     Example:
-        >>> config = ModelConfig.smollm2_135m()
+        >>> from dataclasses import replace
+        >>> from spiel_jax.models import init_params
+        >>> config = replace(ModelConfig.smollm2_135m(), num_layers=2, vocab_size=100)
         >>> params = init_params(config, jax.random.key(0), jnp.bfloat16)
         >>> new = generate(config, params, [[1, 2, 3], [4]], max_new_tokens=5)
         >>> [len(row) for row in new]

@@ -28,6 +28,7 @@ from spiel_jax.optim.schedules import Phase
 from spiel_jax.sparse.targets import Target
 
 Metrics = dict[str, jax.Array]
+"""What a step tells: loss, norm of the gradient, whether both are finite, tokens learnt, ..."""
 
 
 @jax.tree_util.register_dataclass

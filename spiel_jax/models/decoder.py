@@ -5,9 +5,11 @@ weight (see ``models.storage``). A name is the Hugging Face one, without the lay
 stacked: ``model.layers.mlp.up_proj.weight`` is [L, out, in].
 
 Example:
-    >>> config = ModelConfig.smollm2_135m()
+    >>> from dataclasses import replace
+    >>> config = replace(ModelConfig.smollm2_135m(), num_layers=2, vocab_size=100)
     >>> params = init_params(config, jax.random.key(0), jnp.bfloat16)
-    >>> logits = bind(config, params)(jnp.array([[1, 2, 3]]))  # [1, 3, V] float32
+    >>> bind(config, params)(jnp.array([[1, 2, 3]])).shape  # logits, float32
+    (1, 3, 100)
 """
 
 import functools

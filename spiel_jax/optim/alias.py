@@ -29,7 +29,11 @@ def spiel_ag(
     seed: int | jax.Array = 0,
     parity: Parity = "corrected",
 ) -> optax.GradientTransformationExtraArgs:
-    """SpIEL-AG: Adam with an age per entry, growth by accumulated gradients.
+    """SpIEL-AG: Adam with an age per entry, growth by accumulated gradients (SpIEL, algorithm 1).
+
+    A reselection drops the n entries of smallest ``|value|`` of each matrix and grows the n candidates whose
+    gradients, summed over the estimation phase, are largest: see ``AccumulatedGradients``, and
+    ``scale_by_aged_adam`` for the step.
 
     Args:
         learning_rate: A number or a schedule. The paper tries 1e-4, 3e-5, 1e-5 and 3e-6.
@@ -54,6 +58,18 @@ def spiel_ag(
     Raises:
         ValueError: If a value is not allowed, or both or none of ``schedule`` and ``total_steps`` are given.
         TypeError: If a number is traced that must be static.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import spiel_jax as sj
+        >>> targets = {"w": Target((2, 2), 2)}
+        >>> tx, values = spiel_ag(0.1, targets, schedule=Reselection(9, accumulation=1)), sj.zeros(targets)
+        >>> state = sj.place(tx.init(values), {"w": targets["w"].delta(jnp.array([0, 2]))})
+        >>> dense = {"w": jnp.array([[0.0, -2.0], [0.0, 3.0]])}  # gradient of the whole weight
+        >>> candidates = sj.propose(dense, sj.deltas(values, state), {"w": 2})
+        >>> updates, state = tx.update({"w": jnp.zeros(2)}, state, values, candidates=candidates)
+        >>> sorted(sj.deltas(values, state)["w"].indices.tolist())  # where gradients are largest
+        [1, 3]
     """
     reference = is_reference(parity)
     return spiel(
@@ -80,7 +96,11 @@ def spiel_ma(
     seed: int | jax.Array = 0,
     parity: Parity = "corrected",
 ) -> optax.GradientTransformationExtraArgs:
-    """SpIEL-MA: sparse SM3, growth by its row and column accumulators.
+    """SpIEL-MA: sparse SM3, growth by its row and column accumulators (SpIEL, algorithm 2).
+
+    A reselection drops the n entries of smallest ``|value|`` of each matrix and grows the n others whose row
+    and column accumulators have the largest product: see ``MomentApproximation``, and ``scale_by_sparse_sm3``
+    for the step. It needs no more than the gradients of the active entries.
 
     Args:
         learning_rate: A number or a schedule. The paper tries 2e-3, 1e-3, 7e-4 and 4e-4.
@@ -103,6 +123,16 @@ def spiel_ma(
     Raises:
         ValueError: If a value is not allowed, or both or none of ``schedule`` and ``total_steps`` are given.
         TypeError: If a number is traced that must be static.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import spiel_jax as sj
+        >>> targets = {"w": Target((2, 3), 2)}
+        >>> tx, values = spiel_ma(0.1, targets, schedule=Reselection(9, accumulation=1)), sj.zeros(targets)
+        >>> state = sj.place(tx.init(values), {"w": targets["w"].delta(jnp.array([0, 5]))})
+        >>> updates, state = tx.update({"w": jnp.array([3.0, 1.0])}, state, values)
+        >>> sorted(sj.deltas(values, state)["w"].indices.tolist())  # rows have 9, 1 now, columns 9, 0, 1
+        [2, 3]
     """
     return spiel(
         sparse_sm3(learning_rate, targets, eps, weight_decay),

@@ -30,11 +30,18 @@ class ScaleByAgedAdamState(NamedTuple):
 def scale_by_aged_adam(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6, *, low_precision: bool = False
 ) -> optax.GradientTransformation:
-    """Adam whose bias correction counts each entry's own updates.
+    r"""Adam whose bias correction counts each entry's own updates.
 
     A reset entry under Adam's single shared count would step three to six times too far: its moments are
-    small, and a large count corrects nothing. As in the original implementation eps is bias-corrected too:
-    the update is ``mu / (1 - b1^age) * sqrt(1 - b2^age) / (sqrt(nu) + eps)``.
+    small, and a large count corrects nothing. With $a$ the age of an entry, this update included,
+
+    $$
+    \mu \leftarrow \beta_1 \mu + (1 - \beta_1) g, \qquad
+    \nu \leftarrow \beta_2 \nu + (1 - \beta_2) g^2, \qquad
+    u = \frac{\mu}{1 - \beta_1^a} \cdot \frac{\sqrt{1 - \beta_2^a}}{\sqrt{\nu} + \epsilon}
+    $$
+
+    As in the original implementation eps is bias-corrected too.
 
     Args:
         b1: Decay rate of the first moment.
@@ -47,6 +54,12 @@ def scale_by_aged_adam(
 
     Returns:
         A ``GradientTransformation``; the state's fields are ``age`` (int32), ``mu``, ``nu``.
+
+    Example:
+        >>> tx = scale_by_aged_adam()
+        >>> updates, state = tx.update({"w": jnp.array([4.0, -0.5])}, tx.init({"w": jnp.zeros(2)}))
+        >>> updates["w"].round(3).tolist(), state.age["w"].tolist()  # a first step is the gradient's sign
+        ([1.0, -1.0], [1, 1])
 
     References:
         Ansell et al., `Scaling Sparse Fine-Tuning to Large Language Models
@@ -133,10 +146,16 @@ class ScaleBySparseSM3State(NamedTuple):
 def scale_by_sparse_sm3(
     targets: Mapping[str, Target], eps: float = 1e-8
 ) -> optax.GradientTransformationExtraArgs:
-    """SM3 over sparse entries: one accumulator per row and per column, none per entry.
+    r"""SM3 over sparse entries: one accumulator per row and per column, none per entry.
 
-    The update is ``g / sqrt(u + eps)``: eps is inside the root, as in the original implementation. It
-    needs the positions of the entries, which ``spiel`` passes to its inner transformation.
+    The entry at row $x$ and column $y$ bounds its second moment by its row's and its column's,
+
+    $$
+    u = \min(r_x, q_y) + g^2, \qquad r_x \leftarrow \max(r_x, u), \qquad q_y \leftarrow \max(q_y, u),
+    $$
+
+    and its update is $g / \sqrt{u + \epsilon}$: eps is inside the root, as in the original implementation.
+    It needs the positions of the entries, which ``spiel`` passes to its inner transformation.
 
     Args:
         targets: What is adapted; static.
@@ -144,6 +163,14 @@ def scale_by_sparse_sm3(
 
     Returns:
         A ``GradientTransformationExtraArgs`` whose update takes ``active``, target name to SparseDelta.
+
+    Example:
+        >>> targets = {"w": Target((2, 2), 2)}
+        >>> tx, values = scale_by_sparse_sm3(targets), {"w": jnp.zeros(2)}
+        >>> active = {"w": SparseDelta(jnp.array([0, 1]), None, shape=(2, 2))}  # both in row 0
+        >>> _, state = tx.update({"w": jnp.array([3.0, 4.0])}, tx.init(values), values, active=active)
+        >>> state.row_moments["w"].tolist(), state.column_moments["w"].tolist()
+        ([16.0, 0.0], [9.0, 16.0])
 
     References:
         SpIEL, section 3.3; Anil et al., `Memory-Efficient Adaptive Optimization
@@ -233,7 +260,27 @@ def aged_adamw(
     *,
     low_precision: bool = False,
 ) -> optax.GradientTransformation:
-    """``scale_by_aged_adam``, then ``descend``: the inner optimizer of SpIEL-AG."""
+    r"""The inner optimizer of SpIEL-AG: ``scale_by_aged_adam``, then a step and decay.
+
+    $$
+    \delta \leftarrow (\delta - \eta u)(1 - \eta \lambda)
+    $$
+
+    Args:
+        learning_rate: A number or a schedule of the count of updates.
+        b1: Decay rate of the first moment.
+        b2: Decay rate of the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decay per unit of learning rate, towards the pretrained weights.
+        low_precision: See ``scale_by_aged_adam``.
+
+    Example:
+        >>> values = {"w": jnp.zeros(1)}
+        >>> tx = aged_adamw(0.1, weight_decay=1.0)
+        >>> updates, _ = tx.update({"w": jnp.array([2.0])}, tx.init(values), values)
+        >>> updates["w"].round(3).tolist()  # a step to -0.1, of which a tenth decays
+        [-0.09000000357627869]
+    """
     return optax.chain(
         scale_by_aged_adam(b1, b2, eps, low_precision=low_precision), descend(learning_rate, weight_decay)
     )
@@ -245,5 +292,20 @@ def sparse_sm3(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """``scale_by_sparse_sm3``, then ``descend``: the inner optimizer of SpIEL-MA."""
+    """The inner optimizer of SpIEL-MA: ``scale_by_sparse_sm3``, then the step and decay of ``aged_adamw``.
+
+    Args:
+        learning_rate: A number or a schedule of the count of updates.
+        targets: What is adapted; static.
+        eps: Added to the moment, inside the root.
+        weight_decay: Decay per unit of learning rate, towards the pretrained weights.
+
+    Example:
+        >>> targets = {"w": Target((2, 2), 1)}
+        >>> tx, values = sparse_sm3(0.1, targets), {"w": jnp.zeros(1)}
+        >>> active = {"w": SparseDelta(jnp.array([3]), None, shape=(2, 2))}
+        >>> updates, _ = tx.update({"w": jnp.array([2.0])}, tx.init(values), values, active=active)
+        >>> updates["w"].round(3).tolist()
+        [-0.10000000149011612]
+    """
     return optax.chain(scale_by_sparse_sm3(targets, eps), descend(learning_rate, weight_decay))

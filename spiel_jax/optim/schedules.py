@@ -22,17 +22,40 @@ def _linear(initial: float, step: int, total: int) -> float:
 
 
 def linear(initial: float = 0.2) -> Rate:
-    """Replacement rate that falls linearly to zero: ``initial * (1 - step / total)`` (paper, section 3.1)."""
+    r"""Replacement rate that falls linearly to zero (SpIEL, section 3.1).
+
+    $$
+    p(t) = p_0 \left(1 - \frac{t}{T}\right)
+    $$
+
+    Example:
+        >>> linear(0.2)(25, 100)
+        0.15000000000000002
+    """
     return functools.partial(_linear, initial)
 
 
 def cosine(initial: float = 0.2) -> Rate:
-    """Replacement rate along half a cosine: ``initial * (1 + cos(pi * step / total)) / 2`` (RigL)."""
+    r"""Replacement rate along half a cosine (RigL, arXiv 1911.11134, section 3).
+
+    $$
+    p(t) = \frac{p_0}{2} \left(1 + \cos \frac{\pi t}{T}\right)
+    $$
+
+    Example:
+        >>> round(cosine(0.2)(50, 100), 3)
+        0.1
+    """
     return lambda step, total: initial * (1 + math.cos(math.pi * step / total)) / 2
 
 
 def constant(rate: float = 0.2) -> Rate:
-    """The same replacement rate at every reselection; 0 with ``first=None`` is a static mask."""
+    """The same replacement rate at every reselection; 0 with ``first=None`` is a static mask.
+
+    Example:
+        >>> Reselection(100, rate=constant(0.0), first=None).steps
+        []
+    """
     return lambda step, total: rate
 
 
@@ -40,7 +63,17 @@ _LINEAR = linear()
 
 
 class Phase(enum.Enum):
-    """What a step does for the growth criterion, besides training."""
+    """What a step does for the growth criterion, besides training.
+
+    Attributes:
+        PLAIN: Nothing.
+        PROPOSE: Candidates are proposed, and observed for the first time.
+        ESTIMATE: The proposed candidates are observed again.
+
+    Example:
+        >>> [Reselection(100, every=20, accumulation=3).phase(step).name for step in (20, 21, 22, 23, 24)]
+        ['PLAIN', 'PROPOSE', 'ESTIMATE', 'ESTIMATE', 'PLAIN']
+    """
 
     PLAIN = "plain"
     PROPOSE = "propose"  # propose candidates and observe them for the first time

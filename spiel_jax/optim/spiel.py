@@ -38,6 +38,13 @@ class SpielState(NamedTuple):
         inner: State of the inner optimizer.
         replaced: float32 scalar, share of all entries that the last step replaced; 0 after a step without
             a reselection.
+
+    Example:
+        >>> import spiel_jax as sj
+        >>> targets = {"w": Target((4, 4), 2)}
+        >>> state = sj.spiel_ma(0.1, targets, total_steps=9).init(sj.zeros(targets))
+        >>> state.active["w"].indices.shape, int(optax.tree.get(state, "spiel_count"))
+        ((2,), 0)
     """
 
     spiel_count: jax.Array
@@ -123,6 +130,14 @@ def deltas(values: Any, opt_state: Any, *, sort: bool = False) -> dict[str, Spar
     Raises:
         ValueError: If there is no state of ``spiel`` in ``opt_state``, it has other targets, or several
             states share one.
+
+    Example:
+        >>> import spiel_jax as sj
+        >>> targets = {"w": Target((4, 4), 2)}
+        >>> tx = optax.chain(optax.clip(1.0), sj.spiel_ma(0.1, targets, total_steps=9))
+        >>> values = sj.zeros(targets)
+        >>> deltas(values, tx.init(values))["w"].values.tolist()
+        [0.0, 0.0]
     """
     active = active_positions(opt_state)
     named = by_target(values, active)
@@ -211,6 +226,17 @@ def spiel(
         TypeError: At ``init``, if the state of ``inner`` is not per entry; inside ``optax.MultiSteps``, if
             ``growth`` uses candidates.
         ValueError: If the values do not match the targets, or phases as long as the original's leave no gap.
+
+    Example:
+        >>> import spiel_jax as sj
+        >>> targets = {"w": Target((4, 4), 2)}
+        >>> schedule = Reselection(9, every=1, accumulation=1)
+        >>> tx = spiel(optax.adamw(0.1), targets, growth=sj.RandomGrowth(), schedule=schedule)
+        >>> values = sj.zeros(targets)
+        >>> state = tx.init(values)
+        >>> updates, state = tx.update({"w": jnp.array([1.0, -1.0])}, state, values)
+        >>> bool((updates["w"] == 0).all()), float(state.replaced)  # all is replaced at first: nothing moves
+        (True, 1.0)
     """
     if growth.uses_candidates and schedule.long_phases and schedule.accumulation == schedule.every - 1:
         raise ValueError(

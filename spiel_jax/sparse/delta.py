@@ -43,6 +43,13 @@ class SparseDelta:
         axes: Mesh axes over which the rows and the columns of the grid, and the weight with them, are
             spread under ``jax.set_mesh``; None where they are not. With axes, ``indices`` has those of
             the grid even where that is (1, 1).
+
+    Example:
+        >>> delta = SparseDelta(jnp.array([5, 1, 6]), jnp.array([0.5, 2.0, 0.0]), shape=(2, 3))
+        >>> [axis.tolist() for axis in delta.coordinates()]  # 6 = 2 * 3 marks an unused slot
+        [[1, 0, 2], [2, 1, 0]]
+        >>> delta.sort().indices.tolist()
+        [1, 5, 6]
     """
 
     indices: jax.Array
@@ -205,6 +212,10 @@ def gather(weight: jax.Array | Stored, delta: SparseDelta, *, transposed: bool =
 
     Returns:
         Shaped like ``delta.indices``, dtype of ``weight``.
+
+    Example:
+        >>> gather(jnp.arange(6.0).reshape(2, 3), SparseDelta(jnp.array([5, 1]), None, shape=(2, 3))).tolist()
+        [5.0, 1.0]
     """
 
     def entries(matrix: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
@@ -291,7 +302,11 @@ def merged_entries(base: jax.Array, values: jax.Array, dtype: jnp.dtype) -> jax.
 
 
 def merge(params: Any, deltas: Mapping[str, SparseDelta]) -> Any:
-    """Adds sparse deltas to the weights they belong to: ``W + delta`` (paper, equation 1).
+    r"""Adds sparse deltas to the weights they belong to (SpIEL, equation 1).
+
+    $$
+    W'_{i_j} = W_{i_j} + \delta_j, \qquad W' = W \text{ elsewhere}
+    $$
 
     Differentiable in the deltas' values (a gather of the weight's cotangent) and in ``params``. The sum is
     formed in the dtype of the values and rounded once to the dtype of the weight.
@@ -331,6 +346,11 @@ def base_entries(params: Any, deltas: Mapping[str, SparseDelta]) -> dict[str, ja
 
     Raises:
         KeyError: If a name is no leaf of ``params``.
+
+    Example:
+        >>> delta = SparseDelta(jnp.array([3, 0]), None, shape=(2, 2))
+        >>> base_entries({"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}, {"w": delta})["w"].tolist()
+        [4.0, 1.0]
     """
     taken = {}
 
@@ -355,6 +375,13 @@ def unmerge(params: Any, deltas: Mapping[str, SparseDelta], base: Mapping[str, j
 
     Raises:
         KeyError: If a name is no leaf of ``params``.
+
+    Example:
+        >>> params = {"w": jnp.array([[0.1, 0.2], [0.3, 0.4]], jnp.bfloat16)}
+        >>> deltas = {"w": SparseDelta(jnp.array([1, 2]), jnp.array([0.5, -1.0]), shape=(2, 2))}
+        >>> base = base_entries(params, deltas)
+        >>> bool((unmerge(merge(params, deltas), deltas, base)["w"] == params["w"]).all())
+        True
     """
     return edit(
         params,

@@ -69,7 +69,13 @@ def _used_weight(weight: jax.Array | Stored, adapter: SparseLinear) -> jax.Array
 
 @jax.custom_vjp
 def sparse_linear(x: jax.Array, weight: jax.Array | Stored, adapter: SparseLinear) -> jax.Array:
-    """``x @ weight.T`` whose only weight gradient is the one that ``adapter`` collects.
+    r"""``x @ weight.T`` whose only weight gradient is the one that ``adapter`` collects.
+
+    Of $y = x W^\top$ with cotangent $\bar{y}$ the backward pass gives
+
+    $$
+    \bar{x} = \bar{y} W, \qquad \bar{\delta}_j = G_{i_j}, \qquad G = \sum_{\text{tokens}} \bar{y}^\top x
+    $$
 
     Args:
         x: [..., in].
@@ -78,6 +84,14 @@ def sparse_linear(x: jax.Array, weight: jax.Array | Stored, adapter: SparseLinea
 
     Returns:
         [..., out], dtype of ``x``.
+
+    Example:
+        >>> x, weight = jnp.array([[1.0, 2.0]]), jnp.zeros((3, 2))
+        >>> delta = SparseDelta(jnp.array([0, 3]), jnp.zeros(2), shape=(3, 2))
+        >>> def loss(values):
+        ...     return sparse_linear(x, weight, SparseLinear(delta.with_values(values), merged=False)).sum()
+        >>> jax.grad(loss)(delta.values).tolist()  # of entries (0, 0) and (1, 1)
+        [1.0, 2.0]
     """
     return dot(x.astype(weight.dtype), _used_weight(weight, adapter), (-1, 1)).astype(x.dtype)
 
@@ -236,6 +250,12 @@ def propose(
 
     Raises:
         KeyError: If a name is no leaf of ``gradients``.
+
+    Example:
+        >>> gradients = {"w": jnp.array([[9.0, -3.0], [1.0, 4.0]])}
+        >>> found = propose(gradients, {"w": SparseDelta(jnp.array([0]), None, shape=(2, 2))}, {"w": 2})["w"]
+        >>> sorted(zip(found.indices.tolist(), found.values.tolist()))
+        [(1, -3.0), (3, 4.0)]
     """
     found = {}
 

@@ -26,6 +26,15 @@ class Target:
         grid: (rows, columns) of the block grid; each block holds count / blocks entries.
         layers: Which matrices of the stack are adapted, ascending; None for all.
         axes: Mesh axes over which the rows and columns of the grid are spread; None for a grid that is not.
+
+    Raises:
+        ValueError: If the count is out of range, the grid does not divide shape and count, or positions in a
+            block do not fit int32.
+
+    Example:
+        >>> target = Target((4, 6), 8, stack=(2,), grid=(2, 1))
+        >>> target.block, target.block_count, target.lead, target.total
+        ((2, 6), 4, (2, 2, 1), 16)
     """
 
     shape: tuple[int, int]
@@ -90,6 +99,12 @@ class Rule:
             ("model.layers.3.mlp.up_proj.weight").
         density: Share of the weight's own entries; 0 leaves the weight alone; None gives it its
             proportional share of the overall budget.
+
+    Example:
+        >>> shapes = {name: jax.ShapeDtypeStruct((8, 16), "float32") for name in ("up", "down", "head")}
+        >>> rules = [Rule("up", density=0.5), Rule("down")]  # no rule matches the head: it is left alone
+        >>> {name: target.count for name, target in find_targets(shapes, num_tunable=20, rules=rules).items()}
+        {'down': 20, 'up': 64}
     """
 
     pattern: str
@@ -97,7 +112,12 @@ class Rule:
 
 
 def zeros(targets: Mapping[str, Target], dtype: Any = jnp.float32) -> dict[str, jax.Array]:
-    """Initial values of all targets: name to zeros [*stack, ..., k]."""
+    """Initial values of all targets: name to zeros [*stack, ..., k].
+
+    Example:
+        >>> zeros({"w": Target((8, 16), 4, stack=(2,))})["w"].shape
+        (2, 4)
+    """
     return {name: jnp.zeros((*t.lead, t.block_count), dtype) for name, t in targets.items()}
 
 

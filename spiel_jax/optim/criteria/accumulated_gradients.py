@@ -46,7 +46,10 @@ class AccumulatedGradients(Criterion):
 
     The first step of a phase proposes the entries of largest gradient magnitude; their gradients are
     summed over the phase, and those of largest ``|sum|`` grow. The moments of a grown entry are seeded
-    from its sums, as if the optimizer had seen a constant gradient for as many steps.
+    from its sums, as if the optimizer had seen a constant gradient for as many steps. With ``S`` and ``Q``
+    the sums of the ``a`` gradients of a candidate and of their squares,
+
+        rank = |S|,  mu = S / a * (1 - b1^a),  nu = Q / a * (1 - b2^a),  age = a
 
     Attributes:
         b1: Decay rate of the inner optimizer's first moment, for seeding ``mu``.
@@ -68,6 +71,13 @@ class AccumulatedGradients(Criterion):
         low_precision: As the original has it: statistics and seeds in the dtype of the values. In bfloat16
             a decay rate of 0.999 rounds to 1, so that ``nu`` is seeded with 0, and counting stops at 256.
             By default they are float32 or better, and counts integers.
+
+    Example:
+        >>> growth, target = AccumulatedGradients(), Target((2, 3), 2)
+        >>> zero = jnp.zeros(())
+        >>> stats = CandidateStats(jnp.array([1, 4]), jnp.array([0.5, -2.0]), zero, zero, zero)
+        >>> growth.incoming(stats, jnp.array([0, 5]), jnp.array([True, False]), 1, target).tolist()
+        [6, 4]
 
     References:
         SpIEL, section 3.2 and algorithm 1.

@@ -34,12 +34,21 @@ class MomentApproximation(Criterion):
     """SpIEL-MA: the second moment of every entry, approximated by its row's and its column's.
 
     The accumulators are those of sparse SM3: m + n numbers per matrix and O(k) work per step; growth needs
-    no extra gradient. An entry ranks by the product of the two, whose matrix is never formed.
+    no extra gradient. An entry ranks by the product of the two, whose matrix is never formed: with ``r`` the
+    accumulators of rows and ``q`` those of columns,
+
+        rank(x, y) = r[x] * q[y]
 
     Attributes:
         score: "product" (the paper's choice) or "minimum" (the bound that SM3 itself puts on a moment).
         shared: Take the accumulators from the inner optimizer's state (fields ``row_moments`` and
             ``column_moments``, as ``scale_by_sparse_sm3`` has them) instead of keeping its own.
+
+    Example:
+        >>> growth, target = MomentApproximation(), Target((2, 3), 2)
+        >>> stats = jnp.array([1.0, 2.0]), jnp.array([5.0, 1.0, 3.0])
+        >>> growth.incoming(stats, jnp.array([0, 3]), jnp.array([True, False]), 1, target).tolist()
+        [5, 6]
 
     References:
         SpIEL, section 3.3 and algorithm 2; Anil et al., `Memory-Efficient Adaptive Optimization

@@ -25,6 +25,13 @@ class RandomGrowth(Criterion):
     Attributes:
         key: Seed of the draws, an int, which may be traced.
 
+    Example:
+        >>> growth, target = RandomGrowth(), Target((2, 3), 5)
+        >>> stats = growth.init({"w": target}, {})["w"]
+        >>> active = jnp.array([0, 1, 2, 4, 5])
+        >>> growth.incoming(stats, active, jnp.ones(5, bool), 1, target).tolist()  # one entry is left
+        [3, 6, 6, 6, 6]
+
     References:
         Mocanu et al., `Scalable training of artificial neural networks with adaptive sparse connectivity
         <https://arxiv.org/abs/1707.04780>`_; Bhardwaj et al., `Sparse High Rank Adapters

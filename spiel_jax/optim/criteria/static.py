@@ -22,7 +22,12 @@ from spiel_jax.sparse.targets import Target
 
 @dataclass(frozen=True)
 class NoGrowth(Criterion):
-    """Grows nothing: the entries stay where they were placed."""
+    """Grows nothing: the entries stay where they were placed.
+
+    Example:
+        >>> NoGrowth().available((), jnp.array([0, 1]), Target((2, 3), 2))
+        0
+    """
 
     def available(self, stats: tuple, indices: jax.Array, target: Target) -> int:
         """None."""
@@ -87,6 +92,13 @@ def magnitude_positions(
 
     Raises:
         KeyError: If a target is no leaf of ``params``.
+
+    Example:
+        >>> weights, targets = {"w": jnp.array([[3.0, -4.0], [1.0, 2.0]])}, {"w": Target((2, 2), 2)}
+        >>> magnitude_positions(weights, targets)["w"].indices.tolist()
+        [0, 1]
+        >>> magnitude_positions(weights, targets, largest=False)["w"].indices.tolist()
+        [2, 3]
     """
     leaves = named_leaves(params)
     positions = {}
