@@ -19,6 +19,7 @@ class Weight(ABC):
     functions of ``ops.stored``.
 
     Example:
+        >>> from dataclasses import dataclass
         >>> @jax.tree_util.register_dataclass
         ... @dataclass(frozen=True)
         ... class Halved(Weight):
