@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from spiel_jax.errors import SpielError
 from spiel_jax.methods.method import Method, TrainState
 from spiel_jax.sparse.delta import SparseDelta
 from spiel_jax.sparse.targets import Target
@@ -25,7 +26,7 @@ FOLDER = "checkpoints"
 """Name of the folder of checkpoints in a run's folder."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(SpielError):
     """A checkpoint is missing, damaged, or not of this run."""
 
 
@@ -227,7 +228,7 @@ def restore_deltas(directory: str | Path, step: int | None = None) -> dict[str, 
             for name, t in targets.items()
         }
         abstract = jax.tree.map(lambda s: s.update(sharding=_here()), abstract)
-        found = checkpointer.load_checkpointables(_existing(checkpointer, step), {"deltas": abstract})
+        found = _load(checkpointer, step, {"deltas": abstract})
     return {name: target.delta(**found["deltas"][name]).sort() for name, target in targets.items()}
 
 
@@ -247,7 +248,7 @@ def restore_trainable(directory: str | Path, step: int | None = None) -> Any:
         step = _existing(checkpointer, step)
         stored = checkpointer.checkpointables_metadata(step).metadata["trainable"]
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_here()), stored)
-        return checkpointer.load_checkpointables(step, {"trainable": abstract})["trainable"]
+        return _load(checkpointer, step, {"trainable": abstract})["trainable"]
 
 
 def restore_trained(directory: str | Path, step: int | None = None) -> Any:

@@ -13,6 +13,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from spiel_jax.data import DataConfig, SourceSpec
+from spiel_jax.errors import SpielError
 from spiel_jax.methods.registry import method_class, method_names
 from spiel_jax.models.decoder import Remat
 from spiel_jax.models.storage import KINDS
@@ -30,7 +31,7 @@ ADJUSTABLE = ("log_every", "checkpoint_every", "checkpoint_keep", "mesh.*", "pro
 """Keys that may differ when a run is continued: they change nothing that is trained."""
 
 
-class ConfigError(ValueError):
+class ConfigError(SpielError):
     """A key of the configuration has a value that is not allowed."""
 
 

@@ -53,8 +53,8 @@ def load_run(directory: str | Path, step: int | None = None, *, keep_base: bool 
     Raises:
         CheckpointError: If there is no such checkpoint, or the base model that the run's configuration
             names is not the one it was trained on; the tensors that differ are named.
-        FileNotFoundError: If the base model is not there.
-        ValueError: If the base model is damaged.
+        NotFoundError: If the base model is not there.
+        SpielError: If the base model is damaged.
     """
     facts = read_facts(directory, step)
     settings = facts["config"]

@@ -9,6 +9,7 @@ import jinja2
 import numpy as np
 
 from spiel_jax.data.formats import Example, Message
+from spiel_jax.errors import SpielError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +28,7 @@ _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARK = "\ufdd0"
 
 
-class TemplateMismatch(ValueError):
+class TemplateMismatch(SpielError):
     """The chat template does not let an example's assistant turns be told apart."""
 
 
@@ -39,12 +40,12 @@ def chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
     to ``tokenizer.apply_chat_template(..., chat_template=...)`` for prompts as in training.
 
     Raises:
-      ValueError: there is no template and no end-of-sequence token to build Tülu's with.
+      SpielError: there is no template and no end-of-sequence token to build Tülu's with.
     """
     if tokenizer.chat_template is not None:
         return tokenizer.get_chat_template()
     if tokenizer.eos_token is None:
-        raise ValueError("the tokenizer has neither a chat template nor an end-of-sequence token")
+        raise SpielError("the tokenizer has neither a chat template nor an end-of-sequence token")
     return ("{{ bos_token }}" if _adds_bos(tokenizer) else "") + _TULU
 
 
@@ -93,14 +94,14 @@ class Encoder:
         the tokenizer has a chat template, else plain.
 
     Raises:
-      ValueError: the style is unknown, the tokenizer is not fast or has no end-of-sequence token.
+      SpielError: the style is unknown, the tokenizer is not fast or has no end-of-sequence token.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", style: str = "auto"):
         if style not in ("auto", "chat", "plain"):
-            raise ValueError(f"unknown style {style!r}: expected one of auto, chat, plain")
+            raise SpielError(f"unknown style {style!r}: expected one of auto, chat, plain")
         if not tokenizer.is_fast:
-            raise ValueError(
+            raise SpielError(
                 f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed"
             )
         self._tokenizer = tokenizer
@@ -108,7 +109,7 @@ class Encoder:
         self._tracks_turns = _GENERATION_TAG.search(self._template) is not None
         self._plain = style == "plain" or (style == "auto" and tokenizer.chat_template is None)
         if self._plain and tokenizer.eos_token_id is None:
-            raise ValueError("plain text needs an end-of-sequence token; the tokenizer has none")
+            raise SpielError("plain text needs an end-of-sequence token; the tokenizer has none")
         self._adds_bos = _adds_bos(tokenizer)
 
     def render(self, example: Example) -> Rendered | None:

@@ -11,6 +11,7 @@ import tqdm
 from spiel_jax.data.chat import Encoded, Encoder, Rendered, TemplateMismatch
 from spiel_jax.data.formats import FORMATS, Example, parse_row
 from spiel_jax.data.rows import MalformedRow, read_rows
+from spiel_jax.errors import SpielError
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class SourceSpec:
         count); ``None`` keeps all.
 
     Raises:
-      ValueError: an option is not one of those allowed.
+      SpielError: an option is not one of those allowed.
     """
 
     path: str
@@ -49,17 +50,17 @@ class SourceSpec:
 
     def __post_init__(self):
         if not isinstance(self.path, str) or not self.path:
-            raise ValueError(f"path must be a non-empty string, not {self.path!r}")
+            raise SpielError(f"path must be a non-empty string, not {self.path!r}")
         if self.weight is not None and not 0 < self.weight < float("inf"):
-            raise ValueError(f"weight of {self.path} must be a positive number, not {self.weight}")
+            raise SpielError(f"weight of {self.path} must be a positive number, not {self.weight}")
         if self.format is not None and self.format not in FORMATS:
-            raise ValueError(
+            raise SpielError(
                 f"unknown format {self.format!r} for {self.path}: expected one of "
                 f"{', '.join(FORMATS)}, or None to detect it"
             )
         limit = self.max_examples
         if limit is not None and (not isinstance(limit, int) or limit < 1):
-            raise ValueError(f"max_examples of {self.path} must be an int from 1, not {limit!r}")
+            raise SpielError(f"max_examples of {self.path} must be an int from 1, not {limit!r}")
 
 
 @dataclasses.dataclass(frozen=True)

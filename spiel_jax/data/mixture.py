@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from spiel_jax.errors import SpielError
+
 _HELDOUT, _SOURCE, _EPOCH = 1, 2, 3  # purposes of randomness
 
 
@@ -25,7 +27,7 @@ def epoch_counts(sizes: Sequence[int], weights: Sequence[float] | None) -> list[
     by largest remainders.
 
     Raises:
-      ValueError: a weight is so small that its source gets no example.
+      SpielError: a weight is so small that its source gets no example.
     """
     if weights is None:
         return list(sizes)
@@ -34,7 +36,7 @@ def epoch_counts(sizes: Sequence[int], weights: Sequence[float] | None) -> list[
     largest = np.argsort(counts - shares, kind="stable")
     counts[largest[: sum(sizes) - counts.sum()]] += 1
     if counts.min() < 1:
-        raise ValueError(
+        raise SpielError(
             f"weights {list(weights)} leave a source without an example in an epoch of "
             f"{sum(sizes)}: raise the smallest"
         )

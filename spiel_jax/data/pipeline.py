@@ -15,6 +15,7 @@ from spiel_jax.data.chat import Encoder
 from spiel_jax.data.examples import Examples, SourceReport, SourceSpec, read_examples
 from spiel_jax.data.packing import Plan, empty_row, fill_row, plan_rows
 from spiel_jax.data.rows import EmptyDataset
+from spiel_jax.errors import SpielError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +46,7 @@ class DataConfig:
       seed: determines the held-out examples and every epoch's order.
 
     Raises:
-      ValueError: an option is not one of those allowed.
+      SpielError: an option is not one of those allowed.
     """
 
     sources: tuple[SourceSpec, ...]
@@ -61,30 +62,30 @@ class DataConfig:
         _check_sources("sources", self.sources)
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(weighted):
-            raise ValueError(
+            raise SpielError(
                 "weights are relative to each other: give one to every source or to none; without: "
                 + ", ".join(source.path for source in self.sources if source.weight is None)
             )
         if isinstance(self.heldout, bool) or not isinstance(self.heldout, int | float | tuple):
-            raise ValueError(
+            raise SpielError(
                 f"heldout must be a number of examples, a share of them or a tuple of sources, "
                 f"not {self.heldout!r}"
             )
         if isinstance(self.heldout, tuple):
             _check_sources("heldout", self.heldout)
         elif isinstance(self.heldout, float) and not 0 < self.heldout < 1:
-            raise ValueError(f"heldout as a share must be above 0 and below 1, not {self.heldout}")
+            raise SpielError(f"heldout as a share must be above 0 and below 1, not {self.heldout}")
         elif self.heldout < 0:
-            raise ValueError(f"heldout must not be negative: {self.heldout}")
+            raise SpielError(f"heldout must not be negative: {self.heldout}")
         for field, allowed in (("truncate", ("end", "skip")), ("on_malformed", ("error", "skip"))):
             if getattr(self, field) not in allowed:
-                raise ValueError(
+                raise SpielError(
                     f"unknown {field} {getattr(self, field)!r}: expected one of {', '.join(allowed)}"
                 )
         if not isinstance(self.sequence_length, int) or self.sequence_length < 1:
-            raise ValueError(f"sequence_length must be an int from 1, not {self.sequence_length!r}")
+            raise SpielError(f"sequence_length must be an int from 1, not {self.sequence_length!r}")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be an int from 0 to 2**63 - 1, not {self.seed!r}")
+            raise SpielError(f"seed must be an int from 0 to 2**63 - 1, not {self.seed!r}")
 
 
 def _check_rows(rows: Sequence[int], batch_size: int):
@@ -94,9 +95,9 @@ def _check_rows(rows: Sequence[int], batch_size: int):
 
 def _check_sources(field: str, sources: object):
     if not isinstance(sources, tuple) or not all(isinstance(s, SourceSpec) for s in sources):
-        raise ValueError(f"{field} must be a tuple of SourceSpec, not {sources!r}")
+        raise SpielError(f"{field} must be a tuple of SourceSpec, not {sources!r}")
     if not sources:
-        raise ValueError(f"{field} is empty: give at least one SourceSpec")
+        raise SpielError(f"{field} is empty: give at least one SourceSpec")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +227,7 @@ class Data:
         plans = [self._epoch_plan(epoch) for epoch in range(epochs)]
         rows = sum(map(len, plans))
         if rows < batch_size:
-            raise ValueError(
+            raise SpielError(
                 f"{rows} rows in {epochs} epochs do not fill one batch of {batch_size}: lower "
                 "batch_size or sequence_length, or train for more epochs"
             )
@@ -253,8 +254,9 @@ class Data:
           rows: make only these rows of every batch, for a process that needs no others.
 
         Raises:
-          ValueError: not exactly one of epochs and steps, one below 1, not enough rows for one
-            batch, or ``rows`` that a batch does not have.
+          SpielError: there are not enough rows for one batch.
+          ValueError: not exactly one of epochs and steps, one below 1, or ``rows`` that a batch does
+            not have.
         """
         plans, count = self._train_plans(batch_size, epochs, steps)
         source = _Rows(self._train, plans)
@@ -332,7 +334,7 @@ def load_data(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, progr
     Raises:
       DataError: a source cannot be read; `MalformedRow`: a row is malformed, and refused;
         `EmptyDataset`: a source, or what holding out leaves of it, has no examples.
-      ValueError: the tokenizer cannot be used, or weights leave a source without an example.
+      SpielError: the tokenizer cannot be used, or weights leave a source without an example.
     """
     encoder = Encoder(tokenizer, config.style)
 

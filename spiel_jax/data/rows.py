@@ -14,12 +14,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from spiel_jax.errors import SpielError
+
 _PACKAGE = "package:"
 _SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-class DataError(ValueError):
+class DataError(SpielError):
     """A data source cannot be used; the message says which and why."""
 
 

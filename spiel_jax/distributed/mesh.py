@@ -13,6 +13,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from spiel_jax.errors import SpielError
 from spiel_jax.models.axes import weight_axes
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import ADAPTED, abstract_params
@@ -24,7 +25,7 @@ def mesh_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
     """The sizes of all mesh axes, with that of an axis of -1 filled in.
 
     Raises:
-        ValueError: If a size is neither positive nor -1, several are -1, or there are not enough devices.
+        SpielError: If a size is neither positive nor -1, several are -1, or there are not enough devices.
 
     Example:
         >>> mesh_sizes({"data": -1, "fsdp": 2, "tensor": 1}, 8)
@@ -33,17 +34,17 @@ def mesh_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
     sizes = {name: sizes[name] for name in MESH_AXES}
     shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
     if any(size < 1 and size != -1 for size in sizes.values()):
-        raise ValueError(f"mesh of {shown}: expected positive sizes, or -1 for the rest of the devices")
+        raise SpielError(f"mesh of {shown}: expected positive sizes, or -1 for the rest of the devices")
     open_axes = [name for name, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
-        raise ValueError(f"mesh of {shown}: only one axis can take the rest of the devices")
+        raise SpielError(f"mesh of {shown}: only one axis can take the rest of the devices")
     known = math.prod(size for size in sizes.values() if size != -1)
     if open_axes and devices % known == 0:
         sizes[open_axes[0]] = devices // known
     elif open_axes:
-        raise ValueError(f"mesh of {shown}: {known} does not divide the {devices} devices")
+        raise SpielError(f"mesh of {shown}: {known} does not divide the {devices} devices")
     elif known > devices:
-        raise ValueError(f"mesh of {shown}: that is more than the {devices} devices there are")
+        raise SpielError(f"mesh of {shown}: that is more than the {devices} devices there are")
     return sizes
 
 
@@ -56,7 +57,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             fewer.
 
     Raises:
-        ValueError: See ``mesh_sizes``; and if fewer devices than a TPU slice has cannot be arranged.
+        SpielError: See ``mesh_sizes``; and if fewer devices than a TPU slice has cannot be arranged.
     """
     devices = jax.devices() if devices is None else devices
     complete = mesh_sizes(sizes, len(devices))
@@ -70,7 +71,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         arranged = mesh_utils.create_device_mesh(shape, used, allow_split_physical_axes=True)
         return Mesh(arranged, MESH_AXES, axis_types=kinds)
     except AssertionError as error:  # of the devices' coordinates
-        raise ValueError(
+        raise SpielError(
             f"a mesh of {len(used)} of the {len(devices)} devices: the first of them are no part of a TPU "
             "slice by themselves; use all"
         ) from error
@@ -85,13 +86,13 @@ def check_mesh(model: ModelConfig, mesh: Mesh, blocks: Mapping[str, int]) -> Non
         blocks: Blocks of each weight along the mesh axes "fsdp" and "tensor".
 
     Raises:
-        ValueError: If it does not; the sizes that would do are named.
+        SpielError: If it does not; the sizes that would do are named.
     """
     for axis in blocks:
         if blocks[axis] % mesh.shape[axis]:
             fits = [size for size in range(1, blocks[axis] + 1) if blocks[axis] % size == 0]
             fitting = math.lcm(blocks[axis], mesh.shape[axis])
-            raise ValueError(
+            raise SpielError(
                 f"mesh {axis}={mesh.shape[axis]} does not divide the run's grid of {blocks[axis]} blocks "
                 f"along {axis}: use a mesh of {axis}={' or '.join(map(str, fits))}, or regrid the run to "
                 f"{fitting} blocks (python -m spiel_jax.regrid)"
@@ -101,7 +102,7 @@ def check_mesh(model: ModelConfig, mesh: Mesh, blocks: Mapping[str, int]) -> Non
             continue
         for size, axis in zip(shape.shape[-2:], weight_axes(name), strict=True):
             if axis is not None and size % max(mesh.shape[axis], blocks[axis]):
-                raise ValueError(
+                raise SpielError(
                     f"{axis}={max(mesh.shape[axis], blocks[axis])} does not divide {name} of "
                     f"{shape.shape[-2:]}: expected a divisor of {size}"
                 )

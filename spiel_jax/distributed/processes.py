@@ -14,13 +14,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from spiel_jax.errors import SpielError
+
 T = TypeVar("T")
 
 _PATIENCE = 30
 """Seconds that a process that ends waits for the others, before JAX ends them all."""
 
 
-class ProcessError(RuntimeError):
+class ProcessError(SpielError, RuntimeError):
     """The processes of a run do not find each other, do not agree, or another one failed."""
 
 
@@ -40,7 +42,7 @@ def initialise(
         detect: Take all of these from the environment: Slurm, Open MPI, Kubernetes, a TPU pod.
 
     Raises:
-        ValueError: If only some of the three are given, or a value is not allowed.
+        SpielError: If only some of the three are given, or a value is not allowed.
         ProcessError: If there is nothing to detect, or the others are not found.
     """
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
@@ -51,16 +53,16 @@ def initialise(
         return
     if detect:
         found = ", ".join(name for name in given if name not in missing)
-        raise ValueError(f"--distributed detects what {found} would say: give one or the other")
+        raise SpielError(f"--distributed detects what {found} would say: give one or the other")
     if missing:
-        raise ValueError(f"{' and '.join(missing)} missing: {', '.join(given)} belong together")
+        raise SpielError(f"{' and '.join(missing)} missing: {', '.join(given)} belong together")
     host, _, port = str(coordinator).rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ValueError(f"--coordinator={coordinator}: expected host:port")
+        raise SpielError(f"--coordinator={coordinator}: expected host:port")
     if num_processes is None or num_processes < 1:
-        raise ValueError(f"--num_processes={num_processes}: expected at least 1")
+        raise SpielError(f"--num_processes={num_processes}: expected at least 1")
     if process_id is None or not 0 <= process_id < num_processes:
-        raise ValueError(f"--process_id={process_id}: expected 0 to {num_processes - 1}")
+        raise SpielError(f"--process_id={process_id}: expected 0 to {num_processes - 1}")
     _connect(
         f"the {num_processes} processes do not find each other at {coordinator}",
         coordinator_address=coordinator,

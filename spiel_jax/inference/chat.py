@@ -7,6 +7,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from spiel_jax.data import chat_template
+from spiel_jax.errors import SpielError
 from spiel_jax.inference.sampling import generate
 from spiel_jax.models import ModelConfig
 
@@ -42,7 +43,7 @@ def reply(
         The text up to the end of the turn, without special tokens and surrounding whitespace.
 
     Raises:
-        ValueError: If ``generate`` refuses a setting, the conversation does not fit the model, or the chat
+        SpielError: If ``generate`` refuses a setting, the conversation does not fit the model, or the chat
             template refuses it (some know no system message).
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*map(dict, prompt)]
@@ -86,6 +87,6 @@ def _render(
             add_generation_prompt=add_generation_prompt,
         )
     except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refuses the conversation: {error}") from error
+        raise SpielError(f"the chat template refuses the conversation: {error}") from error
     assert isinstance(text, str)
     return text

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from spiel_jax.errors import SpielError
 from spiel_jax.models import KVCache, ModelConfig, bind, init_cache
 
 PAD_TO = 64
@@ -55,7 +56,7 @@ def generate(
         The new tokens of each prompt, up to its stop token, which is left out.
 
     Raises:
-        ValueError: If a setting or prompt is not allowed, if a prompt and its new tokens do not fit
+        SpielError: If a setting or prompt is not allowed, if a prompt and its new tokens do not fit
             ``config.max_positions``, or if the model's logits are not finite.
 
     Example:
@@ -86,27 +87,27 @@ def generate(
     )
     new = [_before_stop(row, stop) for row in np.asarray(chosen)[:, :max_new_tokens].tolist()]
     if failed := [number for number, row in enumerate(new) if _NOT_FINITE in row]:
-        raise ValueError(f"the model's logits are not finite for prompt {failed[0]}: are its weights?")
+        raise SpielError(f"the model's logits are not finite for prompt {failed[0]}: are its weights?")
     return new
 
 
 def _check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens = {max_new_tokens}: expected at least 1")
+        raise SpielError(f"max_new_tokens = {max_new_tokens}: expected at least 1")
     if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature = {temperature}: expected 0 or more")
+        raise SpielError(f"temperature = {temperature}: expected 0 or more")
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p = {top_p}: expected more than 0 and at most 1")
+        raise SpielError(f"top_p = {top_p}: expected more than 0 and at most 1")
 
 
 def _check_prompts(config: ModelConfig, tokens: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     for number, prompt in enumerate(tokens):
         if not prompt:
-            raise ValueError(f"prompt {number} has no tokens")
+            raise SpielError(f"prompt {number} has no tokens")
         if unknown := [token for token in prompt if not 0 <= token < config.vocab_size]:
-            raise ValueError(f"prompt {number}: token {unknown[0]} is not in 0 to {config.vocab_size - 1}")
+            raise SpielError(f"prompt {number}: token {unknown[0]} is not in 0 to {config.vocab_size - 1}")
         if len(prompt) + max_new_tokens > config.max_positions:
-            raise ValueError(
+            raise SpielError(
                 f"prompt {number} has {len(prompt)} tokens: with max_new_tokens = {max_new_tokens} it does "
                 f"not fit the model's {config.max_positions} positions"
             )

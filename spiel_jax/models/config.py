@@ -6,6 +6,7 @@ from typing import Any, Self, get_args
 
 import numpy as np
 
+from spiel_jax.errors import SpielError
 from spiel_jax.models.rope import RopeKind, RopeScaling, inverse_frequencies
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -37,7 +38,7 @@ class ModelConfig:
         initializer_range: Standard deviation of freshly initialised weights.
 
     Raises:
-        ValueError: If the numbers contradict each other.
+        SpielError: If the numbers contradict each other.
     """
 
     vocab_size: int
@@ -62,23 +63,23 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             if field.type is int and getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name} must be at least 1, got {getattr(self, field.name)}")
+                raise SpielError(f"{field.name} must be at least 1, got {getattr(self, field.name)}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
+            raise SpielError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+            raise SpielError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
         if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")
+            raise SpielError(f"sliding_window must be at least 1, got {self.sliding_window}")
         if self.sliding_layers is not None:
             if self.sliding_window is None:
-                raise ValueError("sliding_layers needs a sliding_window")
+                raise SpielError("sliding_layers needs a sliding_window")
             if len(self.sliding_layers) != self.num_layers:
                 flags = len(self.sliding_layers)
-                raise ValueError(f"sliding_layers has {flags} flags for {self.num_layers} layers")
+                raise SpielError(f"sliding_layers has {flags} flags for {self.num_layers} layers")
             if len(set(self.sliding_layers)) == 1:  # equal models have to compare equal
-                raise ValueError(
+                raise SpielError(
                     "sliding_layers is for models that mix: leave it None when every layer has the "
                     "window, and sliding_window too when none has"
                 )
@@ -92,16 +93,16 @@ class ModelConfig:
                 (Transformers 5), and ``rope_theta`` with ``rope_scaling``.
 
         Raises:
-            ValueError: If a key is missing or asks for what is not supported; it is named.
+            SpielError: If a key is missing or asks for what is not supported; it is named.
         """
         model_type = config.get("model_type")
         _one_of("model_type", model_type, _MODEL_TYPES)
         _one_of("hidden_act", config.get("hidden_act", "silu"), ("silu",))
         if config.get("quantization_config"):
             method = config["quantization_config"].get("quant_method")
-            raise ValueError(f"quantised checkpoints are not supported: quantization_config {method!r}")
+            raise SpielError(f"quantised checkpoints are not supported: quantization_config {method!r}")
         if config.get("mlp_bias"):
-            raise ValueError("mlp_bias is not supported: expected false")
+            raise SpielError("mlp_bias is not supported: expected false")
 
         hidden_size, num_heads = (
             config_value(config, "hidden_size"),
@@ -146,7 +147,7 @@ class ModelConfig:
                 is where GGUF keeps the llama3 scaling, of which the metadata says nothing.
 
         Raises:
-            ValueError: If a key is missing or asks for what is not supported; it is named.
+            SpielError: If a key is missing or asks for what is not supported; it is named.
         """
         architecture = metadata.get("general.architecture")
         _one_of("general.architecture", architecture, _GGUF_ARCHITECTURES)
@@ -158,16 +159,16 @@ class ModelConfig:
             return metadata.get(f"{architecture}.{key}", default)
 
         if find("expert_count", 0):
-            raise ValueError(f"mixtures of experts are not supported: {architecture}.expert_count")
+            raise SpielError(f"mixtures of experts are not supported: {architecture}.expert_count")
         num_heads, hidden_size = read("attention.head_count"), read("embedding_length")
         num_kv_heads = find("attention.head_count_kv", num_heads)
         for name, value in (("head_count", num_heads), ("head_count_kv", num_kv_heads)):
             if isinstance(value, Sequence):
-                raise ValueError(f"heads that vary by layer are not supported: {name} {list(value)}")
+                raise SpielError(f"heads that vary by layer are not supported: {name} {list(value)}")
         head_dim = find("attention.key_length", hidden_size // num_heads)
         for key in ("attention.value_length", "rope.dimension_count"):
             if find(key, head_dim) != head_dim:
-                raise ValueError(f"{architecture}.{key} must equal the head size {head_dim}, got {read(key)}")
+                raise SpielError(f"{architecture}.{key} must equal the head size {head_dim}, got {read(key)}")
         if "tokenizer.ggml.tokens" in metadata:
             vocab_size = find("vocab_size", len(metadata["tokenizer.ggml.tokens"]))
         else:
@@ -179,7 +180,7 @@ class ModelConfig:
         scaling = RopeScaling("linear", _decimal(read("rope.scaling.factor"))) if kind == "linear" else None
         if rope_factors is not None:
             if scaling is not None:
-                raise ValueError("rope_freqs.weight and linear rope scaling exclude each other")
+                raise SpielError("rope_freqs.weight and linear rope scaling exclude each other")
             scaling = _llama3_scaling(np.asarray(rope_factors), head_dim, theta)
         return cls(
             vocab_size=vocab_size,
@@ -291,15 +292,15 @@ class ModelConfig:
 
 
 def config_value(config: Mapping[str, Any], key: str) -> Any:
-    """The value of a key that has to be there; raises ValueError naming it otherwise."""
+    """The value of a key that has to be there; raises SpielError naming it otherwise."""
     if config.get(key) is None:
-        raise ValueError(f"the model's configuration lacks {key!r}")
+        raise SpielError(f"the model's configuration lacks {key!r}")
     return config[key]
 
 
 def _one_of(what: str, value: Any, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"unknown {what} {value!r}: expected one of {', '.join(allowed)}")
+        raise SpielError(f"unknown {what} {value!r}: expected one of {', '.join(allowed)}")
 
 
 def _decimal(value: float) -> float:
@@ -323,7 +324,7 @@ def _hf_window(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, 
             _one_of("layer type", layer_type, ("full_attention", "sliding_attention"))
         flags = tuple(layer_type == "sliding_attention" for layer_type in types)
         if any(flags) and window is None:
-            raise ValueError("layer_types has sliding_attention, but there is no sliding_window")
+            raise SpielError("layer_types has sliding_attention, but there is no sliding_window")
     if not any(flags):
         return None, None
     return window, None if all(flags) else flags
@@ -333,10 +334,10 @@ def _hf_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """``rope_theta`` and ``rope_scaling``; the newer ``rope_parameters`` holds both."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if any(isinstance(value, Mapping) for value in rope.values()):
-        raise ValueError(f"rope parameters that vary by layer are not supported: {sorted(rope)}")
+        raise SpielError(f"rope parameters that vary by layer are not supported: {sorted(rope)}")
     partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
-        raise ValueError(f"partial_rotary_factor must be 1, got {partial}")
+        raise SpielError(f"partial_rotary_factor must be 1, got {partial}")
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     _one_of("rope type", kind, ("default", *get_args(RopeKind)))
@@ -360,7 +361,7 @@ def _llama3_scaling(factors: np.ndarray, head_dim: int, theta: float) -> RopeSca
     plain = inverse_frequencies(head_dim, theta)
     expected = plain / inverse_frequencies(head_dim, theta, scaling)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
-        raise ValueError(f"rope_freqs.weight is not the llama3 scaling of factor {scaling.factor}")
+        raise SpielError(f"rope_freqs.weight is not the llama3 scaling of factor {scaling.factor}")
     return scaling
 
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spiel_jax.errors import SpielError
+
 RopeKind = Literal["linear", "llama3"]
 
 
@@ -29,7 +31,7 @@ class RopeScaling:
         original_max_positions: Pretraining context in tokens; llama3 only, and required there.
 
     Raises:
-        ValueError: If the kind is unknown or a number is outside its range.
+        SpielError: If the kind is unknown or a number is outside its range.
     """
 
     kind: RopeKind
@@ -41,17 +43,17 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in get_args(RopeKind):
             allowed = ", ".join(("default", *get_args(RopeKind)))
-            raise ValueError(f"unknown rope type {self.kind!r}: expected one of {allowed}")
+            raise SpielError(f"unknown rope type {self.kind!r}: expected one of {allowed}")
         if not self.factor >= 1:
-            raise ValueError(f"rope factor must be at least 1, got {self.factor}")
+            raise SpielError(f"rope factor must be at least 1, got {self.factor}")
         if self.kind == "llama3":
             if not self.original_max_positions or self.original_max_positions < 1:
-                raise ValueError(
+                raise SpielError(
                     "llama3 rope scaling needs original_max_positions of at least 1, "
                     f"got {self.original_max_positions}"
                 )
             if not 0 < self.low_freq_factor < self.high_freq_factor:
-                raise ValueError(
+                raise SpielError(
                     "llama3 rope scaling needs 0 < low_freq_factor < high_freq_factor, "
                     f"got {self.low_freq_factor} and {self.high_freq_factor}"
                 )

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from spiel_jax.errors import SpielError
+
 _SHIFT = 5  # positions are not negative: shifts and masks in the place of slower floor divisions
 _BLOCK = 1 << _SHIFT  # entries per block of the two-level compaction
 _SAMPLE = 61  # one entry in so many is sampled for the first bound; prime, so that it visits all columns
@@ -281,7 +283,7 @@ def top_magnitudes(dense: jax.Array, k: int, exclude: jax.Array | None = None) -
         [k] int32, ascending; ``dense.size`` in the last slots where fewer than k entries can be chosen.
 
     Raises:
-        ValueError: If ``dense`` has too many entries for int32 positions.
+        SpielError: If ``dense`` has too many entries for int32 positions.
 
     Example:
         >>> top_magnitudes(jnp.array([[1.0, -4.0], [3.0, 2.0]]), 2, exclude=jnp.array([1]))
@@ -289,7 +291,7 @@ def top_magnitudes(dense: jax.Array, k: int, exclude: jax.Array | None = None) -
     """
     size = dense.size
     if size > jnp.iinfo(jnp.int32).max - _BLOCK:  # positions in the padding must fit too
-        raise ValueError(f"{size} entries do not fit int32 positions: use a finer block grid")
+        raise SpielError(f"{size} entries do not fit int32 positions: use a finer block grid")
     flat = dense.reshape(-1)
     if size % _BLOCK:
         flat = jnp.pad(flat, (0, -size % _BLOCK), constant_values=jnp.nan)

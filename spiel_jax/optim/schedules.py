@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from spiel_jax.errors import SpielError
+
 Rate = Callable[[int, int], float]
 """Share of the entries to replace at (step, total steps), in [0, 1]."""
 
@@ -118,7 +120,7 @@ class Reselection:
             follows, and a reselection is counted where its rate is 0.
 
     Raises:
-        ValueError: If a number is out of its range.
+        SpielError: If a number is out of its range.
         TypeError: If a number is not static.
 
     Example:
@@ -142,16 +144,16 @@ class Reselection:
             total_steps=self.total_steps, every=self.every, accumulation=self.accumulation, first=self.first
         )
         if self.total_steps < 1:
-            raise ValueError(f"total_steps = {self.total_steps}: expected at least 1")
+            raise SpielError(f"total_steps = {self.total_steps}: expected at least 1")
         if self.every < 1:
-            raise ValueError(f"every = {self.every}: expected at least 1 step")
+            raise SpielError(f"every = {self.every}: expected at least 1 step")
         if self.accumulation < 1 or (self.accumulation > self.every and not self.long_phases):
-            raise ValueError(f"accumulation = {self.accumulation}: expected 1 to every = {self.every} steps")
+            raise SpielError(f"accumulation = {self.accumulation}: expected 1 to every = {self.every} steps")
         if self.first is not None and not 0 <= self.first <= 1:
-            raise ValueError(f"first = {self.first}: expected a share between 0 and 1, or None")
+            raise SpielError(f"first = {self.first}: expected a share between 0 and 1, or None")
         for step, rate in self._planned.items():
             if not 0 <= rate <= 1:
-                raise ValueError(f"rate({step}, {self.total_steps}) = {rate}: expected 0 to 1")
+                raise SpielError(f"rate({step}, {self.total_steps}) = {rate}: expected 0 to 1")
 
     def original(self) -> "Reselection":
         """The same plan with the original implementation's quirks, for ``parity="reference"``."""

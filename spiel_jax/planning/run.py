@@ -80,7 +80,7 @@ def prepare(config: Config, model: ModelConfig, mesh: Mesh) -> Run:
 
     Raises:
         ConfigError: If no micro-batch can be spread over the mesh.
-        ValueError: If the mesh does not divide the model or the grid.
+        SpielError: If the mesh does not divide the model or the grid.
     """
     given, config = config, with_grid(config, mesh.shape, {})
     config.micro_batch_size = _spread_micro_batch(config, mesh)

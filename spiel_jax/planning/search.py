@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from spiel_jax.config import Config
 from spiel_jax.distributed.mesh import MESH_AXES, make_mesh
+from spiel_jax.errors import SpielError
 from spiel_jax.models import ModelConfig
 from spiel_jax.optim.criteria.criterion import CRITERIA
 from spiel_jax.planning.hlo import Program
@@ -116,7 +117,7 @@ def search(
             config.update_from_flattened_dict(changes)
             try:
                 tried = prepare(config, model, make_mesh(config.mesh, hardware.devices))
-            except ValueError:  # the mesh does not divide the model
+            except SpielError:  # the mesh does not divide the model
                 continue
             held = sum(tried.held().values())
             least = held + memory["programs"]

@@ -163,7 +163,7 @@ def plan(
         See ``summary``.
 
     Raises:
-        ValueError: If a value is not allowed; see ``open_topology`` and ``prepare`` too.
+        SpielError: If a value is not allowed; see ``open_topology`` and ``prepare`` too.
     """
     check_config(config)
     config = config.copy_and_resolve_references()

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from spiel_jax.errors import SpielError
+
 GIB = 2**30
 
 EXAMPLES = (
@@ -23,11 +25,11 @@ EXAMPLES = (
 """Names of topologies, for messages. Any slice that the TPU compiler knows and any number of GPUs will do."""
 
 
-class TopologyError(ValueError):
+class TopologyError(SpielError):
     """There is no such hardware, or the compiler does not know it."""
 
 
-class MissingCompilerError(ImportError):
+class MissingCompilerError(SpielError, ImportError):
     """The packages with the compiler are not installed; the message says which to install."""
 
 

