@@ -7,26 +7,16 @@ The prompt is written with the tokenizer's chat template, as in training.
 """
 
 import sys
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-from absl import app, flags, logging
-from transformers import PreTrainedTokenizerBase
+from absl import app, flags
 
-from spiel_jax.adapters.load import load_run
-from spiel_jax.inference.chat import reply
-from spiel_jax.models import ModelConfig
-from spiel_jax.models.io.loading import open_model
+from spiel_jax import cli
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Defines the flags of the command line; not on import, which would give them to other programs."""
-    flags.DEFINE_string(
-        "checkpoint", None, "Folder of a run (the --workdir of spiel_jax.train).", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "step", None, "Which of its checkpoints; default: the newest.", lower_bound=0, flag_values=values
-    )
+    """Defines the flags of the command."""
+    cli.define_run(values, "checkpoint")
     flags.DEFINE_bool(
         "base", False, "Show the base model's reply beside the tuned one's.", flag_values=values
     )
@@ -67,9 +57,7 @@ def _prompts(options: flags.FlagValues) -> list[str]:
     return [prompt]
 
 
-def _models(
-    options: flags.FlagValues,
-) -> tuple[ModelConfig, PreTrainedTokenizerBase, dict[str, dict[str, jax.Array]]]:
+def _models(options: flags.FlagValues) -> tuple[Any, Any, dict[str, Any]]:
     """Shape, tokenizer, and the parameters to talk to by their label."""
     if (options.checkpoint is None) == (options.model is None):
         raise app.UsageError("give --checkpoint=DIR (a run's folder) or --model=SOURCE, one of them")
@@ -77,8 +65,12 @@ def _models(
         for name, given in (("base", options.base), ("step", options.step is not None)):
             if given:
                 raise app.UsageError(f"--{name} is for a run: it goes with --checkpoint, not with --model")
+        from spiel_jax.models.io.loading import open_model
+
         source = open_model(options.model)
-        return source.config, source.tokenizer(), {options.model: source.load(jnp.bfloat16)}
+        return source.config, source.tokenizer(), {options.model: source.load("bfloat16")}
+    from spiel_jax.adapters.load import load_run
+
     run = load_run(options.checkpoint, options.step, keep_base=options.base)
     models = {f"tuned, step {run.step}": run.tuned}
     if run.base is not None:
@@ -86,18 +78,12 @@ def _models(
     return run.config, run.tokenizer, models
 
 
-def talk(options: flags.FlagValues) -> None:
-    """Prints each model's reply to each prompt.
-
-    Args:
-        options: Parsed values of the flags of ``define_flags``.
-
-    Raises:
-        app.UsageError: If the flags contradict each other, or there is nothing to say.
-        ValueError: What ``load_run``, ``open_model`` and ``reply`` raise, and FileNotFoundError.
-    """
+def main(options: flags.FlagValues) -> None:
+    """Prints each model's reply to each prompt."""
     prompts = _prompts(options)
     config, tokenizer, models = _models(options)
+    from spiel_jax.inference.chat import reply
+
     for prompt in prompts:
         print(f"[prompt] {prompt}")
         for label, params in models.items():
@@ -116,17 +102,5 @@ def talk(options: flags.FlagValues) -> None:
         print()
 
 
-def main(argv: list[str]) -> None:
-    """Entry point of ``python -m spiel_jax.generate``."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])} (is the prompt in quotes?)")
-    try:
-        talk(flags.FLAGS)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
-    define_flags(flags.FLAGS)
-    app.run(main)
+    cli.run(main, define_flags)

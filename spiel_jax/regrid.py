@@ -10,170 +10,47 @@ whose entries evolve ends with more of them; those of a static mask stay as many
 The work is done in the host's memory, and the base model's weights are not read.
 """
 
-import json
-import shutil
-import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
-import jax
-from absl import app, flags
-from absl import logging as absl_logging
+from absl import flags
 
-from spiel_jax.checkpoint import CheckpointError, Checkpoints, read_facts, restore_state, stored_targets
-from spiel_jax.config import unflatten
-from spiel_jax.distributed.mesh import check_mesh, make_mesh
-from spiel_jax.methods.method import TrainState
-from spiel_jax.methods.registry import build
-from spiel_jax.methods.sparse import SparseMethod
-from spiel_jax.models.axes import weight_grid
-from spiel_jax.models.io.loading import open_model
-from spiel_jax.ops.tree import parameter_name
-from spiel_jax.optim.block_grid import Regridded
-from spiel_jax.sparse.targets import zeros
-from spiel_jax.training.metrics import METRICS, TIMING
-
-MUCH_UNUSED = 0.3
-"""Share of unused slots from which the command line warns."""
-
-
-def regrid(
-    workdir: str | Path, grid: Mapping[str, int], out: str | Path, step: int | None = None
-) -> dict[str, Regridded]:
-    """Writes a run's checkpoint into a new folder, with another block grid; the folder continues the run.
-
-    What is trained, the optimizer's state, the position in the data and the metrics so far go along. The
-    continued run has the old one's numbers up to the next reselection, which then selects within the new
-    blocks. Candidates in an estimation phase move too; where a block cannot hold all of them, it keeps those
-    of largest summed gradient. SpIEL-MA steps otherwise from the first step on: SM3 bounds the moments of
-    entries by their row and column in the block, and where blocks join the largest bound is taken.
-
-    Args:
-        workdir: The run's folder.
-        grid: Blocks of each weight along the mesh axes "fsdp" and "tensor"; an axis that is left out keeps
-            its number of blocks.
-        out: The new folder: not there yet, or empty.
-        step: Which checkpoint; None for the newest.
-
-    Returns:
-        Target name to what became of it.
-
-    Raises:
-        ValueError: If a size is not allowed, or does not divide a weight.
-        CheckpointError: If there is no such checkpoint, it holds no sparse deltas, or ``out`` is not empty.
-        FileNotFoundError: If the base model's configuration is not there.
-    """
-    workdir, out = Path(workdir).expanduser(), Path(out).expanduser()
-    facts = read_facts(workdir, step)
-    settings, targets = facts["config"], stored_targets(facts)
-    if not targets:
-        raise CheckpointError(
-            f"{workdir} holds no sparse deltas: method {settings['method']!r} trains none, and its "
-            "checkpoints can be continued on any mesh"
-        )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} is there already and not empty: choose another folder for the new run")
-    blocks = {axis: settings.get(f"targets.grid.{axis}") or 1 for axis in ("fsdp", "tensor")}
-    for axis, number in grid.items():
-        if axis not in blocks or number < 1:
-            raise ValueError(
-                f"grid {axis}={number}: expected positive numbers of blocks along fsdp and tensor"
-            )
-    blocks |= grid
-    model = open_model(settings["model.source"], preset=settings["model.preset"]).config
-    check_mesh(model, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}), blocks)
-
-    method = build(unflatten(settings), model, settings["steps"] or 1, targets)
-    assert isinstance(method, SparseMethod)
-    tx = method.tx
-    like = jax.eval_shape(lambda: TrainState({}, {}, zeros(targets), tx.init(zeros(targets))))
-    state = restore_state(workdir, like, method, facts["step"])
-    grids = {name: weight_grid(parameter_name(name), blocks) for name in targets}
-    method, state, changed = method.regridded(state, grids)
-
-    settings = settings | {f"targets.grid.{axis}": number for axis, number in blocks.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (METRICS, TIMING):
-        if (workdir / name).exists():
-            shutil.copy(workdir / name, out / name)
-    (out / "config.json").write_text(json.dumps(settings, indent=1))
-    with Checkpoints(out) as checkpoints:
-        checkpoints.save(facts["step"], state, method, facts | {"config": settings})
-    return changed
-
-
-def _table(changed: Mapping[str, Regridded]) -> str:
-    heads = ("target", "grid", "slots per block", "unused")
-    rows = [
-        (
-            name,
-            " -> ".join("{}x{}".format(*target.grid) for target in (change.old, change.new)),
-            f"{change.old.block_count:,} -> {change.new.block_count:,}",
-            f"{change.unused:.1%}",
-        )
-        for name, change in changed.items()
-    ]
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in (heads, *rows)]
-    return "\n".join(line.rstrip() for line in (lines[0], "-" * len(lines[0]), *lines[1:]))
-
-
-def _parsed(grid: Sequence[str]) -> dict[str, int]:
-    """["fsdp=4", "tensor=2"] as a dict."""
-    blocks = {}
-    for part in grid:
-        axis, equals, number = part.partition("=")
-        if not equals or not number.isdecimal() or axis in blocks:
-            raise ValueError(
-                f"--grid={','.join(grid)}: expected blocks along mesh axes, such as fsdp=4,tensor=2"
-            )
-        blocks[axis] = int(number)
-    return blocks
+from spiel_jax import cli
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Defines the flags of the command line; not on import, which would give them to other programs."""
-    flags.DEFINE_string("workdir", None, "Folder of the run to convert.", required=True, flag_values=values)
-    flags.DEFINE_list(
+    """Defines the flags of the command."""
+    cli.define_run(values, "workdir", required=True)
+    cli.define_sizes(
+        values,
         "grid",
-        None,
         "Blocks of each weight along the mesh axes, such as fsdp=4,tensor=2. The run can then be continued "
         "on every mesh whose sizes of fsdp and tensor divide these. An axis that is left out stays as it is.",
         required=True,
-        flag_values=values,
     )
     flags.DEFINE_string(
         "out", None, "Folder of the new run: not there yet, or empty.", required=True, flag_values=values
     )
-    flags.DEFINE_integer(
-        "step", None, "Which checkpoint; default: the newest.", lower_bound=0, flag_values=values
-    )
 
 
-def main(argv: list[str]) -> None:
-    """Entry point of ``python -m spiel_jax.regrid``."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+def main(options: flags.FlagValues) -> None:
+    """Writes the new folder, and prints what became of each target."""
+    import jax
+
+    from spiel_jax.training.regridding import regrid, show
+
     jax.config.update("jax_platforms", "cpu")  # a device's memory may be too small, or in use
-    options = flags.FLAGS
-    try:
-        changed = regrid(options.workdir, _parsed(options.grid), options.out, options.step)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
-    print(_table(changed))
-    slots = sum(change.new.total for change in changed.values())
-    unused = 1 - sum(change.entries for change in changed.values()) / slots
-    if forgotten := sum(change.forgotten for change in changed.values()):
-        print(f"{forgotten:,} candidates of the estimation phase found no room in their blocks")
-    if unused > MUCH_UNUSED:
-        print(
-            f"warning: {unused:.0%} of the slots are unused. They take memory like the others, and "
-            "the next reselections fill them. A coarser grid leaves fewer."
-        )
+    print(show(regrid(options.workdir, options.grid, options.out, options.step)))
     print(f"to continue the run: python -m spiel_jax.train --workdir={options.out} --config=...")
 
 
+def __getattr__(name: str) -> Any:
+    """The function ``regrid``, which was here before commands and work were apart."""
+    if name != "regrid":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from spiel_jax.training.regridding import regrid
+
+    return regrid
+
+
 if __name__ == "__main__":
-    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells of every file at INFO
-    define_flags(flags.FLAGS)
-    app.run(main)
+    cli.run(main, define_flags)

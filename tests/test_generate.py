@@ -16,7 +16,7 @@ import spiel_jax as sj
 from spiel_jax.adapters.load import load_run
 from spiel_jax.checkpoint import CheckpointError, Checkpoints
 from spiel_jax.config import default_config, flatten
-from spiel_jax.generate import define_flags, talk
+from spiel_jax.generate import define_flags, main
 from spiel_jax.inference import sampling
 from spiel_jax.inference.chat import reply, stop_tokens
 from spiel_jax.inference.sampling import generate
@@ -268,7 +268,7 @@ class TestReply:
             asked.append((tokenizer.decode(tokens[0]), options))
             return [tokenizer.encode(answer)]
 
-        monkeypatch.setattr("spiel_jax.generate.generate", scripted)
+        monkeypatch.setattr("spiel_jax.inference.chat.generate", scripted)
         return asked
 
     def test_prompts_are_written_as_in_training(self, monkeypatch, chatml, make_tokenizer):
@@ -396,7 +396,7 @@ def run_command(*arguments):
     define_flags(options)
     rest = options(["generate", *arguments])
     assert rest == ["generate"]
-    talk(options)
+    main(options)
 
 
 class TestCommand:

@@ -8,7 +8,7 @@ writes operations.json and operations.png into --out.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,18 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax import lax
 from tqdm import tqdm
 
+from spiel_jax import cli
+from spiel_jax.errors import extra
 from spiel_jax.ops.selection import drop, replace, top_magnitudes, top_products
 from spiel_jax.sparse.delta import SparseDelta, gather, set_entries
 from spiel_jax.training.metrics import table
-
-_SHAPES = flags.DEFINE_list("shapes", ["576x576", "576x1536", "2048x8192"], "Matrices, rows x columns.")
-_DENSITIES = flags.DEFINE_list("densities", ["0.001", "0.01", "0.024", "0.1"], "Active entries, shares.")
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "Times each operation is run.", lower_bound=1)
-_OUT = flags.DEFINE_string("out", "runs/bench", "Folder of the results.")
 
 Operation = Callable[..., Any]
 
@@ -100,17 +97,31 @@ def timed(versions: dict[str, tuple[Operation, tuple]], rounds: int) -> dict[str
     }
 
 
-def main(argv: Sequence[str]) -> None:
-    """Entry point."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_list(
+        "shapes",
+        ["576x576", "576x1536", "2048x8192"],
+        "Matrices, rows x columns.",
+        flag_values=values,
+    )
+    flags.DEFINE_list(
+        "densities", ["0.001", "0.01", "0.024", "0.1"], "Active entries, shares.", flag_values=values
+    )
+    flags.DEFINE_integer("rounds", 7, "Times each operation is run.", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("out", "runs/bench", "Folder of the results.", flag_values=values)
+
+
+def main(options: flags.FlagValues) -> None:
+    """Times the operations and draws the figures."""
+    extra("matplotlib", "report")  # missed now rather than at the end
     results = []
-    cases = [(shape, float(density)) for shape in _SHAPES.value for density in _DENSITIES.value]
+    cases = [(shape, float(density)) for shape in options.shapes for density in options.densities]
     for shape, density in tqdm(cases, desc="shapes and densities"):
         rows, columns = map(int, shape.split("x"))
         k = max(int(density * rows * columns), 1)
         for operation, versions in operations(rows, columns, k).items():
-            for version, (milliseconds, mib) in timed(versions, _ROUNDS.value).items():
+            for version, (milliseconds, mib) in timed(versions, options.rounds).items():
                 results.append(
                     {
                         "shape": shape,
@@ -121,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
                         "temporaries_mib": mib,
                     }
                 )
-    out = Path(_OUT.value)
+    out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "operations.json").write_text(json.dumps(results, indent=1))
     for shape, density in cases:
@@ -139,9 +150,7 @@ def main(argv: Sequence[str]) -> None:
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Time over density, a panel per operation and shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    extra("matplotlib", "report").use("Agg")
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(r["operation"] for r in results))
@@ -171,4 +180,4 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, define_flags)

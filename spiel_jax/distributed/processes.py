@@ -6,7 +6,8 @@ would wait for it otherwise. With one process, nothing here does anything.
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import jax
@@ -88,6 +89,20 @@ def name() -> str:
     """``process 1 of 4``; empty with one process."""
     count = jax.process_count()
     return f"process {jax.process_index()} of {count}" if count > 1 else ""
+
+
+@contextmanager
+def errors_say_where() -> Iterator[None]:
+    """Errors in here say in which process they were raised, where there are several."""
+    try:
+        yield
+    except Exception as error:
+        if not name():
+            raise
+        if isinstance(error, SpielError):
+            raise ProcessError(f"in {name()}: {error}") from error
+        error.add_note(f"This was in {name()}.")
+        raise
 
 
 def wait_for_all(what: str) -> None:

@@ -167,6 +167,8 @@ def plan(
     """
     check_config(config)
     config = config.copy_and_resolve_references()
+    if unknown := (mesh or {}).keys() - config.mesh.keys():
+        raise ConfigError(f"mesh axis {min(unknown)!r}: expected some of {', '.join(config.mesh)}")
     config.mesh.update(mesh or {})
     hardware = open_topology(topology)
     if memory is not None:

@@ -211,7 +211,7 @@ import signal
 import sys
 import time
 
-from spiel_jax import processes
+from spiel_jax.distributed import processes
 
 place = dict(part.lstrip("-").split("=") for part in sys.argv[1:])
 number = int(place["process_id"])
@@ -270,8 +270,8 @@ def test_a_refused_run_stops_both_with_the_message(config_file, tmp_path):
     codes, printed = Pair((*command, "--resume"), tmp_path).wait()
     message = f"--resume: {tmp_path / 'run'} holds no run to continue"
     assert codes == [1, 1]
-    assert f"error in process 0 of 2: {message}" in printed[0]
-    assert f"error in process 1 of 2: process 0 failed: {message}" in printed[1]
+    assert f"error: in process 0 of 2: {message}" in printed[0]
+    assert f"error: in process 1 of 2: process 0 failed: {message}" in printed[1]
     codes, printed = Pair(command, tmp_path, differing=((), ("--config.seed=1",))).wait()
     assert codes == [1, 1]
     for text in printed:

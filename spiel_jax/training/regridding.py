@@ -1,0 +1,121 @@
+"""A run's folder with another block grid."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from spiel_jax.checkpoint import CheckpointError, Checkpoints, read_facts, restore_state, stored_targets
+from spiel_jax.config import unflatten
+from spiel_jax.distributed.mesh import check_mesh, make_mesh
+from spiel_jax.errors import SpielError
+from spiel_jax.methods.method import TrainState
+from spiel_jax.methods.registry import build
+from spiel_jax.methods.sparse import SparseMethod
+from spiel_jax.models.axes import weight_grid
+from spiel_jax.models.io.loading import open_model
+from spiel_jax.ops.tree import parameter_name
+from spiel_jax.optim.block_grid import Regridded
+from spiel_jax.sparse.targets import zeros
+from spiel_jax.training.metrics import METRICS, TIMING
+
+MUCH_UNUSED = 0.3
+"""Share of unused slots from which ``show`` warns."""
+
+
+def regrid(
+    workdir: str | Path, grid: Mapping[str, int], out: str | Path, step: int | None = None
+) -> dict[str, Regridded]:
+    """Writes a run's checkpoint into a new folder, with another block grid; the folder continues the run.
+
+    What is trained, the optimizer's state, the position in the data and the metrics so far go along. The
+    continued run has the old one's numbers up to the next reselection, which then selects within the new
+    blocks. Candidates in an estimation phase move too; where a block cannot hold all of them, it keeps those
+    of largest summed gradient. SpIEL-MA steps otherwise from the first step on: SM3 bounds the moments of
+    entries by their row and column in the block, and where blocks join the largest bound is taken.
+
+    Args:
+        workdir: The run's folder.
+        grid: Blocks of each weight along the mesh axes "fsdp" and "tensor"; an axis that is left out keeps
+            its number of blocks.
+        out: The new folder: not there yet, or empty.
+        step: Which checkpoint; None for the newest.
+
+    Returns:
+        Target name to what became of it.
+
+    Raises:
+        SpielError: If a size is not allowed, or does not divide a weight.
+        CheckpointError: If there is no such checkpoint, it holds no sparse deltas, or ``out`` is not empty.
+        NotFoundError: If the base model's configuration is not there.
+    """
+    workdir, out = Path(workdir).expanduser(), Path(out).expanduser()
+    facts = read_facts(workdir, step)
+    settings, targets = facts["config"], stored_targets(facts)
+    if not targets:
+        raise CheckpointError(
+            f"{workdir} holds no sparse deltas: method {settings['method']!r} trains none, and its "
+            "checkpoints can be continued on any mesh"
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} is there already and not empty: choose another folder for the new run")
+    blocks = {axis: settings.get(f"targets.grid.{axis}") or 1 for axis in ("fsdp", "tensor")}
+    for axis, number in grid.items():
+        if axis not in blocks or number < 1:
+            raise SpielError(
+                f"grid {axis}={number}: expected positive numbers of blocks along fsdp and tensor"
+            )
+    blocks |= grid
+    model = open_model(settings["model.source"], preset=settings["model.preset"]).config
+    check_mesh(model, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}), blocks)
+
+    method = build(unflatten(settings), model, settings["steps"] or 1, targets)
+    assert isinstance(method, SparseMethod)
+    tx = method.tx
+    like = jax.eval_shape(lambda: TrainState({}, {}, zeros(targets), tx.init(zeros(targets))))
+    state = restore_state(workdir, like, method, facts["step"])
+    grids = {name: weight_grid(parameter_name(name), blocks) for name in targets}
+    method, state, changed = method.regridded(state, grids)
+
+    settings = settings | {f"targets.grid.{axis}": number for axis, number in blocks.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (METRICS, TIMING):
+        if (workdir / name).exists():
+            shutil.copy(workdir / name, out / name)
+    (out / "config.json").write_text(json.dumps(settings, indent=1))
+    with Checkpoints(out) as checkpoints:
+        checkpoints.save(facts["step"], state, method, facts | {"config": settings})
+    return changed
+
+
+def show(changed: Mapping[str, Regridded]) -> str:
+    """What became of each target as a table, and what there is to know about it."""
+    lines = [_table(changed)]
+    if forgotten := sum(change.forgotten for change in changed.values()):
+        lines.append(f"{forgotten:,} candidates of the estimation phase found no room in their blocks")
+    slots = sum(change.new.total for change in changed.values())
+    unused = 1 - sum(change.entries for change in changed.values()) / slots
+    if unused > MUCH_UNUSED:
+        lines.append(
+            f"warning: {unused:.0%} of the slots are unused. They take memory like the others, and "
+            "the next reselections fill them. A coarser grid leaves fewer."
+        )
+    return "\n".join(lines)
+
+
+def _table(changed: Mapping[str, Regridded]) -> str:
+    heads = ("target", "grid", "slots per block", "unused")
+    rows = [
+        (
+            name,
+            " -> ".join("{}x{}".format(*target.grid) for target in (change.old, change.new)),
+            f"{change.old.block_count:,} -> {change.new.block_count:,}",
+            f"{change.unused:.1%}",
+        )
+        for name, change in changed.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in (heads, *rows)]
+    return "\n".join(line.rstrip() for line in (lines[0], "-" * len(lines[0]), *lines[1:]))
