@@ -44,7 +44,7 @@ def extra(module: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name not in (package, module):  # it is there, and lacks something itself
+        if error.name != package:  # it is there, and lacks something itself
             raise
         raise MissingExtra(
             f'this needs {package}, which is not installed: pip install "spiel_jax[{name}]"'
