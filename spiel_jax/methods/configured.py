@@ -51,7 +51,7 @@ def configured_targets(config: Any, model: ModelConfig) -> dict[str, Target]:
     """What has sparse deltas, without mesh axes.
 
     Raises:
-        ValueError: If a rule matches nothing, or the budget does not fit.
+        SpielError: If a rule matches nothing, or the budget does not fit.
     """
     blocks = {axis: number or 1 for axis, number in config.targets.grid.items()}
     return find_targets(
@@ -81,6 +81,6 @@ def check_layout(config: Any, model: ModelConfig, mesh: Mesh) -> None:
         mesh: From ``make_mesh``.
 
     Raises:
-        ValueError: See ``check_mesh``.
+        SpielError: See ``check_mesh``.
     """
     check_mesh(model, mesh, config.targets.grid if config.method in CRITERIA else mesh.shape)

@@ -87,7 +87,7 @@ class IA3:
         """Scales what the rules match of keys, values and the MLP's inner activations.
 
         Raises:
-            ValueError: If a rule matches nothing of these.
+            SpielError: If a rule matches nothing of these.
         """
         return cls(adapted(model, rules, OUTPUT_SCALED + INPUT_SCALED))
 

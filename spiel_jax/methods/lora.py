@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from spiel_jax.errors import SpielError
 from spiel_jax.losses.next_token import Params
 from spiel_jax.methods.parametrization import ParametrizationMethod, adapted, among_layers, edit_layers
 from spiel_jax.models.axes import weight_axes
@@ -137,7 +138,7 @@ class Lora:
         rslora: Multiply by alpha / sqrt(r) instead, which keeps large ranks learning (arXiv 2312.03732).
 
     Raises:
-        ValueError: If a number is out of range.
+        SpielError: If a number is out of range.
     """
 
     targets: Mapping[str, Target]
@@ -148,7 +149,7 @@ class Lora:
 
     def __post_init__(self):
         for name, value, expected in self.complaints(self):
-            raise ValueError(f"{name} = {value}: expected {expected}")
+            raise SpielError(f"{name} = {value}: expected {expected}")
 
     @staticmethod
     def complaints(settings: Any) -> Iterator[Complaint]:

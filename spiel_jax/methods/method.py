@@ -87,7 +87,7 @@ class Method:
             targets: Of a checkpoint that is continued, where they need not be those of the configuration.
 
         Raises:
-            ValueError: If a rule matches nothing, or a number is out of range.
+            SpielError: If a rule matches nothing, or a number is out of range.
         """
         raise NotImplementedError
 

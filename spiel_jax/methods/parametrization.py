@@ -79,7 +79,7 @@ def adapted(model: ModelConfig, rules: Sequence[str], names: Sequence[str] = ADA
         Target name to ``Target``; all its entries count. One target per parameter.
 
     Raises:
-        ValueError: If a rule matches nothing (near names are listed) or can never apply.
+        SpielError: If a rule matches nothing (near names are listed) or can never apply.
     """
     shapes = abstract_params(model)
     return find_targets(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from spiel_jax.errors import SpielError
 from spiel_jax.methods.full import FullMethod
 from spiel_jax.methods.ia3 import IA3Method
 from spiel_jax.methods.lora import LoraMethod
@@ -25,12 +26,12 @@ def method_class(name: str) -> type[Method]:
     """The method of that name.
 
     Raises:
-        ValueError: If there is none.
+        SpielError: If there is none.
     """
     if name in CRITERIA:
         return SparseMethod
     if name not in METHODS:
-        raise ValueError(f"method = {name!r}: expected one of {', '.join(method_names())}")
+        raise SpielError(f"method = {name!r}: expected one of {', '.join(method_names())}")
     return METHODS[name]
 
 

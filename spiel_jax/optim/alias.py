@@ -56,7 +56,8 @@ def spiel_ag(
         ``hyperparam_dtype=jnp.float32``.
 
     Raises:
-        ValueError: If a value is not allowed, or both or none of ``schedule`` and ``total_steps`` are given.
+        SpielError: If a value is not allowed.
+        ValueError: If both or none of ``schedule`` and ``total_steps`` are given.
         TypeError: If a number is traced that must be static.
 
     Example:
@@ -121,7 +122,8 @@ def spiel_ma(
         ``hyperparam_dtype=jnp.float32``.
 
     Raises:
-        ValueError: If a value is not allowed, or both or none of ``schedule`` and ``total_steps`` are given.
+        SpielError: If a value is not allowed.
+        ValueError: If both or none of ``schedule`` and ``total_steps`` are given.
         TypeError: If a number is traced that must be static.
 
     Example:

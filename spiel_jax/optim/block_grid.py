@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from spiel_jax.errors import SpielError
 from spiel_jax.optim.criteria.criterion import Criterion
 from spiel_jax.optim.spiel import SpielState
 from spiel_jax.sparse.targets import Target
@@ -155,7 +156,7 @@ def _inner(state: Any, moves: Mapping[str, _Move], changed: Mapping[str, Regridd
         if "column_moments" in fields:
             return _joined_columns(leaf, old, new)
         if leaf.shape != (*old.lead, old.block_count):
-            raise ValueError(
+            raise SpielError(
                 f"the optimizer's {jax.tree_util.keystr(path)} of shape {leaf.shape} does not belong to "
                 "entries, rows or columns: it cannot be given another grid"
             )
@@ -184,7 +185,7 @@ def convert(
         Values and state, arrays of the host, and what became of each target.
 
     Raises:
-        ValueError: If a grid does not divide its weight, or the inner optimizer holds what belongs neither to
+        SpielError: If a grid does not divide its weight, or the inner optimizer holds what belongs neither to
             entries nor to rows or columns.
     """
     moves, changed, active, stats, moved = {}, {}, {}, {}, {}
@@ -192,8 +193,8 @@ def convert(
         blocks = math.prod(grids[name])
         try:
             new = replace(target, grid=grids[name], count=blocks, axes=None)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        except SpielError as error:
+            raise SpielError(f"{name}: {error}") from error
         move = moves[name] = _Move(np.asarray(state.active[name].indices), target, new)
         new = replace(new, count=move.slots * blocks)
         change = _Change(target, new)

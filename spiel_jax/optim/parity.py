@@ -2,6 +2,8 @@
 
 from typing import Literal, get_args
 
+from spiel_jax.errors import SpielError
+
 Parity = Literal["corrected", "reference"]
 """Whether a method is corrected, or has every quirk of the original implementation.
 
@@ -28,8 +30,8 @@ def is_reference(parity: str) -> bool:
     """Whether ``parity`` asks for the original's behaviour.
 
     Raises:
-        ValueError: If it is no ``Parity``.
+        SpielError: If it is no ``Parity``.
     """
     if parity not in get_args(Parity):
-        raise ValueError(f"parity = {parity!r}: expected one of {', '.join(get_args(Parity))}")
+        raise SpielError(f"parity = {parity!r}: expected one of {', '.join(get_args(Parity))}")
     return parity == "reference"

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from spiel_jax.errors import SpielError
 from spiel_jax.ops.selection import drop, replace
 from spiel_jax.optim.criteria.criterion import Criterion, Flag, Observation
 from spiel_jax.optim.entry_state import Slots, check_per_entry, reset
@@ -225,7 +226,8 @@ def spiel(
     Raises:
         TypeError: At ``init``, if the state of ``inner`` is not per entry; inside ``optax.MultiSteps``, if
             ``growth`` uses candidates.
-        ValueError: If the values do not match the targets, or phases as long as the original's leave no gap.
+        SpielError: If phases as long as the original's leave no gap.
+        ValueError: If the values do not match the targets.
 
     Example:
         >>> import spiel_jax as sj
@@ -239,7 +241,7 @@ def spiel(
         (True, 1.0)
     """
     if growth.uses_candidates and schedule.long_phases and schedule.accumulation == schedule.every - 1:
-        raise ValueError(
+        raise SpielError(
             f"accumulation = {schedule.accumulation}: with every = {schedule.every} the original's phases "
             "would begin as they end, and it divides by zero"
         )

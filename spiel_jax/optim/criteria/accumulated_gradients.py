@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spiel_jax.errors import SpielError
 from spiel_jax.ops.selection import isin, largest
 from spiel_jax.optim.criteria.criterion import (
     Criterion,
@@ -106,16 +107,16 @@ class AccumulatedGradients(Criterion):
         """The criterion of ``spiel_ag``.
 
         Raises:
-            ValueError: If the original has no such criterion and ``parity`` asks for it.
+            SpielError: If the original has no such criterion and ``parity`` asks for it.
             TypeError: If the ratio is not static.
         """
         require_static(candidate_ratio=candidate_ratio)
         if candidate_ratio <= 0:
-            raise ValueError(f"candidate_ratio = {candidate_ratio}: expected more than 0")
+            raise SpielError(f"candidate_ratio = {candidate_ratio}: expected more than 0")
         if not is_reference(parity):
             return cls(b1, b2, candidate_ratio)
         if candidate_ratio != 1:
-            raise ValueError(
+            raise SpielError(
                 f"candidate_ratio = {candidate_ratio}: the original has as many candidates as active "
                 'entries, so parity="reference" needs 1'
             )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from spiel_jax.errors import SpielError
 from spiel_jax.ops.selection import top_products
 from spiel_jax.optim.criteria.criterion import (
     ORIGINAL,
@@ -65,12 +66,12 @@ class MomentApproximation(Criterion):
         """The criterion of ``spiel_ma``, on the accumulators of sparse SM3.
 
         Raises:
-            ValueError: If the score is unknown, or the original does not have it and ``parity`` asks for it.
+            SpielError: If the score is unknown, or the original does not have it and ``parity`` asks for it.
         """
         if score not in get_args(Score):
-            raise ValueError(f"score = {score!r}: expected one of {', '.join(get_args(Score))}")
+            raise SpielError(f"score = {score!r}: expected one of {', '.join(get_args(Score))}")
         if is_reference(parity) and score != "product":
-            raise ValueError(
+            raise SpielError(
                 f'score = {score!r}: the original ranks by the product, so parity="reference" does'
             )
         return cls(score, shared=True)
