@@ -41,6 +41,7 @@ FLOORS = (
 """The rooms and the modules beside them, from the bottom up: each imports none but those before it."""
 COMMANDS = FLOORS[FLOORS.index("cli") + 1 :]
 CORE = ("errors", "ops", "sparse", "optim", "__init__")
+LIGHT = ("jax", "numpy", "optax", "typing_extensions")  # the last for a type checker only
 
 
 def module_name(file, root=ROOT):
@@ -71,7 +72,7 @@ def allowed(here, imported):
     there = room(imported)
     if there is None:
         package = imported.partition(".")[0]
-        return here not in CORE or package in ("jax", "numpy", "optax", *sys.stdlib_module_names)
+        return here not in CORE or package in LIGHT or package in sys.stdlib_module_names
     if there == here:
         return True
     if there in COMMANDS or (here == "models" and there in ("sparse", "optim")):
@@ -139,6 +140,7 @@ ABSENT = [
     "torch",
     "tqdm",
     "transformers",
+    "typing_extensions",
 ]
 PROGRAM = f"""
 import importlib, sys

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import jax
 
+from spiel_jax.errors import SpielError
 from spiel_jax.ops.stored import Place
 
 
@@ -123,10 +124,10 @@ def kind_named(quantization: str) -> type[Weight] | None:
     """The kind with this name.
 
     Raises:
-        ValueError: If there is none.
+        SpielError: If there is none.
     """
     if quantization not in KINDS:
-        raise ValueError(f"quantization = {quantization!r}: expected one of {', '.join(KINDS)}")
+        raise SpielError(f"quantization = {quantization!r}: expected one of {', '.join(KINDS)}")
     return KINDS[quantization]
 
 
