@@ -101,7 +101,7 @@ def test_quantization_that_cannot_be_is_refused():
     with pytest.raises(ConfigError, match=r"model.quantization = 'nf3': expected one of none, toy"):
         check_config(config)
     config.method, config.model.quantization = "full", "toy"
-    with pytest.raises(ConfigError, match=r"model.quantization = 'toy': expected none where method = 'full'"):
+    with pytest.raises(ConfigError, match=r"model.quantization = 'toy': expected none: method = 'full'"):
         check_config(config)
 
 

@@ -15,7 +15,7 @@ import spiel_jax as sj
 from spiel_jax.distributed.mesh import make_mesh
 from spiel_jax.methods.ia3 import Scaled
 from spiel_jax.methods.lora import LowRank
-from spiel_jax.methods.method import TrainState, state_shardings
+from spiel_jax.methods.method import Method, TrainState
 from spiel_jax.models import ModelConfig, abstract_params, bind, fingerprint, init_params
 from spiel_jax.models.axes import param_sharding, weight_axes
 from spiel_jax.models.decoder import ADAPTED
@@ -182,7 +182,7 @@ def test_on_a_mesh_it_lies_like_the_array_and_blocks_stay_where_they_are(case):
         shapes = [leaf.addressable_shards[0].data.shape for leaf in jax.tree.leaves(spread)]
         assert shapes[0] == (3, 2, 3)
         state = TrainState({DOWN: spread}, {}, {}, ())
-        found = state_shardings(state, {DOWN: target}, mesh).params[DOWN]
+        found = Method().shardings(state, mesh).params[DOWN]
         assert jax.tree.leaves(found) == [leaf.sharding for leaf in jax.tree.leaves(spread)]
         assert bits(jax.jit(as_array)(spread)) == bits(dense(weight))
         assert bits(jax.jit(sj.gather)(spread, delta)) == bits(expected)
