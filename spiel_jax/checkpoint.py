@@ -91,20 +91,20 @@ class Checkpoints:
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
-    def save(self, step: int, state: TrainState, method: Method, facts: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, method: Method, metadata: Mapping[str, Any]) -> None:
         """Starts saving; a save that is still in progress is waited for first.
 
         Args:
             step: Optimizer steps done.
             state: The state after them.
             method: Whose state it is.
-            facts: JSON-like: config, data position, fingerprint, ...
+            metadata: JSON-like: config, data position, fingerprint, ...
         """
         # The next step reuses these buffers, and on a CPU the background save reads them in place.
         items = _copy(method.items(state))
         stored = {name: _target_json(target) for name, target in method.targets.items()}
         self._checkpointer.save_checkpointables_async(
-            step, items, custom_metadata={**facts, "step": step, "targets": stored}
+            step, items, custom_metadata={**metadata, "step": step, "targets": stored}
         )
 
     def restore(self, like: TrainState, method: Method, step: int | None = None) -> TrainState:
@@ -144,7 +144,7 @@ def _load(checkpointer: Any, step: int | None, abstract: Any) -> Any:
         raise CheckpointError(f"checkpoint {step} does not fit this run: {error}") from error
 
 
-def _facts(checkpointer: Any, step: int | None) -> dict[str, Any]:
+def _metadata(checkpointer: Any, step: int | None) -> dict[str, Any]:
     return dict(checkpointer.checkpointables_metadata(_existing(checkpointer, step)).custom_metadata)
 
 
@@ -155,7 +155,7 @@ def _open(directory: str | Path) -> Any:
     return ocp.training.Checkpointer(folder)
 
 
-def read_facts(directory: str | Path, step: int | None = None) -> dict[str, Any]:
+def read_metadata(directory: str | Path, step: int | None = None) -> dict[str, Any]:
     """The JSON part of a run's checkpoint: step, config, targets, fingerprint of the base, ...
 
     Args:
@@ -166,20 +166,24 @@ def read_facts(directory: str | Path, step: int | None = None) -> dict[str, Any]
         CheckpointError: If there is no such checkpoint.
     """
     with _open(directory) as checkpointer:
-        return _facts(checkpointer, step)
+        return _metadata(checkpointer, step)
 
 
-def newest_facts(directory: str | Path) -> dict[str, Any] | None:
-    """What ``read_facts`` gives for a run's newest checkpoint; None if it has none yet."""
+read_facts = read_metadata
+"""Earlier name of ``read_metadata``."""
+
+
+def newest_metadata(directory: str | Path) -> dict[str, Any] | None:
+    """What ``read_metadata`` gives for a run's newest checkpoint; None if it has none yet."""
     if not (Path(directory).expanduser() / FOLDER).is_dir():
         return None
     with _open(directory) as checkpointer:
-        return None if checkpointer.latest is None else _facts(checkpointer, None)
+        return None if checkpointer.latest is None else _metadata(checkpointer, None)
 
 
-def stored_targets(facts: Mapping[str, Any]) -> dict[str, Target]:
-    """The targets of a checkpoint from its facts, without mesh axes; empty where nothing has deltas."""
-    return {name: _target(stored) for name, stored in facts["targets"].items()}
+def stored_targets(metadata: Mapping[str, Any]) -> dict[str, Target]:
+    """The targets of a checkpoint from its metadata, without mesh axes; empty where nothing has deltas."""
+    return {name: _target(stored) for name, stored in metadata["targets"].items()}
 
 
 def restore_state(
@@ -217,7 +221,7 @@ def restore_deltas(directory: str | Path, step: int | None = None) -> dict[str, 
         CheckpointError: If there is no such checkpoint, or it holds no deltas (another method).
     """
     with _open(directory) as checkpointer:
-        targets = stored_targets(_facts(checkpointer, step))
+        targets = stored_targets(_metadata(checkpointer, step))
         if not targets:
             raise CheckpointError(f"{directory} holds no sparse deltas: its method trains none")
         abstract = {
@@ -243,7 +247,7 @@ def restore_trainable(directory: str | Path, step: int | None = None) -> Any:
         CheckpointError: If there is no such checkpoint, or it holds sparse deltas.
     """
     with _open(directory) as checkpointer:
-        if _facts(checkpointer, step)["targets"]:
+        if _metadata(checkpointer, step)["targets"]:
             raise CheckpointError(f"{directory} holds sparse deltas: read them with restore_deltas")
         step = _existing(checkpointer, step)
         stored = checkpointer.checkpointables_metadata(step).metadata["trainable"]
@@ -253,7 +257,7 @@ def restore_trainable(directory: str | Path, step: int | None = None) -> Any:
 
 def restore_trained(directory: str | Path, step: int | None = None) -> Any:
     """What was trained: ``restore_deltas`` of a sparse method, ``restore_trainable`` of another."""
-    sparse = bool(read_facts(directory, step)["targets"])
+    sparse = bool(read_metadata(directory, step)["targets"])
     return restore_deltas(directory, step) if sparse else restore_trainable(directory, step)
 
 

@@ -302,7 +302,7 @@ def save_run(folder, model, *, full=False, **changes):
     source = open_model(str(model))
     base = source.load(config.model.dtype, progress=False)
     objective = Objective(source.config)
-    facts = {"config": flatten(config), "fingerprint": fingerprint(base), "data": {}}
+    metadata = {"config": flatten(config), "fingerprint": fingerprint(base), "data": {}}
     if full:
         training = FullMethod(objective, optax.sgd(1.0), jnp.dtype(config.model.dtype))
         state = training.init(base)
@@ -322,7 +322,7 @@ def save_run(folder, model, *, full=False, **changes):
         }
     state = training.attach(base, trainable, state.opt_state)
     with Checkpoints(folder) as checkpoints:
-        checkpoints.save(3, state, training, facts)
+        checkpoints.save(3, state, training, metadata)
         checkpoints.wait()
     return training.tuned(state)
 

@@ -116,9 +116,9 @@ def test_command_line(command, folder):
     assert memory["peak"] == held + memory["temporaries"] + memory["programs"] == found["peak"]
     assert memory["temporaries"] > 2 * 3 * 4 * 32 * 32  # what each layer was given, in float32
     assert max(item["bytes"] for item in step["largest_temporaries"]) < memory["temporaries"]
-    assert step["exchanged"]["all-gather"]["count"] > 7 * 3 * 2
-    assert sum(one["count"] * one["bytes"] for one in step["exchanges"]) == sum(
-        kind["bytes"] for kind in step["exchanged"].values()
+    assert step["collectives_by_kind"]["all-gather"]["count"] > 7 * 3 * 2
+    assert sum(one["count"] * one["bytes"] for one in step["collectives"]) == sum(
+        kind["bytes"] for kind in step["collectives_by_kind"].values()
     )
 
     little = command(
@@ -256,7 +256,7 @@ def test_settings_are_tried_from_the_cheapest_on(config, monkeypatch):
         tried.append((run.config.method, run.config.micro_batch_size, run.config.model.remat, kind))
         return Program(0.0, GIB, GIB)
 
-    monkeypatch.setattr(planning.Run, "compiled", compiled)
+    monkeypatch.setattr(planning.PlannedRun, "compiled", compiled)
     run = prepared(config, mesh_of(2, 4, 1), **{"model.remat": "dots"})
     kinds = [as_flags(changes) for changes in easier(run.config, run.mesh.shape)]
     least = "--config.micro_batch_size=8 --config.model.remat=full"
@@ -290,7 +290,9 @@ def test_settings_are_tried_from_the_cheapest_on(config, monkeypatch):
 def test_what_the_compiler_refuses_does_not_fit(config, monkeypatch):
     """Whatever memory was asked for; and no setting is proposed of which a kind of step does not fit."""
     config.method = "spiel_ma"
-    monkeypatch.setattr(planning.Run, "compiled", lambda *_: Program(0.0, 0, GIB, flops=1, refusal="no"))
+    monkeypatch.setattr(
+        planning.PlannedRun, "compiled", lambda *_: Program(0.0, 0, GIB, flops=1, refusal="no")
+    )
     found = plan(config, "cpu:8", mesh={"fsdp": 8, "data": 1}, memory=2, trials=0, progress=False)
     assert found["peak"] < found["usable"]
     assert not found["fits"]
@@ -305,7 +307,7 @@ def test_what_the_compiler_refuses_does_not_fit(config, monkeypatch):
         least = kind == "reselecting" and run.config.mesh.tensor == 1
         return Program(0.0, 0, GIB, refusal="no" if least else None)
 
-    monkeypatch.setattr(planning.Run, "compiled", compiled)
+    monkeypatch.setattr(planning.PlannedRun, "compiled", compiled)
     config.micro_batch_size, config.model.remat = 16, "dots"
     tried = plan(config, "cpu:8", mesh={"fsdp": 8, "data": 1}, memory=2, progress=False)
     assert [trial["fits"] for trial in tried["trials"]] == [False, True]
@@ -396,6 +398,6 @@ def test_other_peoples_hardware(command, folder, monkeypatch, topology, package,
         assert step["memory"]["temporaries"] > 0
         # every linear is collected, one tensor shard of it, for the forward and the backward pass
         gathered = [
-            one for one in step["exchanges"] if one["kind"] == "all-gather" and "bf16" in one["shape"]
+            one for one in step["collectives"] if one["kind"] == "all-gather" and "bf16" in one["shape"]
         ]
         assert sum(one["count"] * one["bytes"] for one in gathered) >= 2 * 2 * WEIGHTS // 2, name

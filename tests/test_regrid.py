@@ -16,7 +16,7 @@ from support.run_cases import chat_file, losses, run, tiny_config
 from support.sparse_cases import places
 
 import spiel_jax as sj
-from spiel_jax.checkpoint import CheckpointError, Checkpoints, read_facts, restore_deltas
+from spiel_jax.checkpoint import CheckpointError, Checkpoints, read_metadata, restore_deltas
 from spiel_jax.config import ConfigError, flatten
 from spiel_jax.methods.method import Method, TrainState
 from spiel_jax.models import open_model
@@ -296,13 +296,13 @@ def test_a_regridded_run_of_a_static_mask_is_the_uninterrupted_one(whole, tmp_pa
 def test_the_new_folder_is_one_of_the_new_grid(whole, tmp_path):
     config, _, half = whole
     regrid(half, {"tensor": 2}, tmp_path / "new")
-    facts, old = read_facts(tmp_path / "new"), read_facts(half)
-    assert facts["step"] == old["step"] == 3
-    assert facts["config"] == old["config"] | {"targets.grid.tensor": 2}
-    assert facts["config"] == json.loads((tmp_path / "new" / "config.json").read_text())
-    assert facts["data"] == old["data"]
-    assert facts["fingerprint"] == old["fingerprint"]
-    assert all(target["count"] % 2 == 0 for target in facts["targets"].values())
+    metadata, old = read_metadata(tmp_path / "new"), read_metadata(half)
+    assert metadata["step"] == old["step"] == 3
+    assert metadata["config"] == old["config"] | {"targets.grid.tensor": 2}
+    assert metadata["config"] == json.loads((tmp_path / "new" / "config.json").read_text())
+    assert metadata["data"] == old["data"]
+    assert metadata["fingerprint"] == old["fingerprint"]
+    assert all(target["count"] % 2 == 0 for target in metadata["targets"].values())
     config = config.copy_and_resolve_references()
     config.targets.grid.tensor = 4
     with pytest.raises(ConfigError, match=r"targets.grid.tensor: 2 there, 4 now"):
@@ -349,8 +349,10 @@ def test_what_cannot_be_converted_is_refused(whole, tmp_path):
     config = config.copy_and_resolve_references()
     config.method = "lora"
     with Checkpoints(tmp_path / "lora") as checkpoints:
-        facts = {"config": flatten(config)}
-        checkpoints.save(1, TrainState({}, {}, {"w": jnp.zeros(2)}, optax.sgd(1.0).init({})), Method(), facts)
+        metadata = {"config": flatten(config)}
+        checkpoints.save(
+            1, TrainState({}, {}, {"w": jnp.zeros(2)}, optax.sgd(1.0).init({})), Method(), metadata
+        )
     with pytest.raises(
         CheckpointError, match="no sparse deltas: method 'lora' trains none, and its checkpoints"
     ):
@@ -383,4 +385,4 @@ def test_command_line(whole, tmp_path):
     assert any("mlp.up_proj.weight" in line and "1x1 -> 8x16" in line for line in lines)
     assert "% of the slots are unused" in good.stdout
     assert "--workdir=new" in lines[-1]
-    assert read_facts(tmp_path / "new")["config"]["targets.grid.fsdp"] == 16
+    assert read_metadata(tmp_path / "new")["config"]["targets.grid.fsdp"] == 16

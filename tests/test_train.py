@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.run_cases import chat_file
 
-from spiel_jax.checkpoint import CheckpointError, read_facts, restore_deltas, restore_trainable
+from spiel_jax.checkpoint import CheckpointError, read_metadata, restore_deltas, restore_trainable
 from spiel_jax.config import ConfigError, default_config
 from spiel_jax.losses.next_token import Objective
 from spiel_jax.models import open_model
@@ -128,7 +128,7 @@ def test_a_continued_run_is_the_uninterrupted_one(config, tmp_path, monkeypatch,
     run(config, tmp_path / "whole")
     with stopping_after(monkeypatch, stop):
         assert run(config, tmp_path / "parts").step == stop
-    assert read_facts(tmp_path / "parts")["step"] == stop
+    assert read_metadata(tmp_path / "parts")["step"] == stop
     # lines that a killed run had written past its last checkpoint, the last of them cut
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": stop + 1, "loss": 0.0}) + '\n{"step": 9, "lo')

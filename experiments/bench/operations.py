@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from spiel_jax import cli
 from spiel_jax.errors import extra
-from spiel_jax.ops.selection import drop, replace, top_magnitudes, top_products
+from spiel_jax.ops.selection import drop, replace_dropped, top_magnitudes, top_products
 from spiel_jax.sparse.delta import SparseDelta, gather, set_entries
 from spiel_jax.training.metrics import table
 
@@ -67,7 +67,10 @@ def operations(rows: int, columns: int, k: int) -> dict[str, dict[str, tuple[Ope
             "lax.top_k": (lambda v: lax.top_k(-jnp.abs(v), n)[1], (values,)),
         },
         "replace": {
-            "spiel_jax": (lambda v: replace(active, drop(v, active, n, size), incoming, size), (values,)),
+            "spiel_jax": (
+                lambda v: replace_dropped(active, drop(v, active, n, size), incoming, size),
+                (values,),
+            ),
         },
         "gather": {
             "spiel_jax": (lambda d: gather(d, delta), (dense,)),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
-from spiel_jax.checkpoint import CheckpointError, read_facts, restore_trained, stored_targets
+from spiel_jax.checkpoint import CheckpointError, read_metadata, restore_trained, stored_targets
 from spiel_jax.config import unflatten
 from spiel_jax.methods.registry import build
 from spiel_jax.models import ModelConfig
@@ -20,7 +20,7 @@ from spiel_jax.ops.stored import is_writable
 
 
 @dataclass(frozen=True)
-class Run:
+class LoadedRun:
     """A fine-tuned model, as a run's checkpoint has it.
 
     Attributes:
@@ -40,7 +40,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_run(directory: str | Path, step: int | None = None, *, keep_base: bool = False) -> Run:
+def load_run(directory: str | Path, step: int | None = None, *, keep_base: bool = False) -> LoadedRun:
     """Loads the model that a run has trained, ready to be used.
 
     Without ``keep_base`` deltas or adapters are merged into the base in place: one copy of the model is held.
@@ -56,20 +56,22 @@ def load_run(directory: str | Path, step: int | None = None, *, keep_base: bool 
         NotFoundError: If the base model is not there.
         SpielError: If the base model is damaged.
     """
-    facts = read_facts(directory, step)
-    settings = facts["config"]
+    metadata = read_metadata(directory, step)
+    settings = metadata["config"]
     name, dtype = settings["model.source"], jnp.dtype(settings["model.dtype"])
     source = open_model(name, preset=settings["model.preset"])
     named = settings["model.tokenizer"]
     tokenizer = (source if named is None else open_model(named)).tokenizer()
     config = unflatten(settings)
-    method = build(config, source.config, 1, stored_targets(facts))  # the length means nothing
-    trained = restore_trained(directory, facts["step"])
+    method = build(config, source.config, 1, stored_targets(metadata))  # the length means nothing
+    trained = restore_trained(directory, metadata["step"])
     changed, base = method.changed(trained), None
     if changed is not None or keep_base:
         storage = kind_named(config.model.quantization)
         base = source.load(dtype, seed=settings["seed"], storage=storage)
-        _check_base(f"{directory} was trained on another base model than {name}", facts["fingerprint"], base)
+        _check_base(
+            f"{directory} was trained on another base model than {name}", metadata["fingerprint"], base
+        )
     if changed is None:
         tuned = method.merge({}, trained)
     else:
@@ -77,7 +79,7 @@ def load_run(directory: str | Path, step: int | None = None, *, keep_base: bool 
         before = {name: base[name] for name in changed & base.keys()}
         in_place = not keep_base and all(map(is_writable, before.values()))
         tuned = base | jax.jit(method.merge, donate_argnums=0 if in_place else ())(before, trained)
-    return Run(facts["step"], settings, source.config, base if keep_base else None, tuned, tokenizer)
+    return LoadedRun(metadata["step"], settings, source.config, base if keep_base else None, tuned, tokenizer)
 
 
 def _check_base(problem: str, expected: Mapping[str, str], base: dict[str, Any]) -> None:

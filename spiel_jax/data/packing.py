@@ -91,7 +91,7 @@ def empty_row(sequence_length: int) -> dict[str, np.ndarray]:
     """A row of padding: zeros, token 0 with weight 0 in segment 0."""
     return {
         "tokens": np.zeros(sequence_length, np.int32),
-        "targets": np.zeros(sequence_length, np.int32),
+        "labels": np.zeros(sequence_length, np.int32),
         "weights": np.zeros(sequence_length, np.float32),
         "positions": np.zeros(sequence_length, np.int32),
         "segment_ids": np.zeros(sequence_length, np.int32),
@@ -112,7 +112,7 @@ def fill_row(examples: Examples, plan: Plan, row: int) -> dict[str, np.ndarray]:
         example = examples[int(index)]
         part = slice(start, start + len(example.tokens) - 1)
         arrays["tokens"][part] = example.tokens[:-1]
-        arrays["targets"][part] = example.tokens[1:]
+        arrays["labels"][part] = example.tokens[1:]
         arrays["weights"][part] = example.supervised[1:]
         arrays["positions"][part] = np.arange(part.stop - start)
         arrays["segment_ids"][part] = segment

@@ -119,7 +119,7 @@ def local_rows(rows: int, mesh: Mesh) -> list[int]:
     return sorted({row for part in parts.values() if part is not None for row in range(rows)[part[0]]})
 
 
-def spread_batch(batch: Any, mesh: Mesh, rows: int) -> Any:
+def shard_batch(batch: Any, mesh: Mesh, rows: int) -> Any:
     """A batch's arrays [..., examples, tokens] from the hosts to the devices of a mesh.
 
     Args:

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import Remat, bind
-from spiel_jax.models.layers import Adapter
+from spiel_jax.models.layers import AdaptedLinear
 from spiel_jax.ops.cross_entropy import next_token_loss
 
 Params = dict[str, Any]
 """Parameter name to array, or to a stored weight (see ``models.storage``)."""
-Batch = Mapping[str, jax.Array]
+TokenBatch = Mapping[str, jax.Array]
 """Arrays [B, S]: tokens, targets, positions, segment_ids (int32), weights (float32)."""
 
 
@@ -40,8 +40,8 @@ class Objective:
     def __call__(
         self,
         params: Params,
-        batch: Batch,
-        adapters: Mapping[str, Adapter] | None = None,
+        batch: TokenBatch,
+        adapters: Mapping[str, AdaptedLinear] | None = None,
         *,
         frozen: bool = False,
     ) -> jax.Array:
@@ -49,7 +49,7 @@ class Objective:
 
         Args:
             params: The model's parameters.
-            batch: See ``Batch``.
+            batch: See ``TokenBatch``.
             adapters: See ``CausalLM.hidden``.
             frozen: Whether no gradient of ``params`` is wanted.
         """
@@ -65,9 +65,9 @@ class Objective:
             )
         chunk = min(self.loss_chunk, batch["tokens"].size)
         with jax.named_scope("head_loss"):
-            return next_token_loss(hidden, model.head, batch["targets"], batch["weights"], chunk)
+            return next_token_loss(hidden, model.head, batch["labels"], batch["weights"], chunk)
 
 
-def supervised(batch: Batch) -> jax.Array:
+def supervised(batch: TokenBatch) -> jax.Array:
     """Total weight of a batch's supervised tokens, at least 1 so that it can be divided by."""
     return jnp.maximum(jnp.sum(batch["weights"]), 1.0)

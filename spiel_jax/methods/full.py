@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spiel_jax.losses.next_token import Batch, Objective, Params
+from spiel_jax.losses.next_token import Objective, Params, TokenBatch
 from spiel_jax.methods.configured import configured_adamw
 from spiel_jax.methods.method import Method, Metrics, TrainState, optimizer_step
 from spiel_jax.models.config import ModelConfig
@@ -63,17 +63,17 @@ class FullMethod(Method):
         return {name: param.astype(self.dtype) for name, param in trainable.items()}
 
     def step(
-        self, state: TrainState, batch: Batch, *, phase: Phase, reselect: bool
+        self, state: TrainState, batch: TokenBatch, *, phase: Phase, reselect: bool
     ) -> tuple[TrainState, Metrics]:
         """See ``Method``; phases mean nothing here."""
         del phase, reselect
 
-        def loss(trainable: Params, micro: Batch) -> jax.Array:
+        def loss(trainable: Params, micro: TokenBatch) -> jax.Array:
             return self.objective(self._used(trainable), micro)
 
         return optimizer_step(self.tx, loss, state, batch)
 
-    def evaluate(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def evaluate(self, state: TrainState, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
         """See ``Method``."""
         return self.objective(self._used(state.trainable), batch, frozen=True), jnp.sum(batch["weights"])
 

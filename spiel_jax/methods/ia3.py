@@ -13,7 +13,7 @@ from spiel_jax.losses.next_token import Params
 from spiel_jax.methods.parametrization import ParametrizationMethod, adapted, among_layers, edit_layers
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import LAYERS
-from spiel_jax.models.layers import Adapter
+from spiel_jax.models.layers import AdaptedLinear
 from spiel_jax.ops.matmul import linear
 from spiel_jax.ops.stored import Stored
 from spiel_jax.ops.tree import parameter_name
@@ -55,7 +55,7 @@ scaled.defvjp(_scaled_forward, _scaled_backward)
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Scaled:
+class ScaledLinear:
     """A linear layer with a frozen weight whose outputs or inputs are scaled.
 
     Attributes:
@@ -104,14 +104,14 @@ class IA3:
 
     def attach(
         self, params: Params, trainable: dict[str, jax.Array], key: jax.Array | None
-    ) -> tuple[Params, dict[str, Adapter]]:
+    ) -> tuple[Params, dict[str, AdaptedLinear]]:
         """See ``Parametrization``; biases are scaled beforehand, since adapters see the weights only."""
         del key
         adapters, biases = {}, {}
         for name, target in self.targets.items():
             weight, *rest = _parts(name)
             factors = among_layers(trainable[name], target, params[weight].shape[0], 1.0)
-            adapters[weight] = Scaled(factors, _inputs(name))
+            adapters[weight] = ScaledLinear(factors, _inputs(name))
             for bias in params.keys() & rest:
                 biases[bias] = (params[bias].astype(factors.dtype) * factors).astype(params[bias].dtype)
         return params | biases if biases else params, adapters

@@ -17,7 +17,7 @@ from spiel_jax.losses.next_token import Params
 from spiel_jax.methods.parametrization import ParametrizationMethod, adapted, among_layers, edit_layers
 from spiel_jax.models.axes import weight_axes
 from spiel_jax.models.config import ModelConfig
-from spiel_jax.models.layers import Adapter
+from spiel_jax.models.layers import AdaptedLinear
 from spiel_jax.ops.matmul import dot, weight_gradient
 from spiel_jax.ops.stored import Stored, as_array
 from spiel_jax.ops.tree import parameter_name
@@ -32,7 +32,7 @@ LowRankParams = dict[str, dict[str, jax.Array]]
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class LowRank:
+class LowRankLinear:
     """A linear layer with a frozen weight and a term of low rank, ``x W^T + scale * drop(x) A^T B^T``.
 
     Attributes:
@@ -78,7 +78,7 @@ def _masked(x: jax.Array, kept: jax.Array | None) -> jax.Array:
 
 
 @jax.custom_vjp
-def low_rank_linear(x: jax.Array, weight: jax.Array | Stored, adapter: LowRank) -> jax.Array:
+def low_rank_linear(x: jax.Array, weight: jax.Array | Stored, adapter: LowRankLinear) -> jax.Array:
     """``x @ weight.T`` and a term of low rank, of which only the latter has gradients.
 
     Products take operands in the dtype of the weight and accumulate in float32; the sum is rounded once,
@@ -88,7 +88,7 @@ def low_rank_linear(x: jax.Array, weight: jax.Array | Stored, adapter: LowRank) 
     Args:
         x: [..., in].
         weight: [out, in]; its own cotangent is not formed (it is zero).
-        adapter: The term; see ``LowRank``.
+        adapter: The term; see ``LowRankLinear``.
 
     Returns:
         [..., out], dtype of ``x``.
@@ -96,7 +96,9 @@ def low_rank_linear(x: jax.Array, weight: jax.Array | Stored, adapter: LowRank) 
     return _low_rank_forward(x, weight, adapter)[0]
 
 
-def _low_rank_forward(x: jax.Array, weight: jax.Array | Stored, adapter: LowRank) -> tuple[jax.Array, tuple]:
+def _low_rank_forward(
+    x: jax.Array, weight: jax.Array | Stored, adapter: LowRankLinear
+) -> tuple[jax.Array, tuple]:
     dtype = weight.dtype
     y = dot(x.astype(dtype), as_array(weight), (-1, 1))
     with jax.named_scope("low_rank"):
@@ -106,7 +108,7 @@ def _low_rank_forward(x: jax.Array, weight: jax.Array | Stored, adapter: LowRank
     return y.astype(x.dtype), (x, weight, adapter, hidden)
 
 
-def _low_rank_backward(residuals: tuple, dy: jax.Array) -> tuple[jax.Array, None, LowRank]:
+def _low_rank_backward(residuals: tuple, dy: jax.Array) -> tuple[jax.Array, None, LowRankLinear]:
     x, weight, adapter, hidden = residuals
     dtype = weight.dtype
     dy = dy.astype(dtype)
@@ -184,9 +186,9 @@ class Lora:
 
     def attach(
         self, params: Params, trainable: LowRankParams, key: jax.Array | None
-    ) -> tuple[Params, dict[str, Adapter]]:
+    ) -> tuple[Params, dict[str, AdaptedLinear]]:
         """See ``Parametrization``; a weight's dropout in a layer depends on key, name and layer."""
-        adapters: dict[str, Adapter] = {}
+        adapters: dict[str, AdaptedLinear] = {}
         for name, target in self.targets.items():
             parameter = parameter_name(name)
             layers = params[parameter].shape[0]
@@ -194,7 +196,7 @@ class Lora:
             if key is not None and self.dropout:
                 keys = jax.random.split(jax.random.fold_in(key, zlib.crc32(parameter.encode())), layers)
             a, b = (among_layers(trainable[name][f"lora_{part}"], target, layers, 0.0) for part in "AB")
-            adapters[parameter] = LowRank(a, b, keys, self.scale, self.dropout)
+            adapters[parameter] = LowRankLinear(a, b, keys, self.scale, self.dropout)
         return params, adapters
 
     def merge(self, params: Params, trainable: LowRankParams) -> Params:

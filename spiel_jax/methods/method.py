@@ -18,7 +18,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spiel_jax.losses.next_token import Batch, Objective, Params, supervised
+from spiel_jax.losses.next_token import Objective, Params, TokenBatch, supervised
 from spiel_jax.models.axes import logical_axes, param_sharding
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.storage.packed import runs_on_cpu
@@ -37,7 +37,7 @@ class TrainState:
     """What a step reads and writes.
 
     Attributes:
-        params: What the model runs with; holds the merged weights of a resident merge. Those that are not
+        params: What the model runs with; holds the merged weights of a in-place merge. Those that are not
             trained themselves can be stored weights (see ``models.storage``).
         base: Target name to pretrained entries at the active positions, for targets whose weight holds the
             deltas merged.
@@ -113,12 +113,12 @@ class Method:
         return Phase.PLAIN, False
 
     def step(
-        self, state: TrainState, batch: Batch, *, phase: Phase, reselect: bool
+        self, state: TrainState, batch: TokenBatch, *, phase: Phase, reselect: bool
     ) -> tuple[TrainState, Metrics]:
         """One optimizer step; batch arrays are [G, B, S]. ``phase`` and ``reselect`` are static."""
         raise NotImplementedError
 
-    def evaluate(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def evaluate(self, state: TrainState, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
         """Summed loss of a batch [B, S] and its number of supervised tokens."""
         raise NotImplementedError
 
@@ -217,7 +217,9 @@ def compiler_options() -> dict[str, Any] | None:
     return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if runs_on_cpu() else None
 
 
-def scan_micro_batches(function: Callable[[Batch], tuple[Any, Any]], batch: Batch) -> tuple[Any, Any]:
+def scan_micro_batches(
+    function: Callable[[TokenBatch], tuple[Any, Any]], batch: TokenBatch
+) -> tuple[Any, Any]:
     """Sums the first result of ``function`` over micro-batches, and stacks the second.
 
     Args:
@@ -231,7 +233,7 @@ def scan_micro_batches(function: Callable[[Batch], tuple[Any, Any]], batch: Batc
     shapes = jax.eval_shape(function, first)[0]
     initial = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-    def body(total: Any, micro: Batch) -> tuple[Any, Any]:
+    def body(total: Any, micro: TokenBatch) -> tuple[Any, Any]:
         summed, other = function(micro)
         return jax.tree.map(jnp.add, total, summed), other
 
@@ -254,9 +256,9 @@ def guarded(
 
 def optimizer_step(
     tx: optax.GradientTransformation,
-    loss: Callable[[Any, Batch], jax.Array],
+    loss: Callable[[Any, TokenBatch], jax.Array],
     state: TrainState,
-    batch: Batch,
+    batch: TokenBatch,
 ) -> tuple[TrainState, Metrics]:
     """One step of an ordinary optimizer on all that is trainable.
 
@@ -271,7 +273,7 @@ def optimizer_step(
     """
     total = supervised(batch)
 
-    def gradients(micro: Batch) -> tuple[Any, None]:
+    def gradients(micro: TokenBatch) -> tuple[Any, None]:
         return jax.value_and_grad(lambda trainable: loss(trainable, micro) / total)(state.trainable), None
 
     (mean, grads), _ = scan_micro_batches(gradients, batch)

@@ -11,12 +11,12 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from spiel_jax.losses.next_token import Batch, Objective, Params
+from spiel_jax.losses.next_token import Objective, Params, TokenBatch
 from spiel_jax.methods.configured import configured_adamw
 from spiel_jax.methods.method import Method, Metrics, TrainState, optimizer_step
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import ADAPTED, abstract_params, layer_names
-from spiel_jax.models.layers import Adapter
+from spiel_jax.models.layers import AdaptedLinear
 from spiel_jax.models.storage.packed import packed
 from spiel_jax.models.storage.weight import hold
 from spiel_jax.ops.stored import as_array, is_stored, is_writable
@@ -38,7 +38,7 @@ class Parametrization(Protocol):
 
     def attach(
         self, params: Params, trainable: dict[str, Any], key: jax.Array | None
-    ) -> tuple[Params, dict[str, Adapter]]:
+    ) -> tuple[Params, dict[str, AdaptedLinear]]:
         """What the model runs with: parameters, and adapters by the name of the weight.
 
         The parameters are ``params`` itself where none of them depends on what is trained.
@@ -186,14 +186,14 @@ class ParametrizationMethod(Method):
         return self.kind.merge(state.params, state.trainable)
 
     def step(
-        self, state: TrainState, batch: Batch, *, phase: Phase, reselect: bool
+        self, state: TrainState, batch: TokenBatch, *, phase: Phase, reselect: bool
     ) -> tuple[TrainState, Metrics]:
         """See ``Method``; phases mean nothing here. Each micro-batch has a dropout of its own."""
         del phase, reselect
         step, optimizer = state.opt_state
         keys = jax.random.split(jax.random.fold_in(self._keys()[1], step), batch["tokens"].shape[0])
 
-        def loss(trainable: Any, micro: Batch) -> jax.Array:
+        def loss(trainable: Any, micro: TokenBatch) -> jax.Array:
             params, adapters = self.kind.attach(state.params, trainable, micro["dropout"])
             frozen = params is state.params  # otherwise some of them depend on what is trained
             return self.objective(params, micro, adapters, frozen=frozen)
@@ -202,7 +202,7 @@ class ParametrizationMethod(Method):
         state, metrics = optimizer_step(self.tx, loss, state, {**batch, "dropout": keys})
         return replace(state, opt_state=ParametrizationState(step + 1, state.opt_state)), metrics
 
-    def evaluate(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def evaluate(self, state: TrainState, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
         """See ``Method``; without dropout."""
         params, adapters = self.kind.attach(state.params, state.trainable, None)
         return self.objective(params, batch, adapters, frozen=True), jnp.sum(batch["weights"])

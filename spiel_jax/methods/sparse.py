@@ -1,4 +1,4 @@
-"""Training of sparse deltas: gradients of entries, candidates, and the resident merge."""
+"""Training of sparse deltas: gradients of entries, candidates, and the in-place merge."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from spiel_jax.losses.next_token import Batch, Objective, Params, supervised
+from spiel_jax.losses.next_token import Objective, Params, TokenBatch, supervised
 from spiel_jax.methods.configured import configured_targets, learning_rate, with_axes
 from spiel_jax.methods.method import Method, Metrics, TrainState, guarded, scan_micro_batches
 from spiel_jax.models.config import ModelConfig
@@ -28,7 +28,7 @@ from spiel_jax.sparse.delta import (
     merge,
     merged_entries,
     set_entries,
-    spread,
+    stack_layers,
     unmerge,
 )
 from spiel_jax.sparse.linear import SparseLinear, candidates_from_proposal
@@ -44,7 +44,7 @@ class SparseMethod(Method):
         tx: ``spiel`` or a chain that ends with it.
         targets: What is adapted.
         growth: The growth criterion inside ``tx``.
-        resident: Hold the weights merged, those that can be written, and set the active entries once per
+        in_place: Hold the weights merged, those that can be written, and set the active entries once per
             step. Otherwise the deltas are scattered into each weight on each use, and the parameters stay
             the pretrained ones.
         start: Pretrained parameters and targets to the positions to start from; None for random ones.
@@ -55,7 +55,7 @@ class SparseMethod(Method):
     tx: optax.GradientTransformationExtraArgs
     targets: Mapping[str, Target] = field()
     growth: Criterion
-    resident: bool = True
+    in_place: bool = True
     start: Callable[..., Mapping[str, SparseDelta]] | None = None
     schedule: Reselection | None = None
 
@@ -84,9 +84,9 @@ class SparseMethod(Method):
             clip_norm=config.optimizer.clip_norm,
             clip_candidates=not is_reference(config.spiel.parity),
         )
-        resident = config.spiel.merge == "resident"
+        in_place = config.spiel.merge == "resident"
         objective = Objective.from_config(config, model)
-        return cls(objective, tx, targets, growth, resident, criterion.start(config), schedule)
+        return cls(objective, tx, targets, growth, in_place, criterion.start(config), schedule)
 
     def step_kind(self, step: int) -> tuple[Phase, bool]:
         """See ``Method``: as the schedule says."""
@@ -104,11 +104,11 @@ class SparseMethod(Method):
         return self.attach(params, values, opt_state)
 
     def attach(self, params: Params, trainable: Any, opt_state: Any) -> TrainState:
-        """See ``Method``: remembers the pretrained entries and merges, where merges are resident."""
+        """See ``Method``: remembers the pretrained entries and merges, where merges are in place."""
         zipped, params, base = deltas(trainable, opt_state), dict(params), {}
         for name, delta in zipped.items():
             weight = params[parameter_name(name)]
-            if self.resident and is_writable(weight):
+            if self.in_place and is_writable(weight):
                 base[name] = gather(weight, delta)
                 entries = merged_entries(base[name], delta.values, weight.dtype)
                 params[parameter_name(name)] = set_entries(weight, delta, entries)
@@ -129,7 +129,7 @@ class SparseMethod(Method):
         return {name: delta for name, delta in zipped.items() if name not in state.base}
 
     def step(
-        self, state: TrainState, batch: Batch, *, phase: Phase, reselect: bool
+        self, state: TrainState, batch: TokenBatch, *, phase: Phase, reselect: bool
     ) -> tuple[TrainState, Metrics]:
         """See ``Method``."""
         loss, grads, candidates = self.gradients(state, batch, phase=phase)
@@ -157,7 +157,7 @@ class SparseMethod(Method):
         }
         return new, metrics
 
-    def evaluate(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def evaluate(self, state: TrainState, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
         """See ``Method``."""
         adapters = self._adapters(self._unmerged(state), None, None, state.base)
         return self.objective(state.params, batch, adapters, frozen=True), jnp.sum(batch["weights"])
@@ -218,7 +218,7 @@ class SparseMethod(Method):
         return replace(self, targets=targets), TrainState({}, {}, values, opt_state), changed
 
     def gradients(
-        self, state: TrainState, batch: Batch, *, phase: Phase
+        self, state: TrainState, batch: TokenBatch, *, phase: Phase
     ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, SparseDelta] | None]:
         """Mean loss, its gradient at the active entries, and the candidates with theirs.
 
@@ -234,8 +234,8 @@ class SparseMethod(Method):
             counts = {name: growth.count(target) for name, target in self.targets.items()}
         stacked = growth.per_micro_batch
 
-        def observe(candidates: dict[str, SparseDelta] | None) -> Callable[[Batch], tuple[Any, Any]]:
-            def function(micro: Batch) -> tuple[Any, Any]:
+        def observe(candidates: dict[str, SparseDelta] | None) -> Callable[[TokenBatch], tuple[Any, Any]]:
+            def function(micro: TokenBatch) -> tuple[Any, Any]:
                 def loss(values: Params, slots: Params | None) -> jax.Array:
                     positions = {name: delta.with_values(values[name]) for name, delta in active.items()}
                     probes = None
@@ -250,7 +250,7 @@ class SparseMethod(Method):
 
             return function
 
-        def summed(candidates: dict[str, SparseDelta] | None, batch: Batch) -> tuple[Any, ...]:
+        def summed(candidates: dict[str, SparseDelta] | None, batch: TokenBatch) -> tuple[Any, ...]:
             total, others = scan_micro_batches(observe(candidates), batch)
             return (*total, others) if stacked else total
 
@@ -282,7 +282,7 @@ class SparseMethod(Method):
         self,
         state: TrainState,
         active: dict[str, SparseDelta],
-        batch: Batch,
+        batch: TokenBatch,
         total: jax.Array,
         counts: dict[str, int],
     ) -> tuple[jax.Array, Params, dict[str, SparseDelta]]:
@@ -330,7 +330,7 @@ class SparseMethod(Method):
 
         def join(parts: dict[str, SparseDelta], group: list[str]) -> SparseDelta:
             whole = parts[group[0]].layers is None
-            return parts[group[0]] if whole else spread([parts[name] for name in group], layers)
+            return parts[group[0]] if whole else stack_layers([parts[name] for name in group], layers)
 
         def enabled(group: list[str]) -> jax.Array | None:
             if active[group[0]].layers is None:
@@ -351,7 +351,7 @@ class SparseMethod(Method):
         }
 
     def _merge(self, old: TrainState, new: TrainState, reselect: bool) -> TrainState:
-        """Sets the active entries of the resident weights; dropped ones become pretrained again."""
+        """Sets the active entries of weights that hold the deltas; dropped ones become pretrained again."""
         params, base = dict(new.params), dict(new.base)
         before = deltas(old.trainable, old.opt_state)
         after = deltas(new.trainable, new.opt_state)

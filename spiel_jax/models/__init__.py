@@ -5,10 +5,11 @@ from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import CausalLM, abstract_params, bind, init_params, layer_names
 from spiel_jax.models.io.fingerprint import differing, fingerprint
 from spiel_jax.models.io.loading import ModelSource, open_model
-from spiel_jax.models.layers import Adapter
+from spiel_jax.models.layers import AdaptedLinear, Adapter
 from spiel_jax.models.rope import RopeScaling
 
 __all__ = [
+    "AdaptedLinear",
     "Adapter",
     "CausalLM",
     "KVCache",

@@ -48,7 +48,7 @@ def weight_grid(parameter: str, blocks: Mapping[str, int]) -> tuple[int, int]:
     return blocks.get(rows or "", 1), blocks.get(columns or "", 1)
 
 
-def collected(parameter: str, matrix: Any) -> Any:
+def all_gathered(parameter: str, matrix: Any) -> Any:
     """One layer's matrix as a product wants it on a mesh: whole along the axes that spread the examples too.
 
     Said outright, because XLA may otherwise collect it along the others as well, or move activations. Of a

@@ -24,10 +24,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from spiel_jax.models.attention_masks import visible, within
-from spiel_jax.models.axes import LAYERS, collected
+from spiel_jax.models.axes import LAYERS, all_gathered
 from spiel_jax.models.cache import KVCache
 from spiel_jax.models.config import ModelConfig
-from spiel_jax.models.layers import PROJECTION, Adapter, Embedding, Linear, RMSNorm
+from spiel_jax.models.layers import PROJECTION, AdaptedLinear, Embedding, Linear, RMSNorm
 from spiel_jax.models.rope import inverse_frequencies, rotate, rotation
 from spiel_jax.models.storage.packed import loop_dtype, named, packed
 from spiel_jax.models.storage.weight import Weight, hold
@@ -72,7 +72,7 @@ class Attention(nnx.Module):
         x: jax.Array,
         turn: tuple[jax.Array, jax.Array],
         mask: jax.Array | None,
-        adapters: Mapping[str, Adapter],
+        adapters: Mapping[str, AdaptedLinear],
         cache: KVCache | None,
         layer: jax.Array,
     ) -> tuple[jax.Array, KVCache | None]:
@@ -108,7 +108,7 @@ class MLP(nnx.Module):
         self.up_proj = declare(config.hidden_size, config.intermediate_size)
         self.down_proj = declare(config.intermediate_size, config.hidden_size)
 
-    def __call__(self, x: jax.Array, adapters: Mapping[str, Adapter]) -> jax.Array:
+    def __call__(self, x: jax.Array, adapters: Mapping[str, AdaptedLinear]) -> jax.Array:
         """[B, S, D] to [B, S, D]."""
         gate = self.gate_proj(x, adapters.get("mlp.gate_proj.weight"))
         up = self.up_proj(x, adapters.get("mlp.up_proj.weight"))
@@ -132,7 +132,7 @@ class DecoderLayer(nnx.Module):
         x: jax.Array,
         turn: tuple[jax.Array, jax.Array],
         mask: jax.Array | None,
-        adapters: Mapping[str, Adapter],
+        adapters: Mapping[str, AdaptedLinear],
         cache: KVCache | None,
         layer: jax.Array,
     ) -> tuple[jax.Array, KVCache | None]:
@@ -207,7 +207,7 @@ class CausalLM(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-        adapters: Mapping[str, Adapter] | None = None,
+        adapters: Mapping[str, AdaptedLinear] | None = None,
         remat: Remat = "full",
     ) -> jax.Array:
         """Logits [B, S, V] in float32 of tokens [B, S]; see ``hidden``."""
@@ -222,7 +222,7 @@ class CausalLM(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-        adapters: Mapping[str, Adapter] | None = None,
+        adapters: Mapping[str, AdaptedLinear] | None = None,
         cache: KVCache | None = None,
         remat: Remat = "full",
         frozen: bool = False,
@@ -274,7 +274,7 @@ class CausalLM(nnx.Module):
         tokens: jax.Array,
         turn: tuple[jax.Array, jax.Array],
         masks: tuple[jax.Array, jax.Array] | None,
-        adapters: Mapping[str, Adapter],
+        adapters: Mapping[str, AdaptedLinear],
         cache: KVCache | None,
         remat: Remat,
         frozen: bool,
@@ -349,7 +349,7 @@ def _used(name: str, weight: Any, trained: bool) -> Any:
     """One layer's parameter as its module takes it: linears dequantise their weight for each product."""
     if LAYERS + name not in ADAPTED:
         return as_array(weight)
-    return weight if trained else collected(LAYERS + name, weight)  # its gradient would be collected too
+    return weight if trained else all_gathered(LAYERS + name, weight)  # its gradient would be collected too
 
 
 def _rematerialised(body: Callable, remat: Remat) -> Callable:

@@ -20,7 +20,7 @@ PROJECTION = "projection"
 """Name under which ``jax.checkpoint`` policies find the outputs of the linears."""
 
 
-class Adapter(Protocol):
+class AdaptedLinear(Protocol):
     """What takes the place of a plain product in an adapted linear; a pytree."""
 
     def __call__(self, x: jax.Array, weight: jax.Array | Stored) -> jax.Array:
@@ -30,6 +30,10 @@ class Adapter(Protocol):
         product.
         """
         ...
+
+
+Adapter = AdaptedLinear
+"""Earlier name of ``AdaptedLinear``."""
 
 
 def _declare(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
@@ -56,7 +60,7 @@ class Linear(nnx.Module):
         self.weight = _declare((*stack, out_features, in_features), dtype)
         self.bias = _declare((*stack, out_features), dtype) if bias else None
 
-    def __call__(self, x: jax.Array, adapter: Adapter | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, adapter: AdaptedLinear | None = None) -> jax.Array:
         """Apply to [..., in]; an adapter replaces the product, the bias is added afterwards."""
         weight = self.weight.get_value()
         y = linear(x, weight) if adapter is None else adapter(x, weight)

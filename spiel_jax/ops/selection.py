@@ -181,7 +181,7 @@ class Replacement(NamedTuple):
     source: jax.Array
 
 
-def replace(indices: jax.Array, dropped: jax.Array, incoming: jax.Array, size: int) -> Replacement:
+def replace_dropped(indices: jax.Array, dropped: jax.Array, incoming: jax.Array, size: int) -> Replacement:
     """Puts grown positions into the slots of dropped ones.
 
     An entry that is both dropped and grown is left entirely alone. The others are paired in the order of

@@ -19,14 +19,14 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def axis_size(name: str | None) -> int:
-    """Size of an axis of the mesh in force; 1 where there is none, or where work is per device already."""
+    """Size of an axis of the current mesh; 1 where there is none, or where work is per device already."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or name not in mesh.shape or name in mesh.manual_axes:
         return 1
     return mesh.shape[name]
 
 
-def in_force(axes: Sequence[str | None]) -> tuple[str | None, ...]:
+def current_axes(axes: Sequence[str | None]) -> tuple[str | None, ...]:
     """``axes`` with None in the place of those of size 1."""
     return tuple(name if axis_size(name) > 1 else None for name in axes)
 
@@ -45,7 +45,7 @@ def on_blocks(function: Callable[..., Any], axes: Axes | None, stack: int, *tree
     Returns:
         What ``function`` returns, arrays like those of ``trees`` that the mesh divides.
     """
-    used = in_force(axes or ())
+    used = current_axes(axes or ())
     if not any(used):
         return function(*trees)
 
@@ -64,7 +64,7 @@ def on_blocks(function: Callable[..., Any], axes: Axes | None, stack: int, *tree
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """``x`` with its axes spread over these mesh axes, as far as the mesh in force has and divides them.
+    """``x`` with its axes spread over these mesh axes, as far as the current mesh has and divides them.
 
     Args:
         x: Any array.

@@ -10,7 +10,7 @@ import optax
 
 
 @dataclass(frozen=True)
-class Slots:
+class ReplacedSlots:
     """What a reselection does to the slots of one target; to JAX a leaf."""
 
     replaced: jax.Array  # [*stack, ..., k] bool
@@ -39,7 +39,7 @@ def _map_entries(inner: optax.GradientTransformation, function: Any, state: Any,
 def reset(inner: optax.GradientTransformation, state: Any, values: Any, slots: Any) -> Any:
     """Sets the inner state of replaced entries to their seeds, or to what ``inner.init`` gives for them."""
 
-    def slot_of(leaf: Any, slot: Slots) -> Any:
+    def slot_of(leaf: Any, slot: ReplacedSlots) -> Any:
         return slot if jnp.shape(leaf) == slot.replaced.shape else False
 
     def mix(path: tuple, slot: Any, new: Any, old: Any) -> Any:

@@ -20,9 +20,9 @@ import optax
 from jax import lax
 
 from spiel_jax.errors import SpielError
-from spiel_jax.ops.selection import drop, replace
+from spiel_jax.ops.selection import drop, replace_dropped
 from spiel_jax.optim.criteria.criterion import Criterion, Flag, Observation
-from spiel_jax.optim.entry_state import Slots, check_per_entry, reset
+from spiel_jax.optim.entry_state import ReplacedSlots, check_per_entry, reset
 from spiel_jax.optim.inner_optimizers import state_dtype
 from spiel_jax.optim.schedules import Phase, Reselection
 from spiel_jax.sparse.delta import SparseDelta, map_matrices
@@ -395,7 +395,7 @@ class _Evolution:
             active[name] = target.delta(indices)
 
         tree = partial(like_values, values, targets=targets)
-        slots = tree({name: Slots(replaced[name], seeds[name]) for name in targets})
+        slots = tree({name: ReplacedSlots(replaced[name], seeds[name]) for name in targets})
         new_values = by_target(optax.apply_updates(values, updates), targets)
         kept = {name: jnp.where(replaced[name], 0, v) for name, v in new_values.items()}
         inner_state = reset(self.inner, state.inner, tree(kept), slots)
@@ -425,7 +425,7 @@ def _reselect_matrix(
     n = jnp.minimum(n, growth.available(stats, indices, target))
     dropped = drop(moved, indices, n, target.block_size)
     incoming = growth.incoming(stats, indices, dropped, n, target)
-    new = replace(indices, dropped, incoming, target.block_size)
+    new = replace_dropped(indices, dropped, incoming, target.block_size)
     return new.indices, new.replaced, growth.seed(stats, new.source)
 
 

@@ -1,4 +1,4 @@
-"""What a program needs and does where it is compiled for: memory, exchanges between devices, arithmetic."""
+"""What a program needs and does where it is compiled for: memory, collectives between devices, arithmetic."""
 
 import math
 import re
@@ -54,7 +54,7 @@ class Program:
         largest: The largest temporaries, (bytes, shapes of what lies there in turn); empty where the compiler
             does not report them.
         flops: Of its matrix products, on all devices.
-        exchanges: Between devices.
+        collectives: Between devices.
         refusal: What the compiler said where it found no way to fit the program into the memory; then
             ``allocated`` is the least that it found, and but for ``flops`` nothing else is known.
     """
@@ -65,7 +65,7 @@ class Program:
     code: int = 0
     largest: Sequence[tuple[int, str]] = ()
     flops: int = 0
-    exchanges: Sequence[Collective] = ()
+    collectives: Sequence[Collective] = ()
     refusal: str | None = None
 
 
@@ -208,9 +208,9 @@ def _trip_count(loop: _Instruction, computations: dict[str, _Computation]) -> in
 
 
 def collectives(text: str) -> list[Collective]:
-    """The exchanges of one run of a program, those inside loops as often as the loop runs.
+    """The collectives of one run of a program, those inside loops as often as the loop runs.
 
-    Of a conditional the branch that exchanges most is counted. An exchange that the TPU compiler spreads over
+    Of a conditional the branch with most bytes is counted. A collective that the TPU compiler spreads over
     several fusions, so that it goes on beside other work, is one.
 
     Args:
@@ -255,9 +255,9 @@ def _collective(one: _Instruction, kind: str, computation: _Computation, times: 
     return Collective(kind, shape, name[1] if name else one.name, times, max(taken, given))
 
 
-def total_bytes(exchanges: Sequence[Collective]) -> int:
-    """Bytes of these exchanges together, on one device."""
-    return sum(one.count * one.bytes for one in exchanges)
+def total_bytes(collectives: Sequence[Collective]) -> int:
+    """Bytes of these collectives together, on one device."""
+    return sum(one.count * one.bytes for one in collectives)
 
 
 def reported_memory(folder: Path) -> tuple[int, list[tuple[int, str]]] | None:

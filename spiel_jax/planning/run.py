@@ -26,7 +26,7 @@ _NAMES = {Phase.PLAIN: "ordinary", Phase.PROPOSE: "proposing", Phase.ESTIMATE: "
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """A run as it would be on a mesh of devices that need not be here.
 
     Attributes:
@@ -69,7 +69,7 @@ def _device_bytes(tree: Any) -> int:
     )
 
 
-def prepare(config: Config, model: ModelConfig, mesh: Mesh) -> Run:
+def prepare(config: Config, model: ModelConfig, mesh: Mesh) -> PlannedRun:
     """A run that could start on this mesh.
 
     Args:
@@ -97,7 +97,9 @@ def prepare(config: Config, model: ModelConfig, mesh: Mesh) -> Run:
         state,
         method.shardings(state, mesh),
     )
-    return Run(given, config, mesh, method, state, _abstract_batch(config, mesh), _step_kinds(method, steps))
+    return PlannedRun(
+        given, config, mesh, method, state, _abstract_batch(config, mesh), _step_kinds(method, steps)
+    )
 
 
 def _spread_micro_batch(config: Config, mesh: Mesh) -> int:
@@ -116,7 +118,7 @@ def _spread_micro_batch(config: Config, mesh: Mesh) -> int:
 def _abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     rows = config.micro_batch_size
     shape = (config.batch_size // rows, rows, config.data.sequence_length)
-    dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32)
+    dtypes = dict.fromkeys(("tokens", "labels", "positions", "segment_ids"), jnp.int32)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, 1))
         for name, dtype in {**dtypes, "weights": jnp.float32}.items()

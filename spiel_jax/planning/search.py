@@ -14,7 +14,7 @@ from spiel_jax.errors import SpielError
 from spiel_jax.models import ModelConfig
 from spiel_jax.optim.criteria.criterion import CRITERIA
 from spiel_jax.planning.hlo import Program
-from spiel_jax.planning.run import Run, micro_batches, prepare
+from spiel_jax.planning.run import PlannedRun, micro_batches, prepare
 from spiel_jax.planning.topology import Hardware
 
 
@@ -90,7 +90,7 @@ class Trial:
 
 
 def search(
-    run: Run,
+    run: PlannedRun,
     model: ModelConfig,
     hardware: Hardware,
     kinds: Sequence[str],

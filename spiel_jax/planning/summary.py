@@ -12,7 +12,7 @@ from spiel_jax.config import Config, ConfigError, check_config, flatten, micro_b
 from spiel_jax.distributed.mesh import make_mesh
 from spiel_jax.models.io.loading import model_shape
 from spiel_jax.planning.hlo import Program, total_bytes
-from spiel_jax.planning.run import Run, prepare
+from spiel_jax.planning.run import PlannedRun, prepare
 from spiel_jax.planning.search import Trial, as_flags, needed, search
 from spiel_jax.planning.topology import GIB, Hardware, open_topology
 from spiel_jax.training.metrics import table
@@ -21,7 +21,7 @@ _PARTS = ("weights", "deltas", "optimizer", "batch", "temporaries", "programs", 
 
 
 def summary(
-    run: Run, hardware: Hardware, programs: Mapping[str, Program], trials: Sequence[Trial]
+    run: PlannedRun, hardware: Hardware, programs: Mapping[str, Program], trials: Sequence[Trial]
 ) -> dict[str, Any]:
     """All that was found out, JSON-like.
 
@@ -38,9 +38,10 @@ def summary(
     kinds = {}
     for kind, program in programs.items():
         allocated = needed(resident, program)
-        exchanges = sorted(program.exchanges, key=lambda one: -one.count * one.bytes)
+        collectives = sorted(program.collectives, key=lambda one: -one.count * one.bytes)
         by_kind = {
-            kind: [one for one in exchanges if one.kind == kind] for kind in {one.kind for one in exchanges}
+            kind: [one for one in collectives if one.kind == kind]
+            for kind in {one.kind for one in collectives}
         }
         sizes = (*held.values(), max(allocated - resident, 0), code, allocated + code)
         kinds[kind] = {
@@ -50,11 +51,11 @@ def summary(
                 {"bytes": size, "shapes": shapes} for size, shapes in program.largest[:8]
             ],
             "flops_per_token": program.flops / tokens,
-            "exchanged": {
+            "collectives_by_kind": {
                 kind: {"count": sum(one.count for one in some), "bytes": total_bytes(some)}
                 for kind, some in sorted(by_kind.items())
             },
-            "exchanges": [asdict(one) for one in exchanges],
+            "collectives": [asdict(one) for one in collectives],
             "refusal": program.refusal,
         }
     heaviest = max(kinds, key=lambda kind: kinds[kind]["memory"]["peak"])
@@ -105,7 +106,7 @@ def show(found: Mapping[str, Any]) -> str:
             return "?"
         return f"{step['exchanged'].get(kind, {'bytes': 0})['bytes'] / unit:.2f}"
 
-    exchanged = sorted({kind for step in steps.values() for kind in step["exchanged"]})
+    exchanged = sorted({kind for step in steps.values() for kind in step["collectives_by_kind"]})
     lines = [
         ("mesh", ", ".join(f"{axis}={size}" for axis, size in found["mesh"].items())),
         ("blocks", ", ".join(f"{axis}={config[f'targets.grid.{axis}']}" for axis in ("fsdp", "tensor"))),

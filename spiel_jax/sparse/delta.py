@@ -128,7 +128,7 @@ def divided(positions: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     return lax.div(positions, divisor), lax.rem(positions, divisor)
 
 
-def spread(parts: Sequence[SparseDelta], layers: int) -> SparseDelta:
+def stack_layers(parts: Sequence[SparseDelta], layers: int) -> SparseDelta:
     """Joins deltas on different layers of one stack into one delta on all of them.
 
     Differentiable in the values. Layers of no part have unused slots only, and so have layers whose part has

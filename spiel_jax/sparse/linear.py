@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from spiel_jax.ops.matmul import dot, input_gradient, weight_gradient
 from spiel_jax.ops.selection import top_magnitudes
-from spiel_jax.ops.sharded import BATCH_AXES, in_force, on_blocks
+from spiel_jax.ops.sharded import BATCH_AXES, current_axes, on_blocks
 from spiel_jax.ops.stored import Stored, as_array
 from spiel_jax.ops.tree import edit
 from spiel_jax.sparse.delta import SparseDelta, divided, gather, merge
@@ -38,7 +38,7 @@ class SparseLinear:
             as floats (exact up to 2^24); an unused slot has the number of rows as its row.
         enabled: Bool scalar per matrix, false where the weight gradient of this layer is not wanted and
             should not be computed; None for true.
-        merged: Static. True where ``weight`` already holds the active deltas (a resident merge); False
+        merged: Static. True where ``weight`` already holds the active deltas (a in-place merge); False
             where they are scattered into it on each use.
         propose_active: Static. Whether active entries may be proposed.
         batch_axes: Static. Mesh axes over which the leading axis of ``x`` is spread under ``jax.set_mesh``.
@@ -106,8 +106,8 @@ def _collect(x: jax.Array, dy: jax.Array, adapter: SparseLinear) -> tuple:
     On a mesh each device forms the gradient of its own examples, and takes the entries from it before
     anything is summed over devices; only what proposes sums the dense gradient.
     """
-    rows, columns = in_force(adapter.active.axes or (None, None))
-    batch = tuple(name for name in in_force(adapter.batch_axes) if name)
+    rows, columns = current_axes(adapter.active.axes or (None, None))
+    batch = tuple(name for name in current_axes(adapter.batch_axes) if name)
     # for its use the weight is collected over these: (mesh axis, axis of the weight and of its grid)
     whole = [(name, axis) for axis, name in enumerate((rows, columns)) if name in batch]
     others = tuple(name for name in batch if name not in (rows, columns))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from spiel_jax.checkpoint import CheckpointError, Checkpoints, read_facts, restore_state, stored_targets
+from spiel_jax.checkpoint import CheckpointError, Checkpoints, read_metadata, restore_state, stored_targets
 from spiel_jax.config import unflatten
 from spiel_jax.distributed.mesh import check_mesh, make_mesh
 from spiel_jax.errors import SpielError
@@ -52,8 +52,8 @@ def regrid(
         NotFoundError: If the base model's configuration is not there.
     """
     workdir, out = Path(workdir).expanduser(), Path(out).expanduser()
-    facts = read_facts(workdir, step)
-    settings, targets = facts["config"], stored_targets(facts)
+    metadata = read_metadata(workdir, step)
+    settings, targets = metadata["config"], stored_targets(metadata)
     if not targets:
         raise CheckpointError(
             f"{workdir} holds no sparse deltas: method {settings['method']!r} trains none, and its "
@@ -75,7 +75,7 @@ def regrid(
     assert isinstance(method, SparseMethod)
     tx = method.tx
     like = jax.eval_shape(lambda: TrainState({}, {}, zeros(targets), tx.init(zeros(targets))))
-    state = restore_state(workdir, like, method, facts["step"])
+    state = restore_state(workdir, like, method, metadata["step"])
     grids = {name: weight_grid(parameter_name(name), blocks) for name in targets}
     method, state, changed = method.regridded(state, grids)
 
@@ -86,7 +86,7 @@ def regrid(
             shutil.copy(workdir / name, out / name)
     (out / "config.json").write_text(json.dumps(settings, indent=1))
     with Checkpoints(out) as checkpoints:
-        checkpoints.save(facts["step"], state, method, facts | {"config": settings})
+        checkpoints.save(metadata["step"], state, method, metadata | {"config": settings})
     return changed
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from spiel_jax.checkpoint import CheckpointError, Checkpoints, newest_facts, stored_targets
+from spiel_jax.checkpoint import CheckpointError, Checkpoints, newest_metadata, stored_targets
 from spiel_jax.config import (
     Config,
     ConfigError,
@@ -28,7 +28,7 @@ from spiel_jax.config import (
 )
 from spiel_jax.data import Data, load_data
 from spiel_jax.distributed import processes
-from spiel_jax.distributed.mesh import local_rows, make_mesh, spread_batch
+from spiel_jax.distributed.mesh import local_rows, make_mesh, shard_batch
 from spiel_jax.inference.chat import reply
 from spiel_jax.methods.configured import check_layout, learning_rate
 from spiel_jax.methods.method import Method, TrainState, compiler_options
@@ -147,7 +147,7 @@ def _run(
     config: Config, workdir: Path, source: ModelSource, mesh: Mesh, resume: bool, progress: bool
 ) -> Summary:
     began, first = time.perf_counter(), processes.is_first()
-    known = newest_facts(workdir)  # before any process makes the folder of checkpoints
+    known = newest_metadata(workdir)  # before any process makes the folder of checkpoints
     inputs = processes.together(lambda: _read(config, source, mesh, progress))
     # a run that was regridded has other numbers of entries than its budget would give
     targets = None if known is None else stored_targets(known)
@@ -178,8 +178,8 @@ def _run(
         batches = _batches(config, inputs, known)
 
         def save(step: int, state: TrainState) -> None:
-            facts = {"config": flatten(config), "fingerprint": base_print, "data": batches.get_state()}
-            checkpoints.save(step, state, method, facts)
+            metadata = {"config": flatten(config), "fingerprint": base_print, "data": batches.get_state()}
+            checkpoints.save(step, state, method, metadata)
 
         if jax.process_count() > 1:
             stop_asked = processes.stop_agreed(start)
@@ -188,7 +188,7 @@ def _run(
                 config=config,
                 method=method,
                 rate=learning_rate(config, inputs.steps),
-                place=partial(spread_batch, mesh=mesh, rows=micro_batch_size(config)),
+                place=partial(shard_batch, mesh=mesh, rows=micro_batch_size(config)),
                 tokens=inputs.data.batch_tokens(config.batch_size, steps=inputs.steps).tolist(),
                 heldout=inputs.heldout,
                 recorder=recorder,

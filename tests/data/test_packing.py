@@ -79,7 +79,7 @@ def test_a_packed_row_by_hand():
     row = fill_row(examples, plan, 0)
     assert {key: array.tolist() for key, array in row.items()} == {
         "tokens": [5, 6, 8, 1, 2, 0],
-        "targets": [6, 7, 9, 2, 3, 0],
+        "labels": [6, 7, 9, 2, 3, 0],
         "weights": [1, 1, 1, 0, 1, 0],
         "positions": [0, 1, 0, 0, 1, 0],
         "segment_ids": [1, 1, 2, 3, 3, 0],
@@ -103,7 +103,7 @@ def test_rows_give_back_their_examples(data):
             mask = arrays["segment_ids"] == segment
             tokens, supervised = examples[index].tokens, examples[index].supervised
             assert arrays["tokens"][mask].tolist() == tokens[:-1].tolist()
-            assert arrays["targets"][mask].tolist() == tokens[1:].tolist()
+            assert arrays["labels"][mask].tolist() == tokens[1:].tolist()
             assert arrays["weights"][mask].tolist() == supervised[1:].tolist()
             assert arrays["positions"][mask].tolist() == list(range(len(tokens) - 1))
         assert not arrays["weights"][arrays["segment_ids"] == 0].any()

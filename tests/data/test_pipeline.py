@@ -39,7 +39,7 @@ def texts(data, batches, make_tokenizer):
             segments = batch["segment_ids"][row]
             for segment in range(1, segments.max() + 1):
                 learnt = (segments == segment) & (batch["weights"][row] > 0)
-                found.append(tokenizer.decode(batch["targets"][row][learnt]))
+                found.append(tokenizer.decode(batch["labels"][row][learnt]))
     return found
 
 
@@ -306,7 +306,7 @@ def test_an_example_ends_with_its_last_learnt_token(chatml, jsonl):
     batch = next(data.train_iterator(1, epochs=1))
     last = np.flatnonzero(batch["segment_ids"][0])[-1]
     assert batch["weights"][0, last] == 1
-    assert chatml.decode(batch["targets"][0, last]) == "<|im_end|>"
+    assert chatml.decode(batch["labels"][0, last]) == "<|im_end|>"
     assert data.report.tokens == 24  # without the line feed after it
 
 

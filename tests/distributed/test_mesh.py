@@ -35,8 +35,8 @@ slow = pytest.mark.slow
 
 
 @functools.cache
-def on_one_device(growth, resident=True):
-    return mesh_cases.run(method(adapted(), growth, resident=resident), mesh_of(1, 1, 1))
+def on_one_device(growth, in_place=True):
+    return mesh_cases.run(method(adapted(), growth, in_place=in_place), mesh_of(1, 1, 1))
 
 
 @pytest.mark.parametrize("growth", [AccumulatedGradients(), MomentApproximation()], ids=["ag", "ma"])
@@ -58,7 +58,7 @@ def test_any_mesh_gives_the_same_numbers(growth, sizes):
 def test_micro_batches_and_scatter_per_use_on_a_mesh(sizes):
     growth = AccumulatedGradients()
     expected, expected_losses = mesh_cases.run(method(adapted(), growth), mesh_of(1, 1, 1), micro_batches=2)
-    training = method(adapted(), growth, resident=False)
+    training = method(adapted(), growth, in_place=False)
     state, losses = mesh_cases.run(training, mesh_of(*sizes), micro_batches=2)
     np.testing.assert_allclose(losses, expected_losses, rtol=2e-6)
     jax.tree.map(np.testing.assert_array_equal, positions(state), positions(expected))

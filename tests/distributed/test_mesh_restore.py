@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.run_cases import chat_file, losses, run, tiny_config
 
-from spiel_jax.checkpoint import read_facts, restore_deltas
+from spiel_jax.checkpoint import read_metadata, restore_deltas
 from spiel_jax.regrid import regrid
 
 GRID = {"fsdp": 4, "tensor": 2}
@@ -82,7 +82,7 @@ def test_a_mesh_that_does_not_divide_the_grid_needs_another_grid(runs, tmp_path)
     config.targets.grid = {"fsdp": None, "tensor": None}
     assert run(config, tmp_path / "new", **mesh).step == 6
     check_continued(runs, tmp_path / "new", steps=4)  # it ends with a reselection within the new blocks
-    stored = read_facts(tmp_path / "new")["targets"]
+    stored = read_metadata(tmp_path / "new")["targets"]
     assert {name: target["count"] for name, target in stored.items()} == {
         name: change.new.count for name, change in changed.items()
     }

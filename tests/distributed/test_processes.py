@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from spiel_jax.checkpoint import read_facts, restore_deltas, restore_trainable
+from spiel_jax.checkpoint import read_metadata, restore_deltas, restore_trainable
 from spiel_jax.config import ConfigError, default_config
 from spiel_jax.distributed import processes
 from spiel_jax.distributed.mesh import local_rows, make_mesh
@@ -124,7 +124,7 @@ def same_run(one, other):
     for a, b in zip(read_metrics(one), read_metrics(other), strict=True):
         assert a.keys() == b.keys()
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-4)
-    if not read_facts(one)["targets"]:
+    if not read_metadata(one)["targets"]:
         close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6)
         jax.tree.map(close, restore_trainable(one), restore_trainable(other))
         return
@@ -198,7 +198,7 @@ def test_a_signal_to_one_stops_both_after_the_same_step(config_file, tmp_path, n
     run.processes[1].send_signal(number)
     codes, (first, _) = run.wait()
     assert codes == [0, 0], first
-    step = read_facts(pair)["step"]
+    step = read_metadata(pair)["step"]
     assert 8 < step < 400
     assert f"stopped after step {step} of 400" in first
     training.run(config, pair, resume=True, progress=False)

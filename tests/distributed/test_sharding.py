@@ -19,7 +19,7 @@ from spiel_jax.methods.sparse import SparseMethod
 from spiel_jax.models import ModelConfig, abstract_params
 from spiel_jax.models.axes import logical_axes, param_sharding, weight_axes, weight_grid
 from spiel_jax.models.decoder import ADAPTED
-from spiel_jax.ops.sharded import axis_size, constrain, in_force, on_blocks
+from spiel_jax.ops.sharded import axis_size, constrain, current_axes, on_blocks
 from spiel_jax.sparse.targets import Target
 
 UP, DOWN = "model.layers.mlp.up_proj.weight", "model.layers.mlp.down_proj.weight"
@@ -138,7 +138,7 @@ def test_state_lies_like_its_weight():
 def test_without_a_mesh_nothing_changes():
     x = jnp.ones((4, 8))
     assert axis_size("fsdp") == 1
-    assert in_force(("fsdp", None)) == (None, None)
+    assert current_axes(("fsdp", None)) == (None, None)
     assert constrain(x, "fsdp", None) is x
     assert on_blocks(lambda a: a.shape, ("fsdp", None), 0, x) == (4, 8)
 

@@ -6,7 +6,7 @@ from peft import IA3Config, get_peft_model
 from support.adapter_cases import Place, check_against_peft, twins
 
 from spiel_jax.config import LINEAR_LAYERS
-from spiel_jax.methods.ia3 import IA3, Scaled, scaled
+from spiel_jax.methods.ia3 import IA3, ScaledLinear, scaled
 from spiel_jax.models import layer_names
 
 
@@ -74,6 +74,6 @@ def test_the_weight_is_frozen(inputs):
         matrix = weight * (factors[None, :] if inputs else factors[:, None])
         return jnp.sum(jnp.square(x @ matrix.T))
 
-    ours, frozen = jax.grad(loss, (0, 1))(Scaled(factors, inputs), weight)
+    ours, frozen = jax.grad(loss, (0, 1))(ScaledLinear(factors, inputs), weight)
     np.testing.assert_allclose(ours.factors, jax.grad(explicit)(factors, weight), rtol=2e-5)
     assert not frozen.any()

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from support.adapter_cases import Place, check_against_peft, twins
 
 from spiel_jax.config import LINEAR_LAYERS
-from spiel_jax.methods.lora import Lora, LowRank, low_rank_linear
+from spiel_jax.methods.lora import Lora, LowRankLinear, low_rank_linear
 from spiel_jax.methods.parametrization import adapted
 from spiel_jax.models import ModelConfig, layer_names
 
@@ -89,7 +89,7 @@ def case(dtype=jnp.float32, dropout=0.0, rows=(2, 5), sizes=(7, 9), rank=3):
     keys = iter(jax.random.split(jax.random.key(0), 6))
     draw = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
     x, weight, dy = draw(*rows, sizes[1]), draw(*sizes), draw(*rows, sizes[0])
-    adapter = LowRank(draw(rank, sizes[1]), draw(sizes[0], rank), next(keys), 0.7, dropout)
+    adapter = LowRankLinear(draw(rank, sizes[1]), draw(sizes[0], rank), next(keys), 0.7, dropout)
     return x.astype(dtype), weight.astype(dtype), dy.astype(dtype), adapter
 
 
@@ -151,8 +151,8 @@ def test_statistics_of_dropout():
     np.testing.assert_array_equal(kept, adapter.kept(x.shape))
     # the expected output is that without dropout
     ones = jnp.ones_like(x)
-    plain = LowRank(jnp.abs(adapter.a), jnp.abs(adapter.b), None, adapter.scale, adapter.dropout)
-    dropped = LowRank(plain.a, plain.b, adapter.key, adapter.scale, adapter.dropout)
+    plain = LowRankLinear(jnp.abs(adapter.a), jnp.abs(adapter.b), None, adapter.scale, adapter.dropout)
+    dropped = LowRankLinear(plain.a, plain.b, adapter.key, adapter.scale, adapter.dropout)
     np.testing.assert_allclose(
         low_rank_linear(ones, weight, dropped).mean(0), low_rank_linear(ones, weight, plain)[0], rtol=0.01
     )

@@ -281,9 +281,9 @@ def save_run(folder, source, name):
     training = build(unflatten(settings), source_model.config, 1)
     state = started(training, base)
     state = replace(state, opt_state=state.opt_state._replace(step=jnp.int32(3)))
-    facts = {"config": settings, "fingerprint": fingerprint(base), "data": {}}
+    metadata = {"config": settings, "fingerprint": fingerprint(base), "data": {}}
     with Checkpoints(folder) as checkpoints:
-        checkpoints.save(3, state, training, facts)
+        checkpoints.save(3, state, training, metadata)
         checkpoints.wait()
     return training, base, state
 

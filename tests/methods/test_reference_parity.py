@@ -60,7 +60,7 @@ def as_batch(tokens):
     shape = tokens[..., 1:].shape
     return {
         "tokens": tokens[..., :-1],
-        "targets": tokens[..., 1:],
+        "labels": tokens[..., 1:],
         "weights": np.ones(shape, np.float32),
         "positions": np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape),
         "segment_ids": np.ones(shape, np.int32),

@@ -12,7 +12,7 @@ from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients
 from spiel_jax.optim.criteria.criterion import CRITERIA
 from spiel_jax.optim.criteria.moment_approximation import MomentApproximation
 from spiel_jax.optim.criteria.random import RandomGrowth
-from spiel_jax.optim.criteria.static import NoGrowth
+from spiel_jax.optim.criteria.static import LargestWeights
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_targets_of_the_default_are_the_linears_of_the_blocks(config):
         ("spiel_ag", AccumulatedGradients(), [5, 25, 45]),
         ("spiel_ma", MomentApproximation(shared=True), [5, 25, 45]),
         ("random", RandomGrowth(), [5, 25, 45]),
-        ("magnitude", NoGrowth(), []),
+        ("magnitude", LargestWeights(), []),
         ("gradient", AccumulatedGradients(seeds=False, propose_active=True), [5]),
     ],
 )

@@ -46,12 +46,12 @@ def adapted(*rules, **budget):
     return sj.find_targets(abstract_params(CONFIG), rules=rules, layer_names=names, **budget)
 
 
-def method(targets, growth=None, *, resident=True, steps=12, **options):
+def method(targets, growth=None, *, in_place=True, steps=12, **options):
     growth = growth or AccumulatedGradients()
     plan = sj.Reselection(steps, every=4, accumulation=2)
     inner = optax.chain(scale_by_aged_adam(), descend(1e-2))
     tx = sj.spiel(inner, targets, growth=growth, schedule=plan, **options)
-    return SparseMethod(OBJECTIVE, tx, targets, growth, resident), plan
+    return SparseMethod(OBJECTIVE, tx, targets, growth, in_place), plan
 
 
 def batch(seed, micro_batches=2, rows=2, length=12):
@@ -63,7 +63,7 @@ def batch(seed, micro_batches=2, rows=2, length=12):
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape) - (length // 2) * (segments - 1)
     return {
         "tokens": tokens[..., :-1],
-        "targets": tokens[..., 1:],
+        "labels": tokens[..., 1:],
         "weights": (rng.random(shape) < 0.7).astype(np.float32),
         "positions": positions,
         "segment_ids": segments,
@@ -71,9 +71,9 @@ def batch(seed, micro_batches=2, rows=2, length=12):
 
 
 @functools.lru_cache
-def standard(growth=AccumulatedGradients(), resident=True):  # noqa: B008 (immutable)
+def standard(growth=AccumulatedGradients(), in_place=True):  # noqa: B008 (immutable)
     """One training for many tests, so that its programs are compiled once."""
-    training, plan = method(adapted(num_tunable=300), growth, resident=resident)
+    training, plan = method(adapted(num_tunable=300), growth, in_place=in_place)
     return training, plan, jitted(training)
 
 
@@ -141,9 +141,9 @@ def test_gradients_are_those_of_dense_autodiff(params, phase, micro_batches):
 
 
 @pytest.mark.parametrize("growth", [AccumulatedGradients(), MomentApproximation()])
-def test_resident_merge_is_per_use_scatter_bit_for_bit(params, growth):
+def test_in_place_merge_is_per_use_scatter_bit_for_bit(params, growth):
     plain, plan, step = standard(growth)
-    scattered, _, other_step = standard(growth, resident=False)
+    scattered, _, other_step = standard(growth, in_place=False)
     batches = [batch(0)] * 12
     one, losses = run(plain, plan, step, params, batches=batches)
     other, expected = run(scattered, plan, other_step, params, batches=batches)
@@ -192,7 +192,7 @@ def test_layers_adapted_differently(params):
         "model.layers.mlp.up_proj.weight@2",
     ]
     training, plan = method(targets)
-    scattered, _ = method(targets, resident=False)
+    scattered, _ = method(targets, in_place=False)
     data = batch(0)
     state = training.init(params)
     loss, grads, candidates = training.gradients(state, data, phase=sj.Phase.PROPOSE)
@@ -292,12 +292,12 @@ def test_a_step_holds_no_dense_gradient_per_layer(remat):
         assert sizes[16, phase] - sizes[4, phase] < 12 * dense / 4
 
 
-@pytest.mark.parametrize("resident", [True, False])
-def test_a_resident_merge_leaves_no_scatter_in_the_passes(params, resident):
-    training, _, _ = standard(resident=resident)
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_resident_merge_leaves_no_scatter_in_the_passes(params, in_place):
+    training, _, _ = standard(in_place=in_place)
     state = jax.eval_shape(training.init, params)
     data = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch(0, 1)))
     passes = jax.jit(lambda s, b: training.gradients(s, b, phase=sj.Phase.PLAIN)[:2])
     program = passes.lower(state, data).compile().as_text()
-    assert (" scatter(" in program) == (not resident)
+    assert (" scatter(" in program) == (not in_place)
     assert " gather(" in program  # of the gradients

@@ -43,7 +43,7 @@ def forward(params, tokens, config=TINY, **options):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class LowRank:
+class LowRankLinear:
     """x W^T + x A^T B^T, the smallest useful adapter."""
 
     a: jax.Array  # [L, rank, in]
@@ -238,7 +238,7 @@ def low_rank(names, params):
     def one(name):
         layers, out, into = params[name].shape
         shapes = (layers, 2, into), (layers, out, 2)
-        return LowRank(*(jnp.array(random.normal(0, 0.3, shape), jnp.float32) for shape in shapes))
+        return LowRankLinear(*(jnp.array(random.normal(0, 0.3, shape), jnp.float32) for shape in shapes))
 
     return {name: one(name) for name in names}
 

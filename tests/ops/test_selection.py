@@ -19,7 +19,7 @@ largest = jax.jit(selection.largest)
 drop = jax.jit(selection.drop, static_argnums=3)
 isin = jax.jit(selection.isin, static_argnums=2)
 compact = jax.jit(selection.compact, static_argnums=(2, 3))
-replace = jax.jit(selection.replace, static_argnums=3)
+replace_dropped = jax.jit(selection.replace_dropped, static_argnums=3)
 top_magnitudes = jax.jit(selection.top_magnitudes, static_argnums=1)
 top_products = jax.jit(selection.top_products, static_argnames=("slots", "combine"))
 
@@ -197,14 +197,14 @@ def test_compact_by_hand():
     assert list(compact(jnp.zeros(4, bool), payload, 2, 9)) == [9, 9]
 
 
-# --------------------------------------------------------------------------------------------------- replace
+# ------------------------------------------------------------------------------------------- replace_dropped
 
 
 def test_replace_by_hand():
     indices = jnp.array([10, 20, 30, 40])
     dropped = jnp.array([True, False, True, True])
     # 30 is both dropped and grown: its slot is left alone
-    new = replace(indices, dropped, jnp.array([30, 5, 99, 100]), 100)
+    new = replace_dropped(indices, dropped, jnp.array([30, 5, 99, 100]), 100)
     assert list(new.indices) == [5, 20, 30, 99]
     assert list(new.replaced) == [True, False, False, True]
     assert [int(s) for s, r in zip(new.source, new.replaced, strict=True) if r] == [1, 2]
@@ -212,9 +212,9 @@ def test_replace_by_hand():
 
 def test_replace_everything_and_nothing():
     indices = jnp.array([1, 0])
-    everything = replace(indices, jnp.array([True, True]), jnp.array([3, 2]), 4)
+    everything = replace_dropped(indices, jnp.array([True, True]), jnp.array([3, 2]), 4)
     assert list(everything.indices) == [3, 2]
-    nothing = replace(indices, jnp.array([False, False]), jnp.array([4, 4]), 4)
+    nothing = replace_dropped(indices, jnp.array([False, False]), jnp.array([4, 4]), 4)
     assert list(nothing.indices) == [1, 0]
     assert not any(nothing.replaced)
 
@@ -226,7 +226,7 @@ def test_replace_keeps_its_invariants(indices, dropped, others, slots):
     grown = [p for p in others if p not in kept][: dropped.sum()]
     incoming = np.full(SLOTS, size, np.int32)
     incoming[sorted(slots[: len(grown)]) or slice(0)] = grown  # unused slots anywhere
-    new = jax.tree.map(np.asarray, replace(indices, dropped, incoming, size))
+    new = jax.tree.map(np.asarray, replace_dropped(indices, dropped, incoming, size))
 
     used = new.indices[new.indices < size]
     assert set(new.indices) == kept | set(grown)

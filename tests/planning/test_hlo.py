@@ -1,4 +1,4 @@
-"""What a compiled program needs, exchanges and computes, read from texts of it."""
+"""What a compiled program needs, collectives and computes, read from texts of it."""
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +127,7 @@ def test_exchanges_of_a_program_by_hand():
         ("reduce-scatter", 15, 4 * 64),  # what goes in
         ("all-reduce", 1, 4),  # in a loop of unknown length
         ("all-gather", 7, 2 * 32 * 16),  # its start is a fusion, as the loop's condition is
-        ("all-gather", 1, 4 * 64),  # the branch that exchanges more
+        ("all-gather", 1, 4 * 64),  # the branch that collectives more
     ]
     assert collectives(HLO)[0].source == "jit(f)/sum"
     assert collectives(HLO)[1].shape == "bf16[32,16]"

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from support.sparse_cases import CASES, gathered, make, places
 
-from spiel_jax.sparse.delta import SparseDelta, base_entries, gather, merge, set_entries, spread, unmerge
+from spiel_jax.sparse.delta import (
+    SparseDelta,
+    base_entries,
+    gather,
+    merge,
+    set_entries,
+    stack_layers,
+    unmerge,
+)
 from spiel_jax.sparse.linear import propose
 
 
@@ -135,16 +143,16 @@ def test_spread_joins_layers():
     _, first = make((5, 7), 6, (4,), layers=(0, 3))
     _, second = make((5, 7), 4, (4,), layers=(2,), seed=1)
     weight = np.zeros((4, 5, 7), np.float32)
-    joined = spread([first, second], 4)
+    joined = stack_layers([first, second], 4)
     assert joined.layers is None
     assert joined.indices.shape == joined.values.shape == (4, 6)
     assert np.all(np.asarray(joined.indices[1]) == 35)  # layer 1 has unused slots only
     separately = merge({"w": weight}, {"w@0,3": first, "w@2": second})["w"]
     np.testing.assert_array_equal(merge({"w": weight}, {"w": joined})["w"], separately)
-    np.testing.assert_array_equal(spread([first.with_values(None)], 4).indices[0], first.indices[0])
+    np.testing.assert_array_equal(stack_layers([first.with_values(None)], 4).indices[0], first.indices[0])
 
     def loss(values):
-        return jnp.sum(spread([first, second.with_values(values)], 4).values[2] * jnp.arange(6.0))
+        return jnp.sum(stack_layers([first, second.with_values(values)], 4).values[2] * jnp.arange(6.0))
 
     np.testing.assert_array_equal(jax.grad(loss)(second.values), [[0.0, 1.0, 2.0, 3.0]])
 

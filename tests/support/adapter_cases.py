@@ -50,7 +50,7 @@ def make_batch(seed, micro_batches=2, rows=2, length=12, vocabulary=40):
     tokens = rng.integers(0, vocabulary, (*shape[:2], length + 1)).astype(np.int32)
     return {
         "tokens": tokens[..., :-1],
-        "targets": tokens[..., 1:],
+        "labels": tokens[..., 1:],
         "weights": (rng.random(shape) < 0.7).astype(np.float32),
         "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape).copy(),
         "segment_ids": np.ones(shape, np.int32),
@@ -115,7 +115,7 @@ def check_against_peft(model, config, params, kind, theirs):
         ours = logits(config, params, flat["tokens"], kind, state.trainable)
         np.testing.assert_allclose(ours, output.detach(), rtol=1e-5, atol=2e-5)
 
-        targets, weights = torch.tensor(flat["targets"]).long(), torch.tensor(flat["weights"])
+        targets, weights = torch.tensor(flat["labels"]).long(), torch.tensor(flat["weights"])
         losses = torch.nn.functional.cross_entropy(output.flatten(0, 1), targets.flatten(), reduction="none")
         loss = (losses * weights.flatten()).sum() / weights.sum()
         optimizer.zero_grad()

@@ -57,10 +57,10 @@ def adapted(blocks=BLOCKS, rules=LINEAR_LAYERS, config=CONFIG, num_tunable=3 * 1
     }
 
 
-def method(targets, growth, *, resident=True, remat="full", config=CONFIG):
+def method(targets, growth, *, in_place=True, remat="full", config=CONFIG):
     inner = aged_adamw(1e-2) if growth.uses_candidates else sparse_sm3(1e-2, targets)
     tx = sj.spiel(inner, targets, growth=growth, schedule=PLAN)
-    return SparseMethod(Objective(config, remat, loss_chunk=16), tx, targets, growth, resident)
+    return SparseMethod(Objective(config, remat, loss_chunk=16), tx, targets, growth, in_place)
 
 
 def batch(seed, micro_batches=1):

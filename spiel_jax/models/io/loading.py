@@ -31,7 +31,7 @@ from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import ADAPTED, EMBEDDING, abstract_params, init_params
 from spiel_jax.models.io.gguf import GGUFFile
 from spiel_jax.models.io.huggingface import SafetensorsFolder, read_json
-from spiel_jax.models.io.names import Slot, Stored, check_tensors, expected_tensors
+from spiel_jax.models.io.names import Placement, Stored, check_tensors, expected_tensors
 from spiel_jax.models.storage.weight import Weight, hold, nbytes
 
 Index = tuple[slice, ...]
@@ -327,7 +327,9 @@ def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
     return True
 
 
-def _tensor(read: Callable[[Sequence[Index]], list[np.ndarray]], slot: Slot, place: Sharding) -> jax.Array:
+def _tensor(
+    read: Callable[[Sequence[Index]], list[np.ndarray]], slot: Placement, place: Sharding
+) -> jax.Array:
     """A tensor as it is in the checkpoint, in the rank of its parameter, so that its sharding fits."""
     lead = () if slot.layer is None else (1,)
     shape = (*lead, *slot.shape)

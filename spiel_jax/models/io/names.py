@@ -50,7 +50,7 @@ def gguf_names(parameter: str, num_layers: int) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Slot:
+class Placement:
     """Where a tensor of a checkpoint goes.
 
     Attributes:
@@ -79,7 +79,7 @@ class Stored:
     floating: bool
 
 
-def expected_tensors(config: ModelConfig, naming: Callable[[str, int], list[str]]) -> dict[str, Slot]:
+def expected_tensors(config: ModelConfig, naming: Callable[[str, int], list[str]]) -> dict[str, Placement]:
     """Every tensor a checkpoint must hold, by its name there, one parameter after another.
 
     Args:
@@ -91,13 +91,13 @@ def expected_tensors(config: ModelConfig, naming: Callable[[str, int], list[str]
         stacked = parameter.startswith(LAYERS)
         shape = spec.shape[1:] if stacked else spec.shape
         for layer, name in enumerate(naming(parameter, config.num_layers)):
-            slots[name] = Slot(parameter, layer if stacked else None, shape)
+            slots[name] = Placement(parameter, layer if stacked else None, shape)
     return slots
 
 
 def check_tensors(
     source: str,
-    expected: Mapping[str, Slot],
+    expected: Mapping[str, Placement],
     stored: Mapping[str, Stored],
     *,
     optional: Iterable[str] = (),

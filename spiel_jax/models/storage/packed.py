@@ -24,7 +24,7 @@ _DTYPES = (jnp.bfloat16, jnp.float16)
 
 
 def runs_on_cpu() -> bool:
-    """Whether the devices of the mesh in force, which may not be here, or else the default ones are CPUs."""
+    """Whether the devices of the current mesh, which may not be here, or else the default ones are CPUs."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return (jax.default_backend() if device is None else device.platform) == "cpu"
 

@@ -5,7 +5,7 @@ import pytest
 
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import abstract_params, layer_names
-from spiel_jax.models.io.names import GGUF, Slot, Stored, check_tensors, expected_tensors, gguf_names
+from spiel_jax.models.io.names import GGUF, Placement, Stored, check_tensors, expected_tensors, gguf_names
 
 # every optional part of the family at once
 CONFIG = ModelConfig(
@@ -49,10 +49,10 @@ def test_gguf_names_are_those_of_llama_cpp():
 
 def test_expected_tensors_places_each_layer():
     expected = expected_tensors(CONFIG, layer_names)
-    assert expected["model.layers.11.self_attn.k_proj.weight"] == Slot(
+    assert expected["model.layers.11.self_attn.k_proj.weight"] == Placement(
         "model.layers.self_attn.k_proj.weight", 11, (4, 8)
     )
-    assert expected["lm_head.weight"] == Slot("lm_head.weight", None, (11, 8))
+    assert expected["lm_head.weight"] == Placement("lm_head.weight", None, (11, 8))
     assert len(expected) == 3 + 12 * (len(GGUF) - 3)
     assert expected_tensors(CONFIG, gguf_names)["blk.11.attn_k.weight"].layer == 11
 

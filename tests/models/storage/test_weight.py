@@ -13,8 +13,8 @@ from support.weight_cases import KINDS, RowScaled, bits, numbers, with_bit_chang
 
 import spiel_jax as sj
 from spiel_jax.distributed.mesh import make_mesh
-from spiel_jax.methods.ia3 import Scaled
-from spiel_jax.methods.lora import LowRank
+from spiel_jax.methods.ia3 import ScaledLinear
+from spiel_jax.methods.lora import LowRankLinear
 from spiel_jax.methods.method import Method, TrainState
 from spiel_jax.models import ModelConfig, abstract_params, bind, fingerprint, init_params
 from spiel_jax.models.axes import param_sharding, weight_axes
@@ -212,9 +212,9 @@ def adapters():
         "linear": lambda x, weight: linear(x, lax.stop_gradient(weight)),
         "sparse": sj.SparseLinear(delta, dataclasses.replace(candidates, indices=jnp.array([1, 2, 4, 5]))),
         "per use": sj.SparseLinear(delta, proposal=jnp.zeros((3, 5)), merged=False),
-        "low rank": LowRank(jnp.array(rng.normal(size=(2, 6))), jnp.array(rng.normal(size=(8, 2)))),
-        "scaled inputs": Scaled(jnp.arange(6.0), inputs=True),
-        "scaled outputs": Scaled(jnp.arange(8.0), inputs=False),
+        "low rank": LowRankLinear(jnp.array(rng.normal(size=(2, 6))), jnp.array(rng.normal(size=(8, 2)))),
+        "scaled inputs": ScaledLinear(jnp.arange(6.0), inputs=True),
+        "scaled outputs": ScaledLinear(jnp.arange(8.0), inputs=False),
     }
 
 
@@ -286,7 +286,7 @@ def test_the_backward_pass_finds_weights_as_they_are_held(case, params, remat):
     ones = {name: jnp.ones((CONFIG.num_layers, stored[name].shape[1])) for name in ADAPTED}
 
     def hidden(factors, stored):
-        scaled = {name: Scaled(factor, inputs=False) for name, factor in factors.items()}
+        scaled = {name: ScaledLinear(factor, inputs=False) for name, factor in factors.items()}
         model = bind(CONFIG, stored)
         return model.hidden(TOKENS, adapters=scaled, remat=remat, frozen=True)[0]
 
