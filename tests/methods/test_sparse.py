@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support.programs import AS_USERS
 
 import spiel_jax as sj
 from spiel_jax.config import LINEAR_LAYERS
@@ -71,16 +72,17 @@ def batch(seed, micro_batches=2, rows=2, length=12):
 
 
 @functools.lru_cache
-def standard(growth=AccumulatedGradients(), resident=True):  # noqa: B008 (immutable)
+def standard(growth=AccumulatedGradients()):  # noqa: B008 (immutable)
     """One training for many tests, so that its programs are compiled once."""
-    training, plan = method(adapted(num_tunable=300), growth, resident=resident)
+    training, plan = method(adapted(num_tunable=300), growth)
     return training, plan, jitted(training)
 
 
-def jitted(training):
+def jitted(training, **options):
     return jax.jit(
         lambda state, batch, phase, reselect: training.step(state, batch, phase=phase, reselect=reselect),
         static_argnames=("phase", "reselect"),
+        **options,
     )
 
 
@@ -142,8 +144,9 @@ def test_gradients_are_those_of_dense_autodiff(params, phase, micro_batches):
 
 @pytest.mark.parametrize("growth", [AccumulatedGradients(), MomentApproximation()])
 def test_resident_merge_is_per_use_scatter_bit_for_bit(params, growth):
-    plain, plan, step = standard(growth)
-    scattered, _, other_step = standard(growth, resident=False)
+    targets = adapted(num_tunable=300)
+    (plain, plan), (scattered, _) = (method(targets, growth, resident=kept) for kept in (True, False))
+    step, other_step = (jitted(training, compiler_options=AS_USERS) for training in (plain, scattered))
     batches = [batch(0)] * 12
     one, losses = run(plain, plan, step, params, batches=batches)
     other, expected = run(scattered, plan, other_step, params, batches=batches)
@@ -284,7 +287,7 @@ def test_a_step_holds_no_dense_gradient_per_layer(remat):
                 lambda s, b, training=training, phase=phase: training.step(s, b, phase=phase, reselect=False),
                 donate_argnums=0,
             )
-            memory = step.lower(state, data).compile().memory_analysis()
+            memory = step.lower(state, data).compile(AS_USERS).memory_analysis()
             sizes[layers, phase] = memory.temp_size_in_bytes
             assert memory.alias_size_in_bytes > 0.99 * memory.output_size_in_bytes - 1000  # all donated
     dense = 4 * sum(t.shape[0] * t.shape[1] for t in targets.values())  # of one layer, bytes
@@ -294,10 +297,10 @@ def test_a_step_holds_no_dense_gradient_per_layer(remat):
 
 @pytest.mark.parametrize("resident", [True, False])
 def test_a_resident_merge_leaves_no_scatter_in_the_passes(params, resident):
-    training, _, _ = standard(resident=resident)
+    training, _ = method(adapted(num_tunable=300), resident=resident)
     state = jax.eval_shape(training.init, params)
     data = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch(0, 1)))
     passes = jax.jit(lambda s, b: training.gradients(s, b, phase=sj.Phase.PLAIN)[:2])
-    program = passes.lower(state, data).compile().as_text()
+    program = passes.lower(state, data).compile(AS_USERS).as_text()
     assert (" scatter(" in program) == (not resident)
     assert " gather(" in program  # of the gradients
