@@ -98,6 +98,7 @@ def run(training, plan, step, params, steps=12, batches=None):
     return state, history
 
 
+@jax.jit
 def dense_gradient(params, data):
     """Mean loss over all supervised tokens and its dense gradient, by plain autodiff."""
     flat = {name: array.reshape(-1, array.shape[-1]) for name, array in data.items()}
@@ -142,7 +143,9 @@ def test_gradients_are_those_of_dense_autodiff(params, phase, micro_batches):
                 assert len(set(best) - set(chosen)) <= 1  # a near tie may fall either way
 
 
-@pytest.mark.parametrize("growth", [AccumulatedGradients(), MomentApproximation()])
+@pytest.mark.parametrize(
+    "growth", [AccumulatedGradients(), pytest.param(MomentApproximation(), marks=pytest.mark.slow)]
+)
 def test_resident_merge_is_per_use_scatter_bit_for_bit(params, growth):
     targets = adapted(num_tunable=300)
     (plain, plan), (scattered, _) = (method(targets, growth, resident=kept) for kept in (True, False))
@@ -198,7 +201,8 @@ def test_layers_adapted_differently(params):
     scattered, _ = method(targets, resident=False)
     data = batch(0)
     state = training.init(params)
-    loss, grads, candidates = training.gradients(state, data, phase=sj.Phase.PROPOSE)
+    proposing = jax.jit(lambda s, b: training.gradients(s, b, phase=sj.Phase.PROPOSE))
+    loss, grads, candidates = proposing(state, data)
     expected, dense = dense_gradient(params, data)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     for name, delta in sj.deltas(state.trainable, state.opt_state).items():
