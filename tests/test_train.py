@@ -51,6 +51,12 @@ def config(llama_folder, data):
     return config
 
 
+@pytest.fixture
+def few_programs(config):
+    """For tests of what no method differs in: of the sparse ones this has the fewest steps to compile."""
+    config.method = "spiel_ma"
+
+
 def run(config, workdir, **options):
     return training.run(config, workdir, progress=False, **options)
 
@@ -104,6 +110,7 @@ def test_training_lowers_the_heldout_loss(config, tmp_path, method, capsys):
 def test_a_hundred_steps_compile_few_programs(config, tmp_path, monkeypatch, method, programs):
     config.method = method
     config.steps = 100
+    config.checkpoint_every = 0
     config.optimizer.learning_rate = 1e-3
     loops = []
     original = Loop.run
@@ -121,7 +128,14 @@ def test_the_seed_determines_every_number(config, tmp_path):
     assert one != three
 
 
-@pytest.mark.parametrize(("method", "stop"), [("spiel_ag", 5), ("spiel_ag", 7), ("spiel_ma", 6)])
+@pytest.mark.parametrize(
+    ("method", "stop"),
+    [
+        ("spiel_ag", 5),
+        ("spiel_ma", 7),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("spiel_ag", 7), ("spiel_ma", 6))),
+    ],
+)
 def test_a_continued_run_is_the_uninterrupted_one(config, tmp_path, monkeypatch, method, stop):
     """Stopped inside an estimation phase, at a reselection, and between."""
     config.method = method
@@ -163,6 +177,7 @@ def test_deltas_are_restored_alone_and_sorted(config, tmp_path):
         restore_deltas(tmp_path, step=3)
 
 
+@pytest.mark.usefixtures("few_programs")
 def test_an_interrupted_save_leaves_the_previous_checkpoint(config, tmp_path, monkeypatch):
     with stopping_after(monkeypatch, 6):
         run(config, tmp_path)
@@ -174,6 +189,7 @@ def test_an_interrupted_save_leaves_the_previous_checkpoint(config, tmp_path, mo
     assert run(config, tmp_path).step == 10
 
 
+@pytest.mark.usefixtures("few_programs")
 def test_another_configuration_is_refused(config, tmp_path, monkeypatch):
     with stopping_after(monkeypatch, 2):
         run(config, tmp_path)
@@ -208,6 +224,7 @@ def test_a_folder_without_a_checkpoint_may_be_used_again(config, tmp_path):
     assert run(config, tmp_path).step == 2
 
 
+@pytest.mark.usefixtures("few_programs")
 def test_another_base_model_is_refused(config, tmp_path, monkeypatch, llama_folder):
     folder = tmp_path / "model"
     shutil.copytree(llama_folder, folder)
@@ -242,6 +259,7 @@ def test_resume_needs_a_run(config, tmp_path):
         restore_deltas(tmp_path / "none")
 
 
+@pytest.mark.usefixtures("few_programs")
 def test_a_loss_that_is_not_finite_stops(config, tmp_path):
     config.optimizer.learning_rate = 1e38
     config.checkpoint_every = 0
@@ -249,6 +267,7 @@ def test_a_loss_that_is_not_finite_stops(config, tmp_path):
         run(config, tmp_path)
 
 
+@pytest.mark.usefixtures("few_programs")
 def test_or_the_step_is_skipped(config, tmp_path):
     config.optimizer.learning_rate = 1e38
     config.on_nonfinite = "skip"

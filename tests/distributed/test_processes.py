@@ -84,7 +84,7 @@ class Pair:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
             "NPROC": "8",  # threads of XLA: collectives of several devices wait for each other in them
         }
         self.files = [folder / f"process_{number}.txt" for number in range(2)]

@@ -13,6 +13,7 @@ import optax
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.adapter_cases import jitted, logits, make_batch, perturbed, twins
+from support.programs import AS_USERS
 
 from spiel_jax.adapters.load import load_run
 from spiel_jax.checkpoint import CheckpointError, Checkpoints, restore_deltas
@@ -249,7 +250,7 @@ def test_a_step_forms_no_dense_gradient():
         for name, kind in (("lora", lora), ("ia3", IA3.matching(config, LINEAR_LAYERS))):
             training = ParametrizationMethod(Objective(config), optax.adamw(1e-2), kind)
             state = jax.eval_shape(training.init, params)
-            program = jax.jit(jitted(training), donate_argnums=0).lower(state, data).compile()
+            program = jax.jit(jitted(training), donate_argnums=0).lower(state, data).compile(AS_USERS)
             found = re.findall(r"= f32\[(\d+),(\d+)\]\S* dot\(", program.as_text())
             products = {(int(rows), int(columns)) for rows, columns in found}
             assert not products & (matrices | {size[::-1] for size in matrices})

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support.programs import AS_USERS
 
 import spiel_jax as sj
 from spiel_jax.config import LINEAR_LAYERS
@@ -71,16 +72,17 @@ def batch(seed, micro_batches=2, rows=2, length=12):
 
 
 @functools.lru_cache
-def standard(growth=AccumulatedGradients(), in_place=True):  # noqa: B008 (immutable)
+def standard(growth=AccumulatedGradients()):  # noqa: B008 (immutable)
     """One training for many tests, so that its programs are compiled once."""
-    training, plan = method(adapted(num_tunable=300), growth, in_place=in_place)
+    training, plan = method(adapted(num_tunable=300), growth)
     return training, plan, jitted(training)
 
 
-def jitted(training):
+def jitted(training, **options):
     return jax.jit(
         lambda state, batch, phase, reselect: training.step(state, batch, phase=phase, reselect=reselect),
         static_argnames=("phase", "reselect"),
+        **options,
     )
 
 
@@ -96,6 +98,7 @@ def run(training, plan, step, params, steps=12, batches=None):
     return state, history
 
 
+@jax.jit
 def dense_gradient(params, data):
     """Mean loss over all supervised tokens and its dense gradient, by plain autodiff."""
     flat = {name: array.reshape(-1, array.shape[-1]) for name, array in data.items()}
@@ -140,10 +143,13 @@ def test_gradients_are_those_of_dense_autodiff(params, phase, micro_batches):
                 assert len(set(best) - set(chosen)) <= 1  # a near tie may fall either way
 
 
-@pytest.mark.parametrize("growth", [AccumulatedGradients(), MomentApproximation()])
+@pytest.mark.parametrize(
+    "growth", [AccumulatedGradients(), pytest.param(MomentApproximation(), marks=pytest.mark.slow)]
+)
 def test_in_place_merge_is_per_use_scatter_bit_for_bit(params, growth):
-    plain, plan, step = standard(growth)
-    scattered, _, other_step = standard(growth, in_place=False)
+    targets = adapted(num_tunable=300)
+    (plain, plan), (scattered, _) = (method(targets, growth, in_place=kept) for kept in (True, False))
+    step, other_step = (jitted(training, compiler_options=AS_USERS) for training in (plain, scattered))
     batches = [batch(0)] * 12
     one, losses = run(plain, plan, step, params, batches=batches)
     other, expected = run(scattered, plan, other_step, params, batches=batches)
@@ -195,7 +201,8 @@ def test_layers_adapted_differently(params):
     scattered, _ = method(targets, in_place=False)
     data = batch(0)
     state = training.init(params)
-    loss, grads, candidates = training.gradients(state, data, phase=sj.Phase.PROPOSE)
+    proposing = jax.jit(lambda s, b: training.gradients(s, b, phase=sj.Phase.PROPOSE))
+    loss, grads, candidates = proposing(state, data)
     expected, dense = dense_gradient(params, data)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     for name, delta in sj.deltas(state.trainable, state.opt_state).items():
@@ -284,7 +291,7 @@ def test_a_step_holds_no_dense_gradient_per_layer(remat):
                 lambda s, b, training=training, phase=phase: training.step(s, b, phase=phase, reselect=False),
                 donate_argnums=0,
             )
-            memory = step.lower(state, data).compile().memory_analysis()
+            memory = step.lower(state, data).compile(AS_USERS).memory_analysis()
             sizes[layers, phase] = memory.temp_size_in_bytes
             assert memory.alias_size_in_bytes > 0.99 * memory.output_size_in_bytes - 1000  # all donated
     dense = 4 * sum(t.shape[0] * t.shape[1] for t in targets.values())  # of one layer, bytes
@@ -294,10 +301,10 @@ def test_a_step_holds_no_dense_gradient_per_layer(remat):
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_resident_merge_leaves_no_scatter_in_the_passes(params, in_place):
-    training, _, _ = standard(in_place=in_place)
+    training, _ = method(adapted(num_tunable=300), in_place=in_place)
     state = jax.eval_shape(training.init, params)
     data = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch(0, 1)))
     passes = jax.jit(lambda s, b: training.gradients(s, b, phase=sj.Phase.PLAIN)[:2])
-    program = passes.lower(state, data).compile().as_text()
+    program = passes.lower(state, data).compile(AS_USERS).as_text()
     assert (" scatter(" in program) == (not in_place)
     assert " gather(" in program  # of the gradients

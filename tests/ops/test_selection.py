@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.programs import AS_USERS
 
 from spiel_jax.ops import selection
 
@@ -349,7 +350,7 @@ def test_top_magnitudes_refuses_more_than_int32_positions():
 def temporaries(function, *shapes: tuple[tuple[int, ...], type]) -> int:
     """Bytes that the compiled function needs besides its arguments and results."""
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
-    return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    return jax.jit(function).lower(*arguments).compile(AS_USERS).memory_analysis().temp_size_in_bytes
 
 
 def test_top_magnitudes_needs_no_second_dense_temporary():

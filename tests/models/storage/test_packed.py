@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.programs import AS_USERS
 
 from spiel_jax.models.storage.packed import Packed, packed, take_rows
 
@@ -57,6 +58,6 @@ def test_the_gradient_is_that_of_a_plain_lookup(dtype):
 
 def test_a_16_bit_table_is_not_made_wide():
     table, rows = jax.ShapeDtypeStruct((1000, 8), jnp.bfloat16), jax.ShapeDtypeStruct((4,), jnp.int32)
-    program = jax.jit(take_rows).lower(table, rows).compile()
+    program = jax.jit(take_rows).lower(table, rows).compile(AS_USERS)
     assert "f32[1000,8]" not in program.as_text()
     assert program.memory_analysis().temp_size_in_bytes < 1000 * 8 * 2
