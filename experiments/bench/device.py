@@ -63,7 +63,7 @@ def jobs(wanted: Sequence[str], tiny: bool) -> dict[str, tuple[float, dict[str, 
     """
     sizes = {"rows": 2, "length": 64, "shape": TINY} if tiny else {"rows": 8, "length": 2048, "shape": None}
     rules = [r".*\.(q|down)_proj\.weight" if tiny else r"model\.layers\..*_proj\.weight"]
-    parts: dict[str, tuple[float, dict[str, Any]]] = {"checks": (4.0, {"part": "checks"})}
+    parts: dict[str, tuple[float, dict[str, Any]]] = {"checks": (3.0, {"part": "checks"})}
     for model, share in ({"tiny": 1.0} if tiny else MODELS).items():
         for method, told in METHODS.items():
             job = {"part": "steps", "model": model, "rank": 64, "rules": rules, "skip": 0, **sizes, **told}
@@ -282,13 +282,14 @@ def show(found: Mapping[str, Any]) -> str:
         )
     verdicts = parts.get("checks", {}).get("verdicts", {})
     passed = sum(verdict == "passed" for verdict in verdicts.values())
-    lines += ["", f"checks: {passed} of {len(verdicts)} passed"]
+    lines += ["", f"checks: {passed} of {len(verdicts)} passed"] if verdicts else []
     lines += [f"  {name}: {verdict}" for name, verdict in verdicts.items() if verdict != "passed"]
     measured = {name: part for name, part in parts.items() if "/" in name}
     if measured:
         lines += ["", grid(_speeds(measured, machine))]
         lines += ["", "share of an ordinary step's time by scope", grid(_scopes(measured))]
-    missing = [f"{name}: {part['problem']}" for name, part in parts.items() if "problem" in part]
+    problems = {name: part["problem"] for name, part in parts.items() if "problem" in part}
+    missing = [f"{name}: {problem.splitlines()[-1]}" for name, problem in problems.items()]
     return "\n".join([*lines, "", *missing])
 
 

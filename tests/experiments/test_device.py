@@ -219,5 +219,7 @@ def test_the_benchmark_itself_needs_only_python():
 def test_steps_need_only_jax_flax_and_optax():
     absent = ["datasets", "gguf", "grain", "huggingface_hub", "jinja2", "ml_collections", "safetensors"]
     absent += ["tensorboardX", "tokenizers", "torch", "transformers"]
-    program = f"import sys; sys.modules.update(dict.fromkeys({absent})); import experiments.bench.device_steps"
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent})); import experiments.bench.device_steps"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
