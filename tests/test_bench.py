@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.bench.steps import amortised, parse
+from experiments.bench.methods import amortised
+from experiments.bench.steps import parse
 
 ROOT = Path(__file__).parents[1]
 

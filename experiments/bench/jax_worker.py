@@ -13,15 +13,14 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str], float]
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
+    from experiments.bench.methods import kinds_of_step, random_batch
     from spiel_jax.config import LINEAR_LAYERS, default_config
     from spiel_jax.methods.method import compiled_step, compiler_options
     from spiel_jax.methods.registry import build
     from spiel_jax.models import ModelConfig, open_model
     from spiel_jax.models.storage import storage_for
     from spiel_jax.optim.criteria.criterion import CRITERIA
-    from spiel_jax.optim.schedules import Phase
     from spiel_jax.sparse.targets import Rule
 
     config = default_config()
@@ -51,27 +50,9 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str], float]
     state = jax.jit(training.init, donate_argnums=0, compiler_options=compiler_options())(params)
     del params
 
-    shape = (1, job["batch"], job["length"])
-    tokens = np.random.default_rng(0).integers(0, source.config.vocab_size, (*shape[:2], shape[2] + 1))
-    batch = {
-        "tokens": tokens[..., :-1].astype(np.int32),
-        "labels": tokens[..., 1:].astype(np.int32),
-        "weights": np.ones(shape, np.float32),
-        "positions": np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape).copy(),
-        "segment_ids": np.ones(shape, np.int32),
-    }
+    batch = random_batch(source.config.vocab_size, job["batch"], job["length"])
     step = compiled_step(training, jax.tree.map(lambda x: x.sharding, state))
-    kinds = {"ordinary": (Phase.PLAIN, False)}
-    growth = getattr(training, "growth", None)
-    if growth is not None and job["method"] in ("spiel_ag", "spiel_ma", "random"):
-        kinds = {"reselecting": (Phase.PLAIN, True), **kinds}
-        if growth.uses_candidates:
-            kinds = {
-                "proposing": (Phase.PROPOSE, False),
-                "estimating": (Phase.ESTIMATE, False),
-                "reselecting": (Phase.ESTIMATE, True),
-                "ordinary": (Phase.PLAIN, False),
-            }
+    kinds = kinds_of_step(training)
     began = time.perf_counter()
     programs = {
         kind: step.lower(state, batch, phase=phase, reselect=reselect).compile()

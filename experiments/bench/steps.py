@@ -21,6 +21,7 @@ from typing import Any
 from absl import flags
 from tqdm import tqdm
 
+from experiments.bench.methods import amortised
 from spiel_jax import cli
 from spiel_jax.errors import SpielError, extra
 from spiel_jax.training.metrics import table
@@ -77,17 +78,6 @@ class Worker:
         peak = self._ask({"stop": True})["peak_mib"]
         self._process.wait()
         return peak
-
-
-def amortised(seconds: dict[str, float], every: int, accumulation: int) -> float:
-    """Mean step time over an interval between reselections."""
-    plain = seconds["ordinary"]
-    if "reselecting" not in seconds:
-        return plain
-    special = [seconds["reselecting"]]
-    if "proposing" in seconds:
-        special += [seconds["proposing"]] + [seconds["estimating"]] * (accumulation - 2)
-    return (sum(special) + plain * (every - len(special))) / every
 
 
 def parse(spec: str) -> tuple[str, dict[str, str]]:

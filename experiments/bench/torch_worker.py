@@ -9,23 +9,11 @@ from experiments.bench.serve import serve
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str], float]]:
-    """Facts of a method, and the function that runs and times a step."""
-    import numpy as np
-
-    from spiel_jax.errors import extra
-
-    torch = extra("torch", "dev")
-    extra("peft", "dev")
-    from peft import LoraConfig, SupertuningConfig, get_peft_model
+def random_llama(shape: Any, dtype: Any) -> Any:
+    """Transformers' Llama of the shape of a ``ModelConfig``, with random weights in this dtype."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from spiel_jax.models import ModelConfig, open_model
-
-    torch.set_num_threads(job["threads"])
-    torch.manual_seed(0)
-    preset = getattr(ModelConfig, job["source"], None)
-    shape = preset() if preset else open_model(job["source"]).config
     config = LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -37,10 +25,29 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str], float]
         tie_word_embeddings=shape.tie_embeddings,
         use_cache=False,
     )
-    dtype = getattr(torch, job["dtype"])
     torch.set_default_dtype(dtype)
     model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
+    return model
+
+
+def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str], float]]:
+    """Facts of a method, and the function that runs and times a step."""
+    import numpy as np
+
+    from spiel_jax.errors import extra
+
+    torch = extra("torch", "dev")
+    extra("peft", "dev")
+    from peft import LoraConfig, SupertuningConfig, get_peft_model
+
+    from spiel_jax.models import ModelConfig, open_model
+
+    torch.set_num_threads(job["threads"])
+    torch.manual_seed(0)
+    preset = getattr(ModelConfig, job["source"], None)
+    shape = preset() if preset else open_model(job["source"]).config
+    model = random_llama(shape, getattr(torch, job["dtype"]))
     options = job["options"]
     if job["method"] == "peft_lora":
         peft = LoraConfig(

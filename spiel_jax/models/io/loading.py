@@ -13,26 +13,26 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
-from huggingface_hub.errors import HFValidationError
 from jax import lax
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from spiel_jax.errors import NotFoundError, SpielError
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import ADAPTED, EMBEDDING, abstract_params, init_params
-from spiel_jax.models.io.gguf import GGUFFile
-from spiel_jax.models.io.huggingface import SafetensorsFolder, read_json
 from spiel_jax.models.io.names import Placement, Stored, check_tensors, expected_tensors
 from spiel_jax.models.storage.weight import Weight, hold, nbytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What reads a format is imported when such a model is opened: a random one takes JAX and Flax only.
 
 Index = tuple[slice, ...]
 """A part of an array, as a slice of each axis."""
@@ -63,7 +63,7 @@ class Checkpoint(Protocol):
         """
         ...
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer that comes with the weights."""
         ...
 
@@ -117,7 +117,7 @@ class ModelSource:
                 return self._draw(dtype, storage, specs, sharding, seed, bar)
             return self._read(self.checkpoint, dtype, storage, specs, sharding, bar)
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer that comes with the weights, with its chat template if it has one.
 
         Raises:
@@ -212,7 +212,7 @@ def open_model(source: str, *, preset: str | None = None, cache_dir: str | Path 
     if preset is not None:
         raise SpielError(f'a preset is for the source "random", got source {source!r}')
     if source.startswith("package:"):
-        checkpoint = GGUFFile(_the_gguf(_package_folder(source.removeprefix("package:"))))
+        checkpoint = _open_path(_the_gguf(_package_folder(source.removeprefix("package:"))))
     else:
         path = Path(source).expanduser()
         checkpoint = _open_path(path if path.exists() else _download(source, cache_dir))
@@ -262,13 +262,17 @@ def _package_folder(name: str) -> Path:
 
 
 def _open_path(path: Path) -> Checkpoint:
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise SpielError(f"{path} is not a GGUF file: give the folder of a safetensors model")
-        return GGUFFile(path)
-    if not (path / "config.json").exists() and any(path.glob("*.gguf")):
-        return GGUFFile(_the_gguf(path))
-    return SafetensorsFolder(path)
+    if path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf")):
+        path = _the_gguf(path)
+    if not path.is_file():
+        from spiel_jax.models.io.huggingface import SafetensorsFolder
+
+        return SafetensorsFolder(path)
+    if path.suffix != ".gguf":
+        raise SpielError(f"{path} is not a GGUF file: give the folder of a safetensors model")
+    from spiel_jax.models.io.gguf import GGUFFile
+
+    return GGUFFile(path)
 
 
 def _the_gguf(folder: Path) -> Path:
@@ -285,6 +289,8 @@ def _download(source: str, cache_dir: str | Path | None) -> Path:
             f"no model at {source!r}: expected a folder, a GGUF file, package:NAME, random, "
             "or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
         )
+    import huggingface_hub
+
     try:
         folder = huggingface_hub.snapshot_download(
             source,
@@ -379,10 +385,15 @@ def model_shape(source: str, preset: str | None = None) -> ModelConfig:
     path = Path(source).expanduser()
     if source in _GATED and not path.exists():
         return open_model("random", preset=_GATED[source]).config
+    from spiel_jax.models.io.huggingface import read_json
+
     if (path / "config.json").is_file():
         return ModelConfig.from_hf(read_json(path / "config.json"))
     if source == "random" or source.startswith("package:") or path.exists() or source.count("/") != 1:
         return open_model(source, preset=preset).config
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
     try:
         file = huggingface_hub.hf_hub_download(source, "config.json")
     except (OSError, HFValidationError) as error:  # the hub's own errors and those of the network alike
