@@ -290,7 +290,6 @@ def _download(source: str, cache_dir: str | Path | None) -> Path:
             "or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
         )
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError
 
     try:
         folder = huggingface_hub.snapshot_download(
@@ -384,9 +383,9 @@ def model_shape(source: str, preset: str | None = None) -> ModelConfig:
     path = Path(source).expanduser()
     if source in _GATED and not path.exists():
         return open_model("random", preset=_GATED[source]).config
-    if (path / "config.json").is_file():
-        from spiel_jax.models.io.huggingface import read_json
+    from spiel_jax.models.io.huggingface import read_json
 
+    if (path / "config.json").is_file():
         return ModelConfig.from_hf(read_json(path / "config.json"))
     if source == "random" or source.startswith("package:") or path.exists() or source.count("/") != 1:
         return open_model(source, preset=preset).config
