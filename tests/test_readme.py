@@ -69,9 +69,12 @@ def test_files_that_the_pages_name_exist():
 def test_ci_runs_the_readmes_test_command(tmp_path):
     script = (ROOT / ".ci" / "run").read_text()
     stub = tmp_path / "run"
-    stub.write_text(script.replace('eval "$command"', "true").replace('"$(dirname "$0")/.."', f'"{ROOT}"'))
+    stub.write_text(script.replace('eval "$1"', "true").replace('"$(dirname "$0")/.."', f'"{ROOT}"'))
     shown = subprocess.run(["bash", stub], capture_output=True, text=True, check=True).stdout
-    assert shown.strip() == "+ " + command("tests")
+    first, *others = shown.splitlines()
+    assert first == "+ " + command("tests")
+    for line, tool in zip(others, ("ruff", "pyright", "mkdocs build --strict"), strict=True):
+        assert line.startswith(f"+ .venv/bin/{tool}")
 
 
 @pytest.mark.slow
