@@ -78,11 +78,10 @@ def standard(growth=AccumulatedGradients()):  # noqa: B008 (immutable)
     return training, plan, jitted(training)
 
 
-def jitted(training, **options):
+def jitted(training):
     return jax.jit(
         lambda state, batch, phase, reselect: training.step(state, batch, phase=phase, reselect=reselect),
         static_argnames=("phase", "reselect"),
-        **options,
     )
 
 
@@ -149,7 +148,7 @@ def test_gradients_are_those_of_dense_autodiff(params, phase, micro_batches):
 def test_in_place_merge_is_per_use_scatter_bit_for_bit(params, growth):
     targets = adapted(num_tunable=300)
     (plain, plan), (scattered, _) = (method(targets, growth, in_place=kept) for kept in (True, False))
-    step, other_step = (jitted(training, compiler_options=AS_USERS) for training in (plain, scattered))
+    step, other_step = (jitted(training) for training in (plain, scattered))
     batches = [batch(0)] * 12
     one, losses = run(plain, plan, step, params, batches=batches)
     other, expected = run(scattered, plan, other_step, params, batches=batches)

@@ -1,4 +1,4 @@
-"""How the compiler is asked for a program that a test looks into, or compares with another bit for bit."""
+"""How the compiler is asked for a program that a test looks into."""
 
 # The tests' other programs are compiled as is fastest (conftest.py): without fused loops, and with scatters
 # taken apart before the program can be read.
