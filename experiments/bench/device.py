@@ -81,8 +81,8 @@ def jobs(wanted: Sequence[str], tiny: bool) -> dict[str, tuple[float, dict[str, 
 def allowance(left: float, share: float, shares: float) -> float:
     """Seconds that a part may take: its share of what is left and some slack, but no more than half of it.
 
-    >>> allowance(100.0, 1.0, 10.0), allowance(100.0, 1.0, 3.0), allowance(100.0, 2.0, 3.0)
-    (30.0, 50.0, 66.66666666666667)
+    >>> allowance(100.0, 1.0, 8.0), allowance(100.0, 1.0, 3.0), allowance(100.0, 3.0, 4.0)
+    (37.5, 50.0, 75.0)
 
     Args:
         left: Seconds until the end of all parts.

@@ -75,7 +75,7 @@ def test_settings_begin_with_the_fastest_that_fits():
 
 
 def test_allowance_by_hand():
-    assert device.allowance(100.0, 1.0, 10.0) == 30.0
+    assert device.allowance(100.0, 1.0, 10.0) == pytest.approx(30.0)
     assert device.allowance(100.0, 1.0, 4.0) == 50.0  # the others get something too
     assert device.allowance(100.0, 3.0, 4.0) == 75.0  # but a part that all is for gets its share
     assert device.allowance(100.0, 2.0, 2.0) == 100.0
