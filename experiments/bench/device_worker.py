@@ -20,9 +20,6 @@ from typing import Any
 
 GIB = 2**30
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers", "peft")
-CHECKS = ("test_selection", "test_entries", "test_steps", "test_resume", "test_golden")
-"""Modules of tests/device."""
-
 Findings = Iterator[dict[str, Any]]
 
 
@@ -86,18 +83,17 @@ def timed(run: Callable[[], Any], times: int) -> float:
 
 def checks(job: dict[str, Any]) -> Findings:
     """The tests that are marked for devices, without pytest; several at a time, since most is compiling."""
-    del job
     sys.path.insert(0, "tests")
     import_module("device.reference").use_cpu_too()
     found: dict[str, Callable[[], None]] = {}
-    for module in CHECKS:
+    for module in job["modules"]:
         try:
             tests = vars(import_module(f"device.{module}"))
         except ImportError as error:
             yield {"verdicts": {module: f"not run: {error}"}}
             continue
         found |= {name: test for name, test in tests.items() if name.startswith("test_")}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for future in as_completed([pool.submit(verdict, name, test) for name, test in found.items()]):
             yield future.result()
 

@@ -75,8 +75,10 @@ def test_settings_begin_with_the_fastest_that_fits():
 
 
 def test_allowance_by_hand():
-    assert device.allowance(100.0, 1.0, 10.0) == 30.0
-    assert device.allowance(100.0, 2.0, 4.0) == 100.0  # never more than what is left
+    assert device.allowance(100.0, 1.0, 10.0) == pytest.approx(30.0)
+    assert device.allowance(100.0, 1.0, 4.0) == 50.0  # the others get something too
+    assert device.allowance(100.0, 3.0, 4.0) == 75.0  # but a part that all is for gets its share
+    assert device.allowance(100.0, 2.0, 2.0) == 100.0
     assert device.allowance(-1.0, 1.0, 2.0) < 0
 
 
@@ -88,6 +90,8 @@ def test_jobs():
     assert list(device.jobs(["llama2_7b/lora_8", "checks"], tiny=False)) == ["checks", "llama2_7b/lora_8"]
     assert all(name.startswith("tiny/") for name in device.jobs(["tiny"], tiny=True))
     assert len(device.jobs(["spiel_ag"], tiny=False)) == 3
+    modules = [file.stem for file in (ROOT / "tests" / "device").glob("test_*.py")]
+    assert sorted(parts["checks"][1]["modules"]) == sorted(modules)
     share, job = parts["llama2_7b/lora_8"]
     assert (share, job["part"], job["method"], job["rank"], job["shape"]) == (2.0, "steps", "lora", 8, None)
 
