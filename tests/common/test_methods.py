@@ -70,7 +70,7 @@ def runs(configured, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", METHODS, scope="module")  # all tests of a method after each other
 class TestMethods:
     def test_learns(self, name, runs):
         _, _, whole, shown = runs(name)
