@@ -13,7 +13,11 @@ from spiel_jax.models.config import ModelConfig
 from spiel_jax.optim.criteria.criterion import CRITERIA
 from spiel_jax.sparse.targets import Target
 
-METHODS: dict[str, type[Method]] = {"lora": LoraMethod, "ia3": IA3Method, "full": FullMethod}
+METHODS: dict[str, type[Method]] = {
+    "lora": LoraMethod,
+    "ia3": IA3Method,
+    "full": FullMethod,
+}
 """Methods that are not made of a growth criterion: what ``config.method`` calls them."""
 
 
