@@ -13,8 +13,9 @@ from spiel_jax.optim.criteria.moment_approximation import MomentApproximation
 from spiel_jax.optim.criteria.random import RandomGrowth
 from spiel_jax.optim.criteria.static import NoGrowth, magnitude_positions
 from spiel_jax.optim.inner_optimizers import aged_adamw, scale_by_aged_adam, scale_by_sparse_sm3, sparse_sm3
+from spiel_jax.optim.positions import deltas, place
 from spiel_jax.optim.schedules import Phase, Reselection, constant, cosine, linear
-from spiel_jax.optim.spiel import SpielState, deltas, place, spiel
+from spiel_jax.optim.spiel import SpielState, spiel
 from spiel_jax.sparse.delta import SparseDelta, base_entries, gather, merge, unmerge
 from spiel_jax.sparse.linear import SparseLinear, propose, sparse_linear
 from spiel_jax.sparse.targets import Rule, Target, find_targets, zeros

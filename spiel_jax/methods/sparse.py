@@ -20,8 +20,9 @@ from spiel_jax.optim.block_grid import Regridded, convert
 from spiel_jax.optim.criteria.criterion import CRITERIA, Complaint, Criterion
 from spiel_jax.optim.inner_optimizers import state_dtype
 from spiel_jax.optim.parity import is_reference
+from spiel_jax.optim.positions import active_positions, deltas, place
 from spiel_jax.optim.schedules import Phase, Reselection
-from spiel_jax.optim.spiel import active_positions, deltas, place, spiel
+from spiel_jax.optim.spiel import spiel
 from spiel_jax.sparse.delta import (
     SparseDelta,
     gather,

@@ -11,7 +11,7 @@ import spiel_jax as sj
 from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients
 from spiel_jax.optim.criteria.moment_approximation import MomentApproximation
 from spiel_jax.optim.inner_optimizers import descend, scale_by_aged_adam
-from spiel_jax.optim.spiel import initial_positions, random_indices
+from spiel_jax.optim.positions import initial_positions, random_indices
 
 EIGHT = {"w": sj.Target(shape=(2, 4), count=3)}
 
