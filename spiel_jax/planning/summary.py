@@ -28,7 +28,7 @@ def summary(
     Sizes are bytes on one device. ``memory`` of a kind of step: ``weights``, ``deltas`` (indices, values and
     pretrained entries; or adapters), ``optimizer`` (statistics of the growth too) and ``batch`` lie there all
     the time, ``temporaries`` while the step runs; ``programs`` are those of all kinds of step that were
-    compiled; ``peak`` is the sum. ``exchanged``: of each exchange between devices what goes in or what comes
+    compiled; ``peak`` is the sum. ``collectives_by_kind``: of each collective what goes in or what comes
     out on one of them, whichever is more. ``train_with``: what to set for a run as it was planned, or as it
     is proposed.
     """
@@ -104,7 +104,7 @@ def show(found: Mapping[str, Any]) -> str:
     def given_out(step: dict, kind: str) -> str:
         if step["refusal"]:
             return "?"
-        return f"{step['exchanged'].get(kind, {'bytes': 0})['bytes'] / unit:.2f}"
+        return f"{step['collectives_by_kind'].get(kind, {'bytes': 0})['bytes'] / unit:.2f}"
 
     exchanged = sorted({kind for step in steps.values() for kind in step["collectives_by_kind"]})
     lines = [
