@@ -1,7 +1,6 @@
 """Test-wide settings, and a model, a tokenizer and data small enough to work out by hand."""
 
 import atexit
-import contextlib
 import gc
 import json
 import os
@@ -34,12 +33,6 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers share the controller'
 import jax
 import pytest
 
-with contextlib.suppress(ImportError):  # what tests/device needs is less
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from tokenizers.processors import TemplateProcessing
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 # Tracing and compiling collect garbage often, and what was imported (440,000 objects) is none.
 gc.collect()
 gc.freeze()
@@ -56,6 +49,11 @@ ADDED = ["<|im_start|>", "<|im_end|>"]
 
 
 def make_byte_tokenizer(template=None, *, bos=False, **special):
+    # Here, since pytest's own process and tests/device can do without.
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -105,6 +103,9 @@ def jsonl(tmp_path):
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory):
     """A folder with a random tiny Llama and a byte-level tokenizer with ChatML as its template."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     folder = tmp_path_factory.mktemp("llama")
     config = LlamaConfig(
         vocab_size=288,

@@ -241,14 +241,14 @@ def test_equals_transformers_on_a_real_model():
             tokens,
             attention_mask=torch.ones_like(tokens),
             do_sample=False,
-            max_new_tokens=20,
+            max_new_tokens=10,
             eos_token_id=2,
             pad_token_id=2,
         )
         expected.append([token for token in whole[0, len(prompt) :].tolist() if token not in stop])
-    assert generate(source.config, params, prompts, max_new_tokens=20, stop=stop) == expected
-    assert len(expected[1]) == 20
-    text = reply(source.config, params, tokenizer, questions[0], max_new_tokens=20)
+    assert generate(source.config, params, prompts, max_new_tokens=10, stop=stop) == expected
+    assert len(expected[1]) == 10
+    text = reply(source.config, params, tokenizer, questions[0], max_new_tokens=10)
     assert text == "The capital of France is Paris." == tokenizer.decode(expected[0])
 
 

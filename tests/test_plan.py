@@ -121,6 +121,9 @@ def test_command_line(command, folder):
         kind["bytes"] for kind in step["collectives_by_kind"].values()
     )
 
+
+@pytest.mark.slow
+def test_what_the_command_line_says_of_a_run_that_does_not_fit(command, folder):
     little = command(
         "--topology=cpu:8", "--mesh=fsdp=8", "--memory=0.0001", "--steps=ordinary", "--no-search"
     )

@@ -25,7 +25,9 @@ class Profile:
     def step(self, number: int) -> AbstractContextManager:
         """Marks a step in the trace; begins the trace with the first."""
         if self.count and number == self.first:
-            jax.profiler.start_trace(str(self.folder), create_perfetto_trace=True)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # what the host runs is one call a step
+            jax.profiler.start_trace(str(self.folder), create_perfetto_trace=True, profiler_options=options)
         return jax.profiler.StepTraceAnnotation("train", step_num=number)
 
     def end(self, number: int, state: Any, *, last: bool) -> None:

@@ -153,7 +153,12 @@ def train_in_two(config_file, tmp_path, method, devices, mesh):
     return alone, pair
 
 
-def test_two_processes_train_as_one_does_and_one_continues(config_file, tmp_path):
+def test_two_processes_train_as_one_does(config_file, tmp_path):
+    train_in_two(config_file, tmp_path, "spiel_ag", 1, (1, 2, 1))
+
+
+@pytest.mark.slow
+def test_one_process_continues_on_the_mesh_of_two(config_file, tmp_path):
     alone, pair = train_in_two(config_file, tmp_path, "spiel_ag", 1, (1, 2, 1))
     continued = halfway(pair, tmp_path / "continued")
     training.run(config_of(config_file, "spiel_ag", (1, 2, 1)), continued, resume=True, progress=False)

@@ -26,6 +26,16 @@ from spiel_jax.ops.tree import parameter_name
 GIVEN = os.environ.get("SPIEL_GOLDEN", "").split(":")
 FOLDERS = [Path(__file__).parents[1] / "golden", *(Path(folder) for folder in GIVEN if folder)]
 FILES = [file for folder in FOLDERS for file in sorted(folder.glob("*.npz"))]
+# One of each kind, with accumulation, by default; the others differ by schedule and micro-batches.
+FAST = ("rigl_linear_ga2", "sm3_linear_ga2")
+CASES = [
+    pytest.param(
+        file,
+        marks=() if file.stem in FAST or file.parent != FOLDERS[0] else pytest.mark.slow,
+        id=f"{file.parent.name}-{file.stem}",
+    )
+    for file in FILES
+]
 
 
 def settings(meta, steps):
@@ -223,7 +233,7 @@ class Replay:
             self.seen[module] = self.seen[module][0], noise
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
+@pytest.mark.parametrize("file", CASES)
 def test_every_step_of_the_original(file):
     replay = Replay(file)
     golden, training, schedule = replay.golden, replay.training, replay.schedule

@@ -215,11 +215,13 @@ class Comparison:
         wide = jnp.promote_types(self.case.dtype, jnp.float32)
         assert int(get("spiel_count")) == oracle.step_number
         np.testing.assert_allclose(get("replaced"), oracle.replaced, rtol=1e-6)
-        entries = {name: get(name) for name in ("mu", "nu", "age") if get(name) is not None}
-        accumulators = [get("growth")] if self.case.rules.growth == "ma" else []
-        if get("row_moments") is not None:
-            pairs = zip(get("row_moments").values(), get("column_moments").values(), strict=True)
-            accumulators.append(dict(zip(get("row_moments"), pairs, strict=True)))
+        entries = {name: get(name) for name in ("mu", "nu", "age")}
+        entries = {name: leaf for name, leaf in entries.items() if leaf is not None}
+        active, growth, rows = get("active"), get("growth"), get("row_moments")  # each walks the whole state
+        accumulators = [growth] if self.case.rules.growth == "ma" else []
+        if rows is not None:
+            pairs = zip(rows.values(), get("column_moments").values(), strict=True)
+            accumulators.append(dict(zip(rows, pairs, strict=True)))
         start = 0
         for name, target in self.case.targets.items():
             assert values[name].dtype == self.case.dtype
@@ -228,7 +230,7 @@ class Comparison:
             start += count
             flat = lambda array, n=count: np.asarray(array).reshape(n, -1)  # noqa: E731
             for number, matrix in enumerate(matrices):
-                indices = flat(get("active")[name].indices)[number]
+                indices = flat(active[name].indices)[number]
                 where = f"{name}, matrix {number}, step {oracle.step_number}"
                 expected = np.flatnonzero(matrix.active)
                 np.testing.assert_array_equal(np.sort(indices), expected, err_msg=where)
@@ -246,7 +248,7 @@ class Comparison:
                     self.close("row", row, matrix.row)
                     self.close("column", column, matrix.column)
                 if self.case.rules.growth == "ag":
-                    stats = jax.tree.map(lambda leaf, i=number, f=flat: f(leaf)[i], get("growth")[name])
+                    stats = jax.tree.map(lambda leaf, i=number, f=flat: f(leaf)[i], growth[name])
                     self.candidates(stats, matrix, where)
                     assert stats.grad_sum.dtype == stats.grad_sq_sum.dtype == wide
 
