@@ -41,6 +41,7 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow  # .ci/run builds the pages too
 def test_pages_load_nothing_from_elsewhere(site):
     pages = list(site.rglob("*.html"))
     assert len(pages) > 20
@@ -49,6 +50,7 @@ def test_pages_load_nothing_from_elsewhere(site):
     assert not found
 
 
+@pytest.mark.slow  # .ci/run builds the pages too
 def test_formulas_are_drawn(site):
     text = (site / "concepts" / "algorithm.html").read_text()
     assert text.count("<math") > 20
@@ -56,6 +58,7 @@ def test_formulas_are_drawn(site):
     assert not re.findall(r"\\(?:frac|beta|delta)", re.sub(r"<annotation.*?</annotation>", "", text))
 
 
+@pytest.mark.slow  # .ci/run builds the pages too
 def test_a_public_name_that_is_left_out_fails_the_build(tmp_path):
     for part in PARTS:
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
