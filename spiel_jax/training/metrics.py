@@ -1,15 +1,17 @@
 """Where a run's numbers go: JSON lines, TensorBoard, a progress bar and a summary table."""
 
 import json
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from spiel_jax.training.records import JsonLines, TensorBoard, Watched
 
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
@@ -20,7 +22,7 @@ class Recorder:
 
     ``metrics.jsonl`` holds what the seed determines, one JSON object per line with its "step", so that two
     runs can be compared byte by byte; ``timing.jsonl`` holds what depends on the machine. Both go to
-    TensorBoard too.
+    TensorBoard too. One that cannot be written is told of once, and the others go on.
 
     Args:
         directory: The run's folder; None: write and show nothing, as another process does.
@@ -30,10 +32,12 @@ class Recorder:
     """
 
     def __init__(self, directory: Path | None, start: int, total: int, progress: bool = True):
-        self._files, self._board = {}, None
+        self._files: dict[str, Watched] = {}
         if directory is not None:
-            self._files = {name: _open_after(directory / name, start) for name in (METRICS, TIMING)}
-            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start or None)
+            for name in (METRICS, TIMING):
+                self._files[name] = Watched(name, partial(JsonLines, directory / name, start))
+            board = directory / "tensorboard"
+            self._files[board.name] = Watched(board.name, partial(TensorBoard, board, start))
         self._bar = tqdm(
             total=total,
             initial=start,
@@ -51,22 +55,19 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
-        if self._board is not None:
-            self._board.close()
+        self._show(self._bar.close)
         for file in self._files.values():
             file.close()
 
+    @property
+    def failed(self) -> bool:
+        """Whether something could not be written."""
+        return any(file.failed for file in self._files.values())
+
     def write(self, step: int, numbers: Mapping[str, float], file: str = METRICS) -> None:
         """Records numbers of a step; a number that is not finite is written as a string."""
-        if self._board is None:
-            return
-        for name, number in numbers.items():
-            if math.isfinite(number):
-                self._board.add_scalar(name, number, step)
-        line = {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}
-        self._files[file].write(json.dumps({"step": step, **line}) + "\n")
-        self._files[file].flush()
+        for record in (file, "tensorboard") if self._files else ():
+            self._files[record].write(step, numbers)
 
     def step(self, step: int, numbers: Mapping[str, float], steps: int, tokens: int) -> None:
         """Records a training step and moves the bar.
@@ -89,13 +90,13 @@ class Recorder:
         if numbers.get("replaced"):
             self._shown["replaced"] = f"{numbers['replaced']:.1%}"
         self._bar.set_postfix(self._shown, refresh=False)
-        self._bar.update(step - self._bar.n)
+        self._show(lambda: self._bar.update(step - self._bar.n))
 
     def evaluation(self, step: int, loss: float) -> None:
         """Records a held-out loss."""
         self.write(step, {"heldout_loss": loss})
         self._shown["heldout"] = f"{loss:.3f}"
-        self._bar.set_postfix(self._shown)
+        self._show(lambda: self._bar.set_postfix(self._shown))
 
     def restart_clock(self) -> None:
         """Leaves the time since the last step out of the next one's."""
@@ -103,22 +104,12 @@ class Recorder:
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
-        if self._board is not None:
-            tqdm.write(text)
+        if self._files:
+            self._show(lambda: tqdm.write(text))
 
-
-def _open_after(path: Path, step: int) -> Any:
-    """Opens a file of JSON lines for appending, without the lines of steps after ``step``; 0: empty."""
-    kept = []
-    if step and path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue  # the last line of a killed run may be cut
-    path.write_text("".join(line + "\n" for line in kept))
-    return path.open("a")
+    def _show(self, action: Callable[[], Any]) -> None:
+        with suppress(OSError):  # nobody looks any more
+            action()
 
 
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
