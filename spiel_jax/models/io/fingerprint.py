@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from spiel_jax.models.storage.packed import packed
+from spiel_jax.ops.digest import digest, mixed
 from spiel_jax.ops.stored import is_stored
 
 
@@ -44,41 +44,5 @@ def differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
 def _digest(weight: Any) -> jax.Array:
     """[] uint32, of an array or a stored weight."""
     leaves = jax.tree.leaves(weight if is_stored(weight) else packed(weight))
-    first, *others = (_of_array(leaf) for leaf in leaves)
-    return sum((_mixed(other + jnp.uint32(i)) for i, other in enumerate(others)), start=first)
-
-
-def _of_array(array: jax.Array) -> jax.Array:
-    """[] uint32."""
-    matrices = (
-        array.reshape(-1, *array.shape[-2:]) if array.ndim > 2 else array.reshape(1, -1, array.shape[-1])
-    )
-
-    def one(item: tuple[jax.Array, jax.Array]) -> jax.Array:
-        number, matrix = item
-        words = _words(matrix)
-        place = number * jnp.uint32(0x9E3779B1)
-        for axis, factor in enumerate((0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)[: words.ndim]):
-            place = place + lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(factor)
-        rows = jnp.sum(_mixed(words ^ _mixed(place)), axis=-1, dtype=jnp.uint32)
-        return jnp.sum(lax.optimization_barrier(rows), dtype=jnp.uint32)
-
-    # matrix by matrix: the hashes of a whole stack would be larger than the model
-    return jnp.sum(
-        lax.map(one, (jnp.arange(matrices.shape[0], dtype=jnp.uint32), matrices)), dtype=jnp.uint32
-    )
-
-
-def _words(x: jax.Array) -> jax.Array:
-    """The bits of floats or integers as uint32; 64-bit ones get an axis of two words."""
-    if x.dtype.itemsize < 4:
-        bits = {1: jnp.uint8, 2: jnp.uint16}[x.dtype.itemsize]
-        return lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
-    return lax.bitcast_convert_type(x, jnp.uint32)
-
-
-def _mixed(x: jax.Array) -> jax.Array:
-    """A permutation of the 32-bit words in which every bit depends on every one (MurmurHash3's finaliser)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
+    first, *others = map(digest, leaves)
+    return sum((mixed(other + jnp.uint32(i)) for i, other in enumerate(others)), start=first)
