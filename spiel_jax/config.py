@@ -27,8 +27,11 @@ Config = Any
 LINEAR_LAYERS = (r"model\.layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj\.weight",)
 """Default rules: every linear layer inside the transformer blocks."""
 
-ADJUSTABLE = ("log_every", "checkpoint_every", "checkpoint_keep", "mesh.*", "profile", "sample.*")
-"""Keys that may differ when a run is continued: they change nothing that is trained."""
+ADJUSTABLE = (
+    *("log_every", "checkpoint_every", "checkpoint_keep", "mesh.*", "profile", "sample.*"),
+    *("on_nonfinite", "skip_limit"),
+)
+"""Keys that may differ when a run is continued: they change nothing that was trained."""
 
 
 class ConfigError(SpielError):
@@ -130,6 +133,7 @@ def default_config() -> Config:
             # TensorBoard or ui.perfetto.dev show it
             "profile": 0,
             "on_nonfinite": "stop",  # a loss or gradient that is not finite: stop | skip that step
+            "skip_limit": 10,  # so many steps in a row are skipped, and not one more
             "sample": {
                 "prompt": optional(str),  # shown to the base and the tuned model at the end
                 "max_new_tokens": 64,
@@ -191,7 +195,7 @@ def _bad_run(config: Config) -> Iterator[Complaint]:
     for key in ("seed", "eval_every", "checkpoint_every", "profile"):
         if config[key] < 0:
             yield key, config[key], "0 or more"
-    for key in ("log_every", "checkpoint_keep"):
+    for key in ("log_every", "checkpoint_keep", "skip_limit"):
         if config[key] < 1:
             yield key, config[key], "at least 1"
     for axis, blocks in config.targets.grid.items():

@@ -14,14 +14,22 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.run_cases import chat_file
 
-from spiel_jax.checkpoint import CheckpointError, read_metadata, restore_deltas, restore_trainable
+from spiel_jax.checkpoint import (
+    CheckpointError,
+    newest_metadata,
+    read_metadata,
+    restore_deltas,
+    restore_trainable,
+)
 from spiel_jax.config import ConfigError, default_config
 from spiel_jax.losses.next_token import Objective
 from spiel_jax.models import open_model
+from spiel_jax.ops.tree import not_finite
 from spiel_jax.sparse.delta import merge
 from spiel_jax.training import run as training
-from spiel_jax.training.loop import Loop, NonFiniteError
+from spiel_jax.training.loop import Loop
 from spiel_jax.training.metrics import read_metrics
+from spiel_jax.training.nonfinite import NonFiniteError
 
 
 @pytest.fixture(scope="module")
@@ -263,11 +271,35 @@ def test_resume_needs_a_run(config, tmp_path):
 
 
 @pytest.mark.usefixtures("few_programs")
-def test_a_loss_that_is_not_finite_stops(config, tmp_path):
+def test_a_loss_that_is_not_finite_stops_and_the_run_can_go_on_without_such_steps(config, tmp_path):
     config.optimizer.learning_rate = 1e38
-    config.checkpoint_every = 0
-    with pytest.raises(NonFiniteError, match=r"step \d+: loss nan.*Lower the learning rate"):
+    config.checkpoint_every = 1
+    with pytest.raises(
+        NonFiniteError, match=r"step \d+: loss nan.*Lower the learning rate.*on_nonfinite=skip"
+    ):
         run(config, tmp_path)
+    config.on_nonfinite = "skip"
+    config.skip_limit = 3
+    with pytest.raises(NonFiniteError, match=r"step number 4 in a row that would be skipped.*skip_limit = 3"):
+        run(config, tmp_path, resume=True)
+    config.skip_limit = 10
+    assert run(config, tmp_path, resume=True).skipped > 3
+    assert not not_finite(restore_deltas(tmp_path))
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_values_that_the_optimizer_loses_are_never_saved(config, tmp_path):
+    config.method = "full"
+    config.targets.num_tunable = None
+    config.checkpoint_every = 1
+    config.optimizer.eps = float("inf")
+    config.optimizer.learning_rate = 1e38
+    config.optimizer.weight_decay = 1e30
+    with pytest.raises(
+        NonFiniteError, match=r"step 1: the loss and the gradient are finite, and what the optim"
+    ):
+        run(config, tmp_path)
+    assert newest_metadata(tmp_path) is None
 
 
 @pytest.mark.usefixtures("few_programs")

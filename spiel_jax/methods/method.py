@@ -22,7 +22,7 @@ from spiel_jax.losses.next_token import Objective, Params, TokenBatch, supervise
 from spiel_jax.models.axes import logical_axes, param_sharding
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.storage.packed import runs_on_cpu
-from spiel_jax.ops.tree import parameter_name
+from spiel_jax.ops.tree import all_finite, parameter_name
 from spiel_jax.optim.criteria.criterion import Complaint
 from spiel_jax.optim.schedules import Phase
 from spiel_jax.sparse.targets import Target
@@ -290,6 +290,7 @@ def optimizer_step(
         "loss": mean,
         "grad_norm": norm,
         "finite": finite,
+        "values_finite": all_finite(trainable),
         "supervised_tokens": jnp.sum(batch["weights"]),
     }
     return replace(state, trainable=trainable, opt_state=opt_state), metrics

@@ -15,7 +15,7 @@ from spiel_jax.methods.method import Method, Metrics, TrainState, guarded, scan_
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.ops.selection import compact, largest
 from spiel_jax.ops.stored import is_writable
-from spiel_jax.ops.tree import parameter_name
+from spiel_jax.ops.tree import all_finite, parameter_name
 from spiel_jax.optim.block_grid import Regridded, convert
 from spiel_jax.optim.criteria.criterion import CRITERIA, Complaint, Criterion
 from spiel_jax.optim.inner_optimizers import state_dtype
@@ -154,6 +154,7 @@ class SparseMethod(Method):
             # a skipped step leaves the share of the step before it in the state
             "replaced": jnp.where(finite, optax.tree.get(new.opt_state, "replaced"), 0.0),
             "finite": finite,
+            "values_finite": all_finite(new.trainable),
             "supervised_tokens": jnp.sum(batch["weights"]),
         }
         return new, metrics

@@ -1,11 +1,13 @@
 """Names of the leaves of pytrees, and edits of the named ones. A stored weight is a leaf."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from spiel_jax.ops.stored import is_stored
+from spiel_jax.ops.stored import as_array, is_stored
 
 
 def parameter_name(target: str) -> str:
@@ -21,6 +23,27 @@ def path_name(path: tuple) -> str:
 def named_leaves(params: Any) -> dict[str, Any]:
     """The leaves of a pytree by name, in their order."""
     return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_stored)}
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no float of a pytree of arrays is infinite or not a number: [] bool.
+
+    >>> bool(all_finite({"a": jnp.ones(3), "b": jnp.arange(2)})), bool(all_finite([jnp.array(jnp.nan)]))
+    (True, False)
+    """
+    floats = (leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating))
+    return functools.reduce(jnp.logical_and, (jnp.isfinite(leaf).all() for leaf in floats), jnp.array(True))
+
+
+def not_finite(tree: Any) -> list[str]:
+    """The names of the leaves of a pytree that hold a float that is infinite or not a number."""
+
+    def held(leaf: Any) -> Any:  # floats that are held as bits, else the floats that hold others
+        floats = any(jnp.issubdtype(part.dtype, jnp.floating) for part in jax.tree.leaves(leaf))
+        return leaf if floats else as_array(leaf)
+
+    flags = jax.jit(lambda leaves: {name: all_finite(held(leaf)) for name, leaf in leaves.items()})
+    return [name for name, finite in jax.device_get(flags(named_leaves(tree))).items() if not finite]
 
 
 def edit(params: Any, edits: Mapping[str, Callable[[Any], Any]]) -> Any:

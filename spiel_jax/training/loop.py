@@ -9,14 +9,10 @@ import jax
 import numpy as np
 
 from spiel_jax.config import Config, micro_batch_size
-from spiel_jax.errors import SpielError
 from spiel_jax.methods.method import Method, TrainState, compiled_step, compiler_options
 from spiel_jax.training.metrics import Recorder
+from spiel_jax.training.nonfinite import NonFiniteError, step_lost, values_lost
 from spiel_jax.training.profiler import Profile
-
-
-class NonFiniteError(SpielError, FloatingPointError):
-    """The loss or the gradient of a step is not finite, and the config says to stop."""
 
 
 def heldout_loss(
@@ -52,6 +48,7 @@ class Loop:
             lambda state, batch: method.evaluate(state, batch), compiler_options=compiler_options()
         )
         self._unread: list[tuple[int, dict[str, jax.Array]]] = []  # step, metrics
+        self._in_a_row = 0  # steps that were skipped
 
     def run(
         self,
@@ -110,21 +107,22 @@ class Loop:
         read, self._unread = self._unread[:count], self._unread[count:]
         for position, (step, metrics) in enumerate(read):
             numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            finite = bool(numbers.pop("finite"))
+            finite, whole = bool(numbers.pop("finite")), bool(numbers.pop("values_finite", True))
             numbers["learning_rate"] = float(self.rate(step - 1))
             if position == len(read) - 1:
                 tokens = sum(self.tokens[done - 1] for done, _ in read)
                 self.recorder.step(step, numbers, len(read), int(tokens))
             else:
                 self.recorder.write(step, numbers)
-            if finite:
+            if finite and whole:
+                self._in_a_row = 0
                 continue
+            if finite:
+                raise NonFiniteError(f"step {step}: {values_lost(self.config)}")
             what = f"step {step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}"
-            if self.config.on_nonfinite == "stop":
-                raise NonFiniteError(
-                    f"{what}. Nothing was changed by this step; the last checkpoint is whole. Lower the "
-                    "learning rate, set config.optimizer.clip_norm, or config.on_nonfinite='skip'."
-                )
+            self._in_a_row += 1
+            if self.config.on_nonfinite == "stop" or self._in_a_row > self.config.skip_limit:
+                raise NonFiniteError(f"{what}. {step_lost(self.config, self._in_a_row)}")
             self.skipped += 1
             self.recorder.say(f"{what}: skipped")
 

@@ -39,6 +39,7 @@ from spiel_jax.models.io.loading import ModelSource, open_model
 from spiel_jax.models.storage import storage_for
 from spiel_jax.training.loop import Loop
 from spiel_jax.training.metrics import Recorder, table
+from spiel_jax.training.nonfinite import check_base
 from spiel_jax.training.profiler import Profile
 from spiel_jax.training.workdir import check_workdir, find_workdir, stored_config
 
@@ -161,6 +162,7 @@ def _run(
         progress=progress,
     )
     base_print = _checked_fingerprint(params, known, workdir)
+    check_base(params, config.model.source)
     size = sum(param.size for param in params.values())
 
     with (
