@@ -1,8 +1,27 @@
 """Digests of arrays, formed where they are."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from spiel_jax.ops.tree import named_leaves
+
+
+def digests(tree: Any) -> dict[str, str]:
+    """The digest of every array of a pytree, as eight hexadecimal digits by the array's name.
+
+    >>> digests({"a": jnp.zeros(3), "b": {"c": jnp.array(1)}}).keys()
+    dict_keys(['a', 'b.c'])
+    """
+    found = jax.device_get(_digests(named_leaves(tree)))
+    return {name: f"{int(value):08x}" for name, value in found.items()}
+
+
+@jax.jit
+def _digests(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: digest(leaf) for name, leaf in leaves.items()}
 
 
 def digest(array: jax.Array) -> jax.Array:
