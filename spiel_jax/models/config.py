@@ -7,10 +7,14 @@ from typing import Any, Self, get_args
 import numpy as np
 
 from spiel_jax.errors import SpielError
+from spiel_jax.models.config_keys import LARGEST, Keys, one_of, shown
 from spiel_jax.models.rope import RopeKind, RopeScaling, inverse_frequencies
 
-_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+# By family of Hugging Face's: what num_key_value_heads and max_position_embeddings are where the keys are absent
+_KV_HEADS = {"llama": LARGEST, "mistral": 8, "qwen2": 32, "qwen3": 32}  # or, if fewer, as many as heads
+_POSITIONS = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768}
 _GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_MOST_LAYERS = 10_000  # whatever grows by layers is made before the weights are asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,43 +99,42 @@ class ModelConfig:
         Raises:
             SpielError: If a key is missing or asks for what is not supported; it is named.
         """
-        model_type = config.get("model_type")
-        _one_of("model_type", model_type, _MODEL_TYPES)
-        _one_of("hidden_act", config.get("hidden_act", "silu"), ("silu",))
-        if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method")
-            raise SpielError(f"quantised checkpoints are not supported: quantization_config {method!r}")
-        if config.get("mlp_bias"):
+        keys = Keys(config)
+        model_type = keys.choice("model_type", tuple(_KV_HEADS))
+        for key in ("hidden_act", "hidden_activation"):
+            keys.choice(key, ("silu", "swish"), "silu")  # two names of one function
+        if quantization := keys.mapping("quantization_config").values:
+            method = shown(quantization.get("quant_method"))
+            raise SpielError(f"quantised checkpoints are not supported: quantization_config {method}")
+        if keys.flag("mlp_bias", False):
             raise SpielError("mlp_bias is not supported: expected false")
 
-        hidden_size, num_heads = (
-            config_value(config, "hidden_size"),
-            config_value(config, "num_attention_heads"),
-        )
-        num_layers = config_value(config, "num_hidden_layers")
-        head_dim = config.get("head_dim") or (128 if model_type == "qwen3" else hidden_size // num_heads)
-        bias = bool(config.get("attention_bias", False)) and model_type in ("llama", "qwen3")
-        window, sliding_layers = _hf_window(config, num_layers)
-        theta, scaling = _hf_rope(config)
+        hidden_size, num_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
+        num_layers = keys.integer("num_hidden_layers", most=_MOST_LAYERS)
+        # what transformers takes where the key is absent; null is another thing there
+        absent = _KV_HEADS[model_type] if "num_key_value_heads" not in config else num_heads
+        bias = keys.flag("attention_bias", False) and model_type in ("llama", "qwen3")
+        window, sliding_layers = _hf_window(keys, model_type, num_layers)
+        theta, scaling = _hf_rope(keys)
         return cls(
-            vocab_size=config_value(config, "vocab_size"),
+            vocab_size=keys.integer("vocab_size"),
             hidden_size=hidden_size,
-            intermediate_size=config_value(config, "intermediate_size"),
+            intermediate_size=keys.integer("intermediate_size"),
             num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=config.get("num_key_value_heads") or num_heads,
-            head_dim=head_dim,
-            max_positions=config_value(config, "max_position_embeddings"),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            num_kv_heads=keys.integer("num_key_value_heads", min(absent, num_heads)),
+            head_dim=_hf_head_dim(keys, model_type, hidden_size, num_heads),
+            max_positions=keys.integer("max_position_embeddings", _POSITIONS[model_type]),
+            rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_embeddings=keys.flag("tie_word_embeddings", False),
             attention_bias=bias or model_type == "qwen2",
             output_bias=bias,
             qk_norm=model_type == "qwen3",
             sliding_window=window,
             sliding_layers=sliding_layers,
-            initializer_range=float(config.get("initializer_range", 0.02)),
+            initializer_range=keys.number("initializer_range", 0.02),
         )
 
     @classmethod
@@ -149,55 +152,53 @@ class ModelConfig:
         Raises:
             SpielError: If a key is missing or asks for what is not supported; it is named.
         """
-        architecture = metadata.get("general.architecture")
-        _one_of("general.architecture", architecture, _GGUF_ARCHITECTURES)
+        keys = Keys(metadata)
+        architecture = keys.choice("general.architecture", _GGUF_ARCHITECTURES)
 
-        def read(key: str) -> Any:
-            return config_value(metadata, f"{architecture}.{key}")
+        def own(key: str) -> str:
+            return f"{architecture}.{key}"
 
-        def find(key: str, default: Any) -> Any:
-            return metadata.get(f"{architecture}.{key}", default)
+        if keys.integer(own("expert_count"), 0, least=0):
+            raise SpielError(f"mixtures of experts are not supported: {own('expert_count')}")
+        for key in map(own, ("attention.head_count", "attention.head_count_kv")):
+            if isinstance(value := metadata.get(key), Sequence) and not isinstance(value, str):
+                raise SpielError(f"heads that vary by layer are not supported: {key} {shown(value)}")
+        num_heads = keys.integer(own("attention.head_count"))
+        hidden_size = keys.integer(own("embedding_length"))
+        head_dim = keys.integer(own("attention.key_length"), None)
+        head_dim = (
+            _per_head(hidden_size, num_heads, own("embedding_length")) if head_dim is None else head_dim
+        )
+        for key in map(own, ("attention.value_length", "rope.dimension_count")):
+            if (size := keys.integer(key, head_dim)) != head_dim:
+                raise SpielError(f"{key} must equal the head size {head_dim}, got {size}")
+        tokens = keys.items("tokenizer.ggml.tokens", None)
 
-        if find("expert_count", 0):
-            raise SpielError(f"mixtures of experts are not supported: {architecture}.expert_count")
-        num_heads, hidden_size = read("attention.head_count"), read("embedding_length")
-        num_kv_heads = find("attention.head_count_kv", num_heads)
-        for name, value in (("head_count", num_heads), ("head_count_kv", num_kv_heads)):
-            if isinstance(value, Sequence):
-                raise SpielError(f"heads that vary by layer are not supported: {name} {list(value)}")
-        head_dim = find("attention.key_length", hidden_size // num_heads)
-        for key in ("attention.value_length", "rope.dimension_count"):
-            if find(key, head_dim) != head_dim:
-                raise SpielError(f"{architecture}.{key} must equal the head size {head_dim}, got {read(key)}")
-        if "tokenizer.ggml.tokens" in metadata:
-            vocab_size = find("vocab_size", len(metadata["tokenizer.ggml.tokens"]))
-        else:
-            vocab_size = read("vocab_size")
-
-        theta = _decimal(find("rope.freq_base", 10_000.0))
-        kind = find("rope.scaling.type", "none")
-        _one_of("rope type", kind, ("none", "linear"))
-        scaling = RopeScaling("linear", _decimal(read("rope.scaling.factor"))) if kind == "linear" else None
+        theta = _decimal(keys.number(own("rope.freq_base"), 10_000.0, least=1.0))
+        kind, scaling = keys.choice(own("rope.scaling.type"), ("none", "linear"), "none"), None
+        if kind == "linear":
+            scaling = RopeScaling("linear", _decimal(keys.number(own("rope.scaling.factor"))))
         if rope_factors is not None:
             if scaling is not None:
                 raise SpielError("rope_freqs.weight and linear rope scaling exclude each other")
             scaling = _llama3_scaling(np.asarray(rope_factors), head_dim, theta)
+        vocab_size = own("vocab_size")
         return cls(
-            vocab_size=vocab_size,
+            vocab_size=keys.integer(vocab_size) if tokens is None else keys.integer(vocab_size, len(tokens)),
             hidden_size=hidden_size,
-            intermediate_size=read("feed_forward_length"),
-            num_layers=read("block_count"),
+            intermediate_size=keys.integer(own("feed_forward_length")),
+            num_layers=keys.integer(own("block_count"), most=_MOST_LAYERS),
             num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
+            num_kv_heads=keys.integer(own("attention.head_count_kv"), num_heads),
             head_dim=head_dim,
-            max_positions=read("context_length"),
-            rms_norm_eps=_decimal(read("attention.layer_norm_rms_epsilon")),
+            max_positions=keys.integer(own("context_length")),
+            rms_norm_eps=_decimal(keys.number(own("attention.layer_norm_rms_epsilon"))),
             rope_theta=theta,
             rope_scaling=scaling,
             tie_embeddings=tied,
             attention_bias=architecture == "qwen2",
             qk_norm=architecture == "qwen3",
-            sliding_window=find("attention.sliding_window", None) or None,
+            sliding_window=keys.integer(own("attention.sliding_window"), 0, least=0) or None,
         )
 
     @classmethod
@@ -291,16 +292,11 @@ class ModelConfig:
         return cls(**_smollm2(2048, 8192, 24, 32, 32), rope_theta=1.3e5)
 
 
-def config_value(config: Mapping[str, Any], key: str) -> Any:
-    """The value of a key that has to be there; raises SpielError naming it otherwise."""
-    if config.get(key) is None:
-        raise SpielError(f"the model's configuration lacks {key!r}")
-    return config[key]
-
-
-def _one_of(what: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise SpielError(f"unknown {what} {value!r}: expected one of {', '.join(allowed)}")
+def _per_head(hidden_size: int, num_heads: int, key: str) -> int:
+    """Size of a head where no key tells it."""
+    if hidden_size % num_heads:
+        raise SpielError(f"{key} {hidden_size} is not a multiple of the number of heads {num_heads}")
+    return hidden_size // num_heads
 
 
 def _decimal(value: float) -> float:
@@ -308,20 +304,31 @@ def _decimal(value: float) -> float:
     return float(np.format_float_scientific(np.float32(value)))
 
 
-def _hf_window(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, tuple[bool, ...] | None]:
+def _hf_head_dim(keys: Keys, model_type: str, hidden_size: int, num_heads: int) -> int:
+    if model_type == "qwen3" or keys.has("head_dim"):
+        return keys.integer("head_dim", 128)
+    return _per_head(hidden_size, num_heads, "hidden_size")
+
+
+def _hf_window(keys: Keys, model_type: str, num_layers: int) -> tuple[int | None, tuple[bool, ...] | None]:
     """``sliding_window`` and ``sliding_layers`` by the rules of each Hugging Face model."""
-    if config["model_type"] == "llama":
+    if model_type == "llama":
         return None, None
-    if config["model_type"] == "mistral":
-        return config.get("sliding_window", 4096), None
-    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
-    types = config.get("layer_types")
+    # null is no window; an absent key is the default
+    window = keys.integer("sliding_window", None if "sliding_window" in keys.values else 4096)
+    if model_type == "mistral":
+        return window, None
+    if not keys.flag("use_sliding_window", False):
+        window = None
+    types = keys.items("layer_types", None)
     if types is None:
-        first = config.get("max_window_layers", 28)
+        first = keys.integer("max_window_layers", 28, least=0)
         flags = tuple(window is not None and layer >= first for layer in range(num_layers))
     else:
         for layer_type in types:
-            _one_of("layer type", layer_type, ("full_attention", "sliding_attention"))
+            one_of("layer type", layer_type, ("full_attention", "sliding_attention"))
+        if len(types) != num_layers:
+            raise SpielError(f"layer_types has {len(types)} entries for {num_layers} layers")
         flags = tuple(layer_type == "sliding_attention" for layer_type in types)
         if any(flags) and window is None:
             raise SpielError("layer_types has sliding_attention, but there is no sliding_window")
@@ -330,37 +337,40 @@ def _hf_window(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, 
     return window, None if all(flags) else flags
 
 
-def _hf_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def _hf_rope(keys: Keys) -> tuple[float, RopeScaling | None]:
     """``rope_theta`` and ``rope_scaling``; the newer ``rope_parameters`` holds both."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if any(isinstance(value, Mapping) for value in rope.values()):
-        raise SpielError(f"rope parameters that vary by layer are not supported: {sorted(rope)}")
-    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    old = keys.mapping("rope_scaling")
+    rope = old if old.values else keys.mapping("rope_parameters")
+    if any(isinstance(value, Mapping) for value in rope.values.values()):
+        raise SpielError(f"rope parameters that vary by layer are not supported: {sorted(rope.values)}")
+    partial = rope.number("partial_rotary_factor", keys.number("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise SpielError(f"partial_rotary_factor must be 1, got {partial}")
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    _one_of("rope type", kind, ("default", *get_args(RopeKind)))
+    theta = rope.number("rope_theta", keys.number("rope_theta", 10_000.0, least=1.0), least=1.0)
+    kinds = ("default", *get_args(RopeKind))
+    kind = rope.choice("rope_type" if rope.has("rope_type") else "type", kinds, "default")
     if kind == "default":
         return theta, None
-    factor = float(config_value(rope, "factor"))
+    factor = rope.number("factor")
     if kind == "linear":
         return theta, RopeScaling(kind, factor)
     return theta, RopeScaling(
         kind,
         factor,
-        float(config_value(rope, "low_freq_factor")),
-        float(config_value(rope, "high_freq_factor")),
-        rope.get("original_max_position_embeddings") or config.get("max_position_embeddings"),
+        rope.number("low_freq_factor"),
+        rope.number("high_freq_factor"),
+        rope.integer("original_max_position_embeddings", keys.integer("max_position_embeddings", None)),
     )
 
 
 def _llama3_scaling(factors: np.ndarray, head_dim: int, theta: float) -> RopeScaling:
     """The llama3 scaling that a GGUF file stores as divisors of the frequencies."""
+    if factors.shape != (head_dim // 2,):
+        raise SpielError(f"rope_freqs.weight must have shape [{head_dim // 2}], got {list(factors.shape)}")
     scaling = RopeScaling("llama3", _decimal(factors.max()), 1.0, 4.0, 8192)  # all published ones
     plain = inverse_frequencies(head_dim, theta)
     expected = plain / inverse_frequencies(head_dim, theta, scaling)
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
+    if not np.allclose(factors, expected, rtol=1e-3):
         raise SpielError(f"rope_freqs.weight is not the llama3 scaling of factor {scaling.factor}")
     return scaling
 

@@ -1,5 +1,6 @@
 """GGUF files: weights dequantised one by one, config and tokenizer from the metadata."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,77 +10,137 @@ from transformers import PreTrainedTokenizerBase
 
 from spiel_jax.errors import SpielError
 from spiel_jax.models.config import ModelConfig
+from spiel_jax.models.config_keys import shown
+from spiel_jax.models.io.gguf_header import Header, TensorInfo, read_header
 from spiel_jax.models.io.gguf_tokenizer import build_tokenizer
+from spiel_jax.models.io.messages import told
 from spiel_jax.models.io.names import Stored, gguf_names
+from spiel_jax.models.io.parts import parts_of
 
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
 class GGUFFile:
-    """A GGUF file whose metadata has been read.
+    """A GGUF file whose metadata has been read, or the parts that it was split into.
+
+    Args:
+        path: The file, or any one of the parts; the others are beside it.
 
     Attributes:
-        path: The file.
+        path: The file, or the first part.
         fields: Its metadata as plain Python values.
         config: From the metadata.
         stored: Every tensor by its GGUF name.
 
     Raises:
-        SpielError: If the file is damaged, or describes a model that is not supported.
+        NotFoundError: If a part is missing.
+        SpielError: If a file is damaged, is no part of the others, or describes a model that is not supported.
     """
 
     naming = staticmethod(gguf_names)
 
     def __init__(self, path: Path):
-        self.path = path
-        try:
-            reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError, KeyError) as error:
-            raise SpielError(f"{path} is not a GGUF file, or is truncated: {error}") from error
-        self.fields = {name: field.contents() for name, field in reader.fields.items()}
-        self._tensors = {  # not the reader's own arrays: they keep the whole file mapped
-            t.name: (t.data_offset, t.data.dtype, t.data.shape, t.tensor_type) for t in reader.tensors
-        }
+        headers = _read_parts(path)
+        self.path = next(iter(headers))
+        self.fields = headers[self.path].fields
+        self._tensors: dict[str, tuple[Path, TensorInfo]] = {}
+        for file, header in headers.items():
+            for name, info in header.tensors.items():
+                if name in self._tensors:
+                    raise SpielError(f"{file} and {self._tensors[name][0].name} both hold {told(name)}")
+                self._tensors[name] = (file, info)
         self.stored = {
-            tensor.name: Stored(
-                tuple(int(n) for n in reversed(tensor.shape)),  # GGUF lists the fastest axis first
-                tensor.tensor_type.name,
-                _can_dequantise(tensor.tensor_type),
-            )
-            for tensor in reader.tensors
+            name: Stored(info.shape, info.kind.name, _can_dequantise(info.kind))
+            for name, (_, info) in self._tensors.items()
         }
-        self.config = ModelConfig.from_gguf(
-            self.fields,
-            tied="output.weight" not in self.stored,
-            rope_factors=self._rope_factors(),
-        )
+        try:
+            self.config = ModelConfig.from_gguf(
+                self.fields,
+                tied="output.weight" not in self.stored,
+                rope_factors=self._rope_factors(),
+            )
+        except SpielError as error:
+            raise SpielError(f"{self.path}: {error}") from error
 
     def read(self, name: str, parts: Sequence[tuple[slice, ...]]) -> list[np.ndarray]:
         """Parts of one tensor in float32, rows in the Hugging Face order."""
-        offset, dtype, shape, kind = self._tensors[name]
+        path, info = self._tensors[name]
         # mapped anew each time: what a mapped file has shown stays resident until the map is closed
-        stored = np.memmap(self.path, dtype, "r", offset, shape)
+        stored = np.memmap(path, np.uint8, "r", info.start, info.byte_shape)
         order = self._row_order(name)
         return [
-            _dequantise(stored, kind, rows if order is None else order[rows], *columns)
+            _dequantise(stored, info.kind, rows if order is None else order[rows], *columns)
             for rows, *columns in parts
         ]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that the metadata describes."""
-        return build_tokenizer(self.fields)
+        """The tokenizer that the metadata describes.
+
+        Raises:
+            SpielError: If there is none, or it contradicts itself.
+        """
+        try:
+            return build_tokenizer(self.fields)
+        except SpielError as error:
+            raise SpielError(f"{self.path}: {error}") from error
 
     def _rope_factors(self) -> np.ndarray | None:
-        return self.read(_ROPE_FACTORS, [(slice(None),)])[0] if _ROPE_FACTORS in self.stored else None
+        factors = self.stored.get(_ROPE_FACTORS)
+        if factors is None:
+            return None
+        if len(factors.shape) != 1 or not factors.floating:
+            raise SpielError(
+                f"{_ROPE_FACTORS} must be a vector of floats, got {factors.dtype} {factors.shape}"
+            )
+        return self.read(_ROPE_FACTORS, [(slice(None),)])[0]
 
     def _row_order(self, name: str) -> np.ndarray | None:
         """Numbers in the file of a tensor's rows, in the Hugging Face order; None: as they are."""
-        if self.fields["general.architecture"] == "llama":
+        if self.fields.get("general.architecture") == "llama":
             if ".attn_q." in name:
                 return _llama_cpp_rows(self.stored[name].shape[0], self.config.num_heads)
             if ".attn_k." in name:
                 return _llama_cpp_rows(self.stored[name].shape[0], self.config.num_kv_heads)
         return None
+
+
+def _read_parts(path: Path) -> dict[Path, Header]:
+    """The header of each part of a model, in their order."""
+    header = read_header(path)
+    if _split(path, header, "count") == 1:  # written when parts are joined again, too
+        return {path: header}
+    files = parts_of(path)
+    if len(files) == 1:
+        count = _split(path, header, "count")
+        if count is None:
+            return {path: header}
+        raise SpielError(
+            f"{path} is one of {count} parts, and its name does not say which: name them as they were, "
+            f"NAME-00001-of-{count:05d}.gguf and so on, in one folder"
+        )
+    headers = {file: header if file == path else read_header(file) for file in files}
+    for number, (file, header) in enumerate(headers.items()):
+        found = _split(file, header, "no"), _split(file, header, "count")
+        if found != (number, len(files)):
+            raise SpielError(
+                f"{file} is not what its name says, part {number + 1} of {len(files)}: it has split.no "
+                f"{found[0]} (counted from 0) and split.count {found[1]}"
+            )
+    total, found = (
+        _split(files[0], headers[files[0]], "tensors.count"),
+        sum(len(h.tensors) for h in headers.values()),
+    )
+    if total not in (None, found):
+        raise SpielError(f"{files[0]} and its other parts hold {found} tensors: expected {total}")
+    return headers
+
+
+def _split(path: Path, header: Header, key: str) -> int | None:
+    """What the metadata says of the parts of a file; None if nothing."""
+    value = header.fields.get(f"split.{key}")
+    if value is not None and (type(value) is not int or value < 0):
+        raise SpielError(f"{path}: split.{key} must be an integer of at least 0, got {shown(value)}")
+    return max(value, 1) if key == "count" and value is not None else value
 
 
 def _dequantise(
@@ -91,20 +152,20 @@ def _dequantise(
     """Entries of a tensor in float32.
 
     Args:
-        stored: [out, blocks of a row as they are in the file], or [in the file] of a vector.
+        stored: The bytes, [out, of a row] or [of a vector].
         kind: How they are stored.
         rows: Of the matrix, or entries of the vector.
         columns: Of the matrix; with start and stop.
     """
     if columns is None:  # small
         return gguf.quants.dequantize(np.array(stored), kind)[rows]
-    size, size_bytes = gguf.GGML_QUANT_SIZES[kind]
-    width = size_bytes // stored.itemsize
+    size, width = gguf.GGML_QUANT_SIZES[kind]
     first, end = columns.start // size, -(-columns.stop // size)  # whole blocks
     blocks = np.array(stored[rows, first * width : end * width], order="C")
     return gguf.quants.dequantize(blocks, kind)[:, columns.start - first * size : columns.stop - first * size]
 
 
+@functools.cache
 def _can_dequantise(kind: gguf.GGMLQuantizationType) -> bool:
     block_bytes = gguf.GGML_QUANT_SIZES[kind][1]
     try:

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from spiel_jax.errors import SpielError
+from spiel_jax.models.config_keys import Keys, one_of, shown
+from spiel_jax.models.io.messages import told
 
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
 
@@ -57,48 +59,52 @@ def build_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     Raises:
         SpielError: If there is no vocabulary, or one of a kind that is not supported.
     """
+    keys = Keys(fields)
     kind = fields.get("tokenizer.ggml.model")
-    if kind == "gpt2":
-        tokenizer = _byte_level(fields)
-    elif kind == "llama":
-        tokenizer = _sentencepiece(fields)
-    else:
-        raise SpielError(f"unknown GGUF tokenizer model {kind!r}: expected one of gpt2, llama")
+    one_of("GGUF tokenizer model", kind, ("gpt2", "llama"))
+    tokens = _strings(keys, "tokens")
+    try:
+        tokenizer = _byte_level(keys, tokens) if kind == "gpt2" else _sentencepiece(keys, tokens)
+    except SpielError:
+        raise
+    except Exception as error:  # what tokenizers raises has no other type
+        raise SpielError(
+            f"the GGUF vocabulary and its merges do not fit each other: {told(error)}"
+        ) from error
 
-    tokens = fields["tokenizer.ggml.tokens"]
-    for token, token_type in zip(tokens, fields.get("tokenizer.ggml.token_type", ()), strict=False):
+    for token, token_type in zip(tokens, keys.items("tokenizer.ggml.token_type", ()), strict=False):
         if token_type == _CONTROL:
             tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
         elif token_type == _USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, normalized=False)])
-    if tokenizer.get_vocab_size() != len(tokens):
-        raise SpielError(
-            f"the GGUF vocabulary has {len(tokens)} tokens, {tokenizer.get_vocab_size()} of them different"
-        )
 
     options = {}
     for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
-        if (index := fields.get(f"tokenizer.ggml.{theirs}_token_id")) is not None:
+        if (index := _token_id(keys, theirs, tokens)) is not None:
             options[f"{ours}_token"] = tokens[index]
     # llama.cpp's defaults where old files say nothing
     adds_bos = kind == "llama" or fields.get("tokenizer.ggml.pre") == "llama-bpe"
+    template = fields.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise SpielError(f"tokenizer.chat_template must be a string, got {shown(template)}")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        add_bos_token=fields.get("tokenizer.ggml.add_bos_token", adds_bos),
-        add_eos_token=fields.get("tokenizer.ggml.add_eos_token", False),
-        chat_template=fields.get("tokenizer.chat_template"),
-        model_max_length=fields[f"{fields['general.architecture']}.context_length"],
+        add_bos_token=keys.flag("tokenizer.ggml.add_bos_token", adds_bos),
+        add_eos_token=keys.flag("tokenizer.ggml.add_eos_token", False),
+        chat_template=template,
+        model_max_length=keys.integer(f"{fields.get('general.architecture')}.context_length"),
         clean_up_tokenization_spaces=False,
         **options,
     )
 
 
-def _byte_level(fields: Mapping[str, Any]) -> Tokenizer:
-    pre = fields.get("tokenizer.ggml.pre", "default")
-    if pre not in _PRE_TOKENIZERS:
-        raise SpielError(f"unknown GGUF pre-tokenizer {pre!r}: expected one of {', '.join(_PRE_TOKENIZERS)}")
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(_vocabulary(fields), merges, ignore_merges=pre == "llama-bpe"))
+def _byte_level(keys: Keys, tokens: list[str]) -> Tokenizer:
+    pre = keys.values.get("tokenizer.ggml.pre", "default")
+    one_of("GGUF pre-tokenizer", pre, tuple(_PRE_TOKENIZERS))
+    merges = [tuple(merge.split(" ")) for merge in _strings(keys, "merges")]
+    if wrong := next((merge for merge in merges if len(merge) != 2), None):
+        raise SpielError(f"tokenizer.ggml.merges must be pairs, got {shown(' '.join(wrong))}")
+    tokenizer = Tokenizer(models.BPE(_vocabulary(tokens), merges, ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
@@ -106,20 +112,22 @@ def _byte_level(fields: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _sentencepiece(fields: Mapping[str, Any]) -> Tokenizer:
-    vocabulary = _vocabulary(fields)
-    scores = dict(zip(vocabulary, fields["tokenizer.ggml.scores"], strict=True))
-    unknown = fields["tokenizer.ggml.tokens"][fields.get("tokenizer.ggml.unknown_token_id", 0)]
+def _sentencepiece(keys: Keys, tokens: list[str]) -> Tokenizer:
+    vocabulary = _vocabulary(tokens)
+    scores = keys.items("tokenizer.ggml.scores")
+    if len(scores) != len(tokens) or not all(type(score) in (int, float) for score in scores):
+        raise SpielError(f"tokenizer.ggml.scores must be a number for each of {len(tokens)} tokens")
+    unknown = _token_id(keys, "unknown", tokens)
     tokenizer = Tokenizer(
         models.BPE(
             vocabulary,
-            generate_merges(vocabulary, scores),
-            unk_token=unknown,
+            generate_merges(vocabulary, dict(zip(tokens, scores, strict=True))),
+            unk_token=tokens[unknown or 0],
             fuse_unk=True,
             byte_fallback=True,
         )
     )
-    prefixed = fields.get("tokenizer.ggml.add_space_prefix", True)
+    prefixed = keys.flag("tokenizer.ggml.add_space_prefix", True)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁")] * prefixed + [normalizers.Replace(" ", "▁")]
     )
@@ -130,5 +138,21 @@ def _sentencepiece(fields: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _vocabulary(fields: Mapping[str, Any]) -> dict[str, int]:
-    return {token: index for index, token in enumerate(fields["tokenizer.ggml.tokens"])}
+def _vocabulary(tokens: list[str]) -> dict[str, int]:
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens):
+        raise SpielError(f"the GGUF vocabulary has {len(tokens)} tokens, {len(vocabulary)} of them different")
+    return vocabulary
+
+
+def _strings(keys: Keys, name: str) -> list[str]:
+    """A list of strings."""
+    found = keys.items(f"tokenizer.ggml.{name}")
+    if not all(type(item) is str for item in found):
+        raise SpielError(f"tokenizer.ggml.{name} must be a list of strings")
+    return found
+
+
+def _token_id(keys: Keys, name: str, tokens: list[str]) -> int | None:
+    """The number of a special token; None if there is none."""
+    return keys.integer(f"tokenizer.ggml.{name}_token_id", None, least=0, most=len(tokens) - 1)

@@ -1,8 +1,11 @@
 """Model folders in the Hugging Face layout: config.json, safetensors, tokenizer files."""
 
 import json
+import os
+import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spiel_jax.errors import NotFoundError, SpielError
 from spiel_jax.models.config import ModelConfig
-from spiel_jax.models.decoder import layer_names
-from spiel_jax.models.io.names import Stored
+from spiel_jax.models.config_keys import shown
+from spiel_jax.models.decoder import EMBEDDING, layer_names
+from spiel_jax.models.io.messages import bullets, told
+from spiel_jax.models.io.names import HEAD, Stored
+from spiel_jax.models.io.parts import parts_of
+from spiel_jax.models.io.spellings import plain_names
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _FLOATING = {"F64", "F32", "F16", "BF16"}
+_UNSAFE = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"}
+_MOST_JSON = 1 << 26  # bytes; an index of the largest models takes a tenth
 
 
 class SafetensorsFolder:
@@ -27,10 +36,10 @@ class SafetensorsFolder:
     Attributes:
         path: The folder.
         config: From its config.json.
-        stored: Every tensor by its Hugging Face name.
+        stored: Every tensor by the model's own name of it, however the folder spells it.
 
     Raises:
-        NotFoundError: If config.json, the weights, or a shard named by the index is missing.
+        NotFoundError: If config.json, the weights, or one of their shards is missing.
         SpielError: If a file is damaged or the shards contradict each other or the index.
     """
 
@@ -38,31 +47,21 @@ class SafetensorsFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        if not (path / "config.json").is_file():
-            raise NotFoundError(f"{path} has no config.json")
-        self.config = ModelConfig.from_hf(read_json(path / "config.json"))
-        self.stored: dict[str, Stored] = {}
-        self._files: dict[str, Path] = {}
-        index = _read_index(path)
-        problems = []
-        for file in sorted(set(index.values())) if index else [SINGLE]:
-            for name, tensor in _read_header(path / file).items():
-                if name in self._files:
-                    problems.append(f"doubled: {name} in {self._files[name].name} and {file}")
-                elif index and index.get(name) != file:
-                    listed = f"listed in {index[name]}" if name in index else "not listed"
-                    problems.append(f"{listed}: {name}, found in {file}")
-                self.stored[name], self._files[name] = tensor, path / file
-        absent = sorted(index.keys() - self.stored.keys())
-        problems += [f"absent: {name}, listed in {index[name]}" for name in absent]
-        if problems:
-            raise SpielError(f"{path / INDEX} and its shards disagree:\n  " + "\n  ".join(problems))
+        self.config = read_config(path)
+        tensors = _read_tensors(path)
+        self._places = {
+            name: (tensors[spelt].file, spelt) for name, spelt in plain_names(str(path), tensors).items()
+        }
+        if self.config.tie_embeddings and HEAD in self._places and EMBEDDING not in self._places:
+            self._places[EMBEDDING] = self._places.pop(HEAD)  # one of the two is enough
+        self.stored = {name: tensors[spelt].stored for name, (_, spelt) in self._places.items()}
 
     def read(self, name: str, parts: Sequence[tuple[slice, ...]]) -> list[np.ndarray]:
         """Parts of one tensor, in the type it is stored in."""
+        path, spelt = self._places[name]
         # opened anew each time: what a mapped file has shown stays resident until it is closed
-        with safe_open(self._files[name], framework="np") as file:
-            tensor = file.get_slice(name)
+        with safe_open(path, framework="np") as file:
+            tensor = file.get_slice(spelt)
             return [tensor[part] for part in parts]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -72,59 +71,136 @@ class SafetensorsFolder:
             SpielError: If there is none, or it cannot be read.
         """
         try:
-            return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
-        except (OSError, ValueError) as error:
+            return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # of files that can hold anything; Rust's panics are no Exception
             raise SpielError(
-                f"no tokenizer can be read from {self.path} ({error}): put the model's tokenizer.json there, "
-                "or take the one of another source"
+                f"no tokenizer can be read from {self.path} ({told(error)}): put the model's tokenizer.json "
+                "there, or take the one of another source"
             ) from error
 
 
-def read_json(path: Path, **options: Any) -> dict[str, Any]:
-    """The object that a JSON file holds; ``options`` are those of ``json.loads``.
+def read_config(folder: Path) -> ModelConfig:
+    """The shape that the config.json of a folder tells.
 
     Raises:
-        SpielError: If it is no JSON, or holds something else.
+        NotFoundError: If there is none.
+        SpielError: If it cannot be used; the key is named.
     """
+    path = folder / "config.json"
+    if not os.path.isfile(path):
+        if (folder / "adapter_config.json").exists():
+            raise NotFoundError(
+                f"{folder} is an adapter and has no config.json: give the model it belongs to"
+            )
+        raise NotFoundError(f"{folder} has no config.json")
+    values = read_json(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), **options)
-    except ValueError as error:
-        raise SpielError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise SpielError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
+        return ModelConfig.from_hf(values)
+    except SpielError as error:
+        raise SpielError(f"{path}: {error}") from error
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """The file of each tensor; empty for a model in one file."""
-    if not (path / INDEX).is_file():
-        if not (path / SINGLE).is_file():
-            found = sorted(p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
-            hint = ""
-            if found:
-                hint = (
-                    f"; {', '.join(found)} cannot be read safely: convert with "
-                    "transformers' save_pretrained, which writes safetensors"
-                )
-            raise NotFoundError(f"{path} has neither {SINGLE} nor {INDEX}{hint}")
-        return {}
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        SpielError: If it is no JSON, names a key twice, or holds something else.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         # json keeps the last of two equal keys without a word
         doubled = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
         if doubled:
-            raise ValueError(f"doubled: {', '.join(doubled)}")
+            raise ValueError(f"doubled: {', '.join(map(told, doubled[:5]))}")
         return dict(pairs)
 
-    index = read_json(path / INDEX, object_pairs_hook=unique).get("weight_map")
+    try:
+        if (size := path.stat().st_size) > _MOST_JSON:
+            raise SpielError(f"{path} has {size} bytes: no more than {_MOST_JSON} are read")
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except SpielError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise SpielError(f"{path} is not valid JSON: {told(error)}") from error
+    except OSError as error:
+        raise SpielError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise SpielError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    file: Path
+    stored: Stored
+
+
+def _read_tensors(path: Path) -> dict[str, _Tensor]:
+    """Every tensor of a folder, by its name there."""
+    index = _read_index(path)
+    files = sorted(set(index.values())) if index else [file.name for file in _weight_files(path)]
+    tensors: dict[str, _Tensor] = {}
+    problems = []
+    for file in files:
+        for name, tensor in _read_header(path / file).items():
+            if name in tensors:
+                problems.append(f"doubled: {name} in {tensors[name].file.name} and {file}")
+            elif index and index.get(name) != file:
+                listed = f"listed in {index[name]}" if name in index else "not listed"
+                problems.append(f"{listed}: {name}, found in {file}")
+            tensors[name] = _Tensor(path / file, tensor)
+    absent = sorted(index.keys() - tensors.keys())
+    problems += [f"absent: {name}, listed in {index[name]}" for name in absent]
+    if problems:
+        who = f"{path / INDEX} and its shards" if index else f"the files of {path}"
+        raise SpielError(f"{who} disagree:{bullets(problems)}")
+    return tensors
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files of a folder without an index: the usual one, or all there are."""
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        found = sorted(p.name for p in path.iterdir() if p.suffix in _UNSAFE)
+        hint = ""
+        if found:
+            hint = (
+                f"; {', '.join(found)} cannot be read safely: convert with "
+                "transformers' save_pretrained, which writes safetensors"
+            )
+        raise NotFoundError(f"{path} has neither {SINGLE} nor {INDEX}{hint}")
+    for file in files:
+        parts_of(file)
+    return files
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor; empty for a model without an index."""
+    if not os.path.isfile(path / INDEX):
+        return {}
+    index = read_json(path / INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise SpielError(f"{path / INDEX} has no weight_map")
+    for name, file in index.items():
+        if not isinstance(file, str) or not _inside(file):
+            raise SpielError(
+                f"{path / INDEX} must name a file of its folder for {shown(name)}, got {shown(file)}"
+            )
     files = set(index.values())
-    if absent := sorted(file for file in files if not (path / file).is_file()):
-        raise NotFoundError(f"{path / INDEX} names absent shards: {', '.join(absent)}")
+    if absent := sorted(file for file in files if not os.path.isfile(path / file)):
+        raise NotFoundError(f"{path / INDEX} names absent shards: {', '.join(map(told, absent[:5]))}")
     if SINGLE not in files and (path / SINGLE).exists():
         raise SpielError(f"{path} has both {SINGLE} and {INDEX}, which does not list it")
     return index
+
+
+def _inside(file: str) -> bool:
+    """Whether a file's name stays in its folder, on any system."""
+    return not (file.startswith(("/", "\\")) or ":" in file or ".." in re.split(r"[/\\]", file))
 
 
 def _read_header(path: Path) -> dict[str, Stored]:
@@ -136,5 +212,5 @@ def _read_header(path: Path) -> dict[str, Stored]:
                 name: Stored(tuple(part.get_shape()), kinds[name], kinds[name] in _FLOATING)
                 for name, part in slices.items()
             }
-    except SafetensorError as error:
-        raise SpielError(f"{path} is damaged or truncated: {error}") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SpielError(f"{path} is damaged or truncated: {told(error)}") from error

@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import itertools
 import math
-import re
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,9 @@ from tqdm import tqdm
 from spiel_jax.errors import NotFoundError, SpielError
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import ADAPTED, EMBEDDING, abstract_params, init_params
-from spiel_jax.models.io.names import Placement, Stored, check_tensors, expected_tensors
+from spiel_jax.models.io.messages import told
+from spiel_jax.models.io.names import HEAD, Placement, Stored, check_tensors, expected_tensors
+from spiel_jax.models.io.parts import first_parts
 from spiel_jax.models.storage.weight import Weight, hold, nbytes
 
 if TYPE_CHECKING:
@@ -39,7 +41,6 @@ Index = tuple[slice, ...]
 Bounds = tuple[tuple[int, int], ...]
 """A part of an array, as start and stop on each axis: slices cannot be keys of a dict."""
 
-_HEAD = "lm_head.weight"
 _COMPARED = 1 << 24  # entries compared at a time
 
 
@@ -159,10 +160,10 @@ class ModelSource:
         sharding: Callable[[str, tuple[int, ...]], Sharding] | None,
         bar: tqdm,
     ) -> dict[str, Any]:
-        ships_head = self.config.tie_embeddings and _HEAD in checkpoint.stored
-        if ships_head and not _equal(checkpoint, _HEAD, EMBEDDING):
+        ships_head = self.config.tie_embeddings and HEAD in checkpoint.stored
+        if ships_head and not _equal(checkpoint, HEAD, EMBEDDING):
             raise SpielError(
-                f"{checkpoint.path} is a tied model, but {_HEAD} differs from {EMBEDDING}: "
+                f"{checkpoint.path} is a tied model, but {HEAD} differs from {EMBEDDING}: "
                 'set "tie_word_embeddings" to false in its config.json if the head is meant'
             )
         params = {}
@@ -187,10 +188,11 @@ def open_model(source: str, *, preset: str | None = None, cache_dir: str | Path 
 
     Args:
         source: One of
-            a folder with config.json and model.safetensors (or shards and their index);
-            a GGUF file, or a folder that holds exactly one;
+            a folder with config.json and model.safetensors (or shards, with their index or without);
+            a GGUF file, any part of a split one, or a folder that holds exactly one;
             ``package:NAME``, an installed package that holds one GGUF file (it is not imported);
-            a Hugging Face hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``;
+            a Hugging Face hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``; a folder or a GGUF file in
+            it follows after a slash, a branch, tag or commit after an @: ``org/name/folder@v1.0``;
             ``random``, freshly initialised weights in the shape of ``preset``.
         preset: Name of a preset of ``ModelConfig`` (``"smollm2_135m"``); for ``random`` only.
         cache_dir: Where hub downloads go; None: the hub's own cache.
@@ -214,14 +216,19 @@ def open_model(source: str, *, preset: str | None = None, cache_dir: str | Path 
     if source.startswith("package:"):
         checkpoint = _open_path(_the_gguf(_package_folder(source.removeprefix("package:"))))
     else:
-        path = Path(source).expanduser()
-        checkpoint = _open_path(path if path.exists() else _download(source, cache_dir))
+        path = Path(os.path.expanduser(source))
+        checkpoint = _open_path(path if os.path.exists(path) else _download(source, cache_dir))
     config = checkpoint.config
+    if config.num_layers > len(checkpoint.stored):  # or naming what is missing would take as long as it likes
+        raise SpielError(
+            f"{checkpoint.path} does not hold the model that its configuration describes: it has "
+            f"{len(checkpoint.stored)} tensors for {config.num_layers} layers"
+        )
     check_tensors(
         str(checkpoint.path),
         expected_tensors(config, checkpoint.naming),
         checkpoint.stored,
-        optional=[_HEAD] if config.tie_embeddings else [],
+        optional=[HEAD] if config.tie_embeddings else [],
     )
     return ModelSource(config, checkpoint)
 
@@ -262,47 +269,50 @@ def _package_folder(name: str) -> Path:
 
 
 def _open_path(path: Path) -> Checkpoint:
-    if path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf")):
-        path = _the_gguf(path)
-    if not path.is_file():
-        from spiel_jax.models.io.huggingface import SafetensorsFolder
+    try:
+        if path.is_dir() and not _is_safetensors(path) and any(path.glob("*.gguf")):
+            path = _the_gguf(path)
+        if path.is_dir():
+            from spiel_jax.models.io.huggingface import SafetensorsFolder
 
-        return SafetensorsFolder(path)
-    if path.suffix != ".gguf":
-        raise SpielError(f"{path} is not a GGUF file: give the folder of a safetensors model")
-    from spiel_jax.models.io.gguf import GGUFFile
+            return SafetensorsFolder(path)
+        if not path.is_file():
+            raise SpielError(f"{path} is neither a file nor a folder")
+        from spiel_jax.models.io.gguf import GGUFFile
+        from spiel_jax.models.io.gguf_header import is_gguf
 
-    return GGUFFile(path)
+        if path.suffix.lower() != ".gguf" and not is_gguf(path):
+            raise SpielError(f"{path} is not a GGUF file: give the folder of a safetensors model")
+        return GGUFFile(path)
+    except SpielError:
+        raise
+    except OSError as error:
+        raise SpielError(f"{path} cannot be read: {told(error)}") from error
+
+
+def _is_safetensors(folder: Path) -> bool:
+    """Whether a folder is one of safetensors; GGUF files often have a config.json beside them."""
+    return (folder / "config.json").exists() and any(folder.glob("*.safetensors*"))
 
 
 def _the_gguf(folder: Path) -> Path:
-    files = sorted(folder.glob("*.gguf"))
+    files = first_parts(folder.glob("*.gguf"))
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"
-        raise NotFoundError(f"{folder} must hold exactly one GGUF file, found {found}")
+        raise NotFoundError(f"{folder} must hold exactly one GGUF file, found {found}: name the file")
     return files[0]
 
 
 def _download(source: str, cache_dir: str | Path | None) -> Path:
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) or source.endswith(".gguf"):
+    from spiel_jax.models.io.hub import hub_id
+
+    found = hub_id(source)
+    if found is None:
         raise NotFoundError(
             f"no model at {source!r}: expected a folder, a GGUF file, package:NAME, random, "
-            "or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
+            "or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct (org/name, org/name/folder, @revision)"
         )
-    import huggingface_hub
-
-    try:
-        folder = huggingface_hub.snapshot_download(
-            source,
-            cache_dir=cache_dir,
-            allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*", "merges.txt"],
-            ignore_patterns=["*/*", "consolidated*"],  # other formats of the same weights
-        )
-    except OSError as error:  # the hub's own errors and those of the network alike
-        raise NotFoundError(
-            f"{source!r} is neither a local path nor to be had from the Hugging Face hub: {error}"
-        ) from error
-    return Path(folder)
+    return found.download(cache_dir)
 
 
 def _place(sharding: Callable[[str, tuple[int, ...]], Sharding] | None, name: str, spec: Any) -> Any:
@@ -382,26 +392,24 @@ def model_shape(source: str, preset: str | None = None) -> ModelConfig:
     """
     if preset is not None and source != "random":
         raise SpielError(f"a preset, here {preset!r}, is for the source 'random', not for {source!r}")
-    path = Path(source).expanduser()
-    if source in _GATED and not path.exists():
+    path = Path(os.path.expanduser(source))
+    if source in _GATED and not os.path.exists(path):
         return open_model("random", preset=_GATED[source]).config
-    from spiel_jax.models.io.huggingface import read_json
+    from spiel_jax.models.io.hub import hub_id
+    from spiel_jax.models.io.huggingface import read_config
 
-    if (path / "config.json").is_file():
-        return ModelConfig.from_hf(read_json(path / "config.json"))
-    if source == "random" or source.startswith("package:") or path.exists() or source.count("/") != 1:
+    if os.path.isfile(path / "config.json") and not any(path.glob("*.gguf")):
+        return read_config(path)
+    found = None if os.path.exists(path) else hub_id(source)
+    if found is None or found.inside.endswith(".gguf"):
         return open_model(source, preset=preset).config
-    import huggingface_hub
-    from huggingface_hub.errors import HFValidationError
-
     try:
-        file = huggingface_hub.hf_hub_download(source, "config.json")
-    except (OSError, HFValidationError) as error:  # the hub's own errors and those of the network alike
+        return read_config(found.config_file().parent)
+    except NotFoundError as error:
         raise NotFoundError(
             f"no config.json of {source!r} here or on the Hugging Face hub ({error}): name its shape by "
             "--config.model.source=random --config.model.preset=..."
         ) from error
-    return ModelConfig.from_hf(read_json(Path(file)))
 
 
 _GATED = {

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from spiel_jax.errors import SpielError
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import LAYERS, abstract_params
+from spiel_jax.models.io.messages import bullets
+
+HEAD = "lm_head.weight"
+"""The language-model head, in Hugging Face checkpoints."""
 
 GGUF = {  # {} is the layer
     "model.embed_tokens.weight": "token_embd.weight",
@@ -115,6 +119,8 @@ def check_tensors(
             floating-point type.
     """
     problems = [f"missing: {name}" for name in expected if name not in stored]
+    if problems == [f"missing: {HEAD}"]:
+        problems[0] += ' (if the head is the embedding, "tie_word_embeddings" has to be true in config.json)'
     for name, tensor in stored.items():
         if name not in expected:
             if name not in optional and not _DETERMINED.fullmatch(name):
@@ -125,5 +131,5 @@ def check_tensors(
             problems.append(f"not floating point: {name} is {tensor.dtype}")
     if problems:
         raise SpielError(
-            f"{source} does not hold the model that its configuration describes:\n  " + "\n  ".join(problems)
+            f"{source} does not hold the model that its configuration describes:{bullets(problems)}"
         )
