@@ -10,7 +10,7 @@ from spiel_jax.errors import SpielError
 from spiel_jax.models.config_keys import LARGEST, Keys, one_of, shown
 from spiel_jax.models.rope import RopeKind, RopeScaling, inverse_frequencies
 
-# By family of Hugging Face's: what num_key_value_heads and max_position_embeddings are where the keys are absent
+# Hugging Face's num_key_value_heads and max_position_embeddings where the keys are absent, by family
 _KV_HEADS = {"llama": LARGEST, "mistral": 8, "qwen2": 32, "qwen3": 32}  # or, if fewer, as many as heads
 _POSITIONS = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768}
 _GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -166,9 +166,8 @@ class ModelConfig:
         num_heads = keys.integer(own("attention.head_count"))
         hidden_size = keys.integer(own("embedding_length"))
         head_dim = keys.integer(own("attention.key_length"), None)
-        head_dim = (
-            _per_head(hidden_size, num_heads, own("embedding_length")) if head_dim is None else head_dim
-        )
+        if head_dim is None:
+            head_dim = _per_head(hidden_size, num_heads, own("embedding_length"))
         for key in map(own, ("attention.value_length", "rope.dimension_count")):
             if (size := keys.integer(key, head_dim)) != head_dim:
                 raise SpielError(f"{key} must equal the head size {head_dim}, got {size}")

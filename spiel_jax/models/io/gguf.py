@@ -34,7 +34,7 @@ class GGUFFile:
 
     Raises:
         NotFoundError: If a part is missing.
-        SpielError: If a file is damaged, is no part of the others, or describes a model that is not supported.
+        SpielError: If a file is damaged, no part of the others, or describes what is not supported.
     """
 
     naming = staticmethod(gguf_names)
@@ -89,9 +89,7 @@ class GGUFFile:
         if factors is None:
             return None
         if len(factors.shape) != 1 or not factors.floating:
-            raise SpielError(
-                f"{_ROPE_FACTORS} must be a vector of floats, got {factors.dtype} {factors.shape}"
-            )
+            raise SpielError(f"{_ROPE_FACTORS} must be a vector of floats, got {factors}")
         return self.read(_ROPE_FACTORS, [(slice(None),)])[0]
 
     def _row_order(self, name: str) -> np.ndarray | None:
@@ -126,10 +124,8 @@ def _read_parts(path: Path) -> dict[Path, Header]:
                 f"{file} is not what its name says, part {number + 1} of {len(files)}: it has split.no "
                 f"{found[0]} (counted from 0) and split.count {found[1]}"
             )
-    total, found = (
-        _split(files[0], headers[files[0]], "tensors.count"),
-        sum(len(h.tensors) for h in headers.values()),
-    )
+    total = _split(files[0], headers[files[0]], "tensors.count")
+    found = sum(len(header.tensors) for header in headers.values())
     if total not in (None, found):
         raise SpielError(f"{files[0]} and its other parts hold {found} tensors: expected {total}")
     return headers

@@ -199,6 +199,6 @@ class _Cursor:
 
     def short(self, what: str) -> SpielError:
         return SpielError(
-            f"{self.path} is truncated or damaged: {what} does not fit into its {len(self.data)} bytes (pieces "
-            "of a file that was cut by size have to be joined first)"
+            f"{self.path} is truncated or damaged: {what} does not fit into its {len(self.data)} bytes "
+            "(pieces of a file that was cut by size have to be joined first)"
         )

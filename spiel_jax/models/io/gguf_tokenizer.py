@@ -68,9 +68,7 @@ def build_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     except SpielError:
         raise
     except Exception as error:  # what tokenizers raises has no other type
-        raise SpielError(
-            f"the GGUF vocabulary and its merges do not fit each other: {told(error)}"
-        ) from error
+        raise SpielError(f"the GGUF vocabulary does not fit its merges: {told(error)}") from error
 
     for token, token_type in zip(tokens, keys.items("tokenizer.ggml.token_type", ()), strict=False):
         if token_type == _CONTROL:
@@ -101,9 +99,7 @@ def build_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
 def _byte_level(keys: Keys, tokens: list[str]) -> Tokenizer:
     pre = keys.values.get("tokenizer.ggml.pre", "default")
     one_of("GGUF pre-tokenizer", pre, tuple(_PRE_TOKENIZERS))
-    merges = [tuple(merge.split(" ")) for merge in _strings(keys, "merges")]
-    if wrong := next((merge for merge in merges if len(merge) != 2), None):
-        raise SpielError(f"tokenizer.ggml.merges must be pairs, got {shown(' '.join(wrong))}")
+    merges = [_pair(merge) for merge in _strings(keys, "merges")]
     tokenizer = Tokenizer(models.BPE(_vocabulary(tokens), merges, ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
@@ -151,6 +147,13 @@ def _strings(keys: Keys, name: str) -> list[str]:
     if not all(type(item) is str for item in found):
         raise SpielError(f"tokenizer.ggml.{name} must be a list of strings")
     return found
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    first, space, second = merge.partition(" ")
+    if not space or " " in second:
+        raise SpielError(f"tokenizer.ggml.merges must be pairs of tokens, got {shown(merge)}")
+    return first, second
 
 
 def _token_id(keys: Keys, name: str, tokens: list[str]) -> int | None:
