@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,14 @@ class SafetensorsFolder:
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
-        except BaseException as error:  # of files that can hold anything; Rust's panics are no Exception
-            raise SpielError(
-                f"no tokenizer can be read from {self.path} ({told(error)}): put the model's tokenizer.json "
-                "there, or take the one of another source"
-            ) from error
+        except BaseException as failure:  # of files that can hold anything; Rust's panics are no Exception
+            reason, remedy = (
+                told(failure),
+                "put the model's tokenizer.json there, or take the one of another source",
+            )
+            if (self.path / "tokenizer.model").exists() and find_spec("sentencepiece") is None:
+                reason, remedy = "a tokenizer.model needs sentencepiece", "pip install sentencepiece"
+            raise SpielError(f"no tokenizer can be read from {self.path} ({reason}): {remedy}") from failure
 
 
 def read_config(folder: Path) -> ModelConfig:
