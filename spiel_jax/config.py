@@ -53,7 +53,8 @@ def default_config() -> Config:
             # full: AdamW on every weight
             "method": "spiel_ag",
             "model": {
-                # a folder with safetensors, a .gguf file, package:NAME, a hub id, or random
+                # a folder with safetensors, a .gguf file, package:NAME, a hub id (org/name, org/name/folder,
+                # org/name@revision), or random
                 "source": "",
                 "preset": optional(str),  # shape of a random model, such as llama2_7b
                 "tokenizer": optional(str),  # another source to take the tokenizer from

@@ -101,4 +101,5 @@ def shown(value: Any) -> str:
     >>> len(shown("x" * 1000))
     80
     """
-    return _SHORT.repr(value)
+    text = _SHORT.repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."

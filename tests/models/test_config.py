@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import transformers
 
+from spiel_jax.errors import SpielError
 from spiel_jax.models import ModelConfig, RopeScaling, abstract_params
 from spiel_jax.models.rope import inverse_frequencies
 
@@ -242,3 +243,97 @@ def test_gguf_rope_scaling():
 def test_unsupported_gguf_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_gguf(QWEN2_GGUF | change, tied=True)
+
+
+MINIMAL = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 64,
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("change", [{}, {"num_key_value_heads": None}, {"num_attention_heads": 4}])
+def test_absent_keys_are_what_transformers_takes(family, change):
+    config = MINIMAL | change
+    if family == "mistral" and "num_key_value_heads" in config:
+        pytest.skip("transformers refuses null there")
+    theirs = transformers.AutoConfig.for_model(family, **config)
+    ours = ModelConfig.from_hf(config | {"model_type": family, "head_dim": 128})
+    few = config["num_attention_heads"] < 8 and family != "llama"  # transformers' default would not divide
+    assert ours.num_kv_heads == (4 if few else theirs.num_key_value_heads)
+    assert ours.max_positions == theirs.max_position_embeddings
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.initializer_range == theirs.initializer_range
+    assert ours.sliding_window == (None if family == "llama" else theirs.sliding_window)
+    if family == "qwen3":
+        assert ModelConfig.from_hf(config | {"model_type": family}).head_dim == theirs.head_dim
+
+
+def test_head_size_where_no_key_tells_it():
+    assert ModelConfig.from_hf(LLAMA31 | {"head_dim": None}).head_dim == 128
+    with pytest.raises(ValueError, match="hidden_size 4096 is not a multiple of the number of heads 24"):
+        ModelConfig.from_hf(LLAMA31 | {"num_attention_heads": 24})
+
+
+@pytest.mark.parametrize("key", ["hidden_act", "hidden_activation"])
+def test_names_of_the_activation(key):
+    plain = {name: value for name, value in LLAMA31.items() if name != "hidden_act"}
+    expected = ModelConfig.llama3_1_8b()
+    assert ModelConfig.from_hf(plain) == expected
+    assert ModelConfig.from_hf(plain | {key: "swish"}) == ModelConfig.from_hf(plain | {key: None}) == expected
+    with pytest.raises(ValueError, match=f"unknown {key} 'gelu_new'"):
+        ModelConfig.from_hf(plain | {key: "gelu_new"})
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "intermediate_size",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+        "initializer_range",
+    ],
+)
+@pytest.mark.parametrize("value", [-1, "8", True, [8], {"a": 8}, float("nan"), 10**400])
+def test_sizes_that_are_none(key, value):
+    with pytest.raises(ValueError, match=f"{key} must be a"):
+        ModelConfig.from_hf(LLAMA31 | {key: value})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": "linear"},
+        {"rope_scaling": [1]},
+        {"rope_scaling": LLAMA31["rope_scaling"] | {"factor": "8"}},
+        {"rope_scaling": LLAMA31["rope_scaling"] | {"factor": float("inf")}},
+        {"rope_scaling": LLAMA31["rope_scaling"] | {"original_max_position_embeddings": -1}},
+        {"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}},
+        {"quantization_config": "awq"},
+        {"model_type": ["llama"]},
+        {"model_type": None},
+        {"tie_word_embeddings": "false"},
+        {"attention_bias": 1},
+        {"num_hidden_layers": 10**6},
+        {"model_type": "qwen2", "use_sliding_window": True, "layer_types": "full_attention"},
+        {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"]},
+        {"model_type": "qwen2", "use_sliding_window": True, "layer_types": [["full_attention"]] * 32},
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "28"},
+        {"model_type": "mistral", "sliding_window": "4096"},
+    ],
+)
+def test_values_of_wrong_types(change):
+    with pytest.raises(SpielError):
+        ModelConfig.from_hf(LLAMA31 | change)

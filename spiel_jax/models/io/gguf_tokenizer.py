@@ -16,6 +16,7 @@ from spiel_jax.models.config_keys import Keys, one_of, shown
 from spiel_jax.models.io.messages import told
 
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
+_LONGEST = 4096  # merges are sought at every place of a token, in time that grows with its square
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -113,6 +114,10 @@ def _sentencepiece(keys: Keys, tokens: list[str]) -> Tokenizer:
     scores = keys.items("tokenizer.ggml.scores")
     if len(scores) != len(tokens) or not all(type(score) in (int, float) for score in scores):
         raise SpielError(f"tokenizer.ggml.scores must be a number for each of {len(tokens)} tokens")
+    if (longest := max(map(len, tokens), default=0)) > _LONGEST:
+        raise SpielError(
+            f"tokenizer.ggml.tokens has a token of {longest} characters: at most {_LONGEST} can be"
+        )
     unknown = _token_id(keys, "unknown", tokens)
     tokenizer = Tokenizer(
         models.BPE(

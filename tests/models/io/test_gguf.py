@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType as Kind
 from jax.sharding import NamedSharding, PartitionSpec
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from spiel_jax.errors import SpielError
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import bind, layer_names
 from spiel_jax.models.io.gguf_tokenizer import build_tokenizer
@@ -415,6 +416,35 @@ class TestOtherTokenizers:
             build_tokenizer(fields)
         with pytest.raises(ValueError, match="unknown GGUF tokenizer model None"):
             build_tokenizer({})
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            ({"ggml.merges": ["a b c"]}, "merges must be pairs of tokens, got 'a b c'"),
+            ({"ggml.merges": ["ab"]}, "merges must be pairs of tokens, got 'ab'"),
+            ({"ggml.merges": [1]}, "merges must be a list of strings"),
+            ({"ggml.merges": ["a x"]}, "does not fit its merges"),
+            ({"ggml.merges": None}, r"lacks 'tokenizer.ggml.merges'"),
+            ({"ggml.tokens": "ab"}, "tokens must be a list"),
+            ({"ggml.tokens": [1, 2]}, "tokens must be a list of strings"),
+            ({"ggml.tokens": None}, r"lacks 'tokenizer.ggml.tokens'"),
+            ({"ggml.bos_token_id": 3}, "bos_token_id must be an integer from 0 to 2, got 3"),
+            ({"ggml.eos_token_id": "</s>"}, "eos_token_id must be an integer"),
+            ({"ggml.add_bos_token": 1}, "add_bos_token must be true or false"),
+            ({"chat_template": 1}, "chat_template must be a string"),
+            ({"ggml.model": ["gpt2"]}, "unknown GGUF tokenizer model"),
+            ({"ggml.model": "llama"}, r"lacks 'tokenizer.ggml.scores'"),
+            ({"ggml.model": "llama", "ggml.scores": [0.0]}, "scores must be a number for each of 3"),
+            (
+                {"ggml.model": "llama", "ggml.scores": [0.0], "ggml.tokens": ["x" * 10**6]},
+                "a token of 1000000 characters",
+            ),
+        ],
+    )
+    def test_metadata_that_contradict_themselves(self, change, match):
+        fields = byte_level_fields("gpt-2", ["a", "b", "ab"], ["a b"])
+        with pytest.raises(SpielError, match=match):
+            build_tokenizer(fields | {f"tokenizer.{key}": value for key, value in change.items()})
 
     def test_a_token_listed_twice_is_refused(self):
         with pytest.raises(ValueError, match="has 3 tokens, 2 of them different"):

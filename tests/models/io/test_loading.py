@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from spiel_jax.errors import SpielError
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import ADAPTED, abstract_params, bind, init_params, layer_names
 from spiel_jax.models.io import loading
@@ -407,10 +408,78 @@ class TestFilesThatDoNotFit:
         (single_copy / "config.json").unlink()
         self.refused(single_copy, "has no config.json", FileNotFoundError)
 
-    @pytest.mark.parametrize(("text", "match"), [("{", "not valid JSON"), ("[]", "got list")])
+    @pytest.mark.parametrize(
+        ("text", "match"),
+        [
+            (b"{", "not valid JSON"),
+            (b"", "not valid JSON"),
+            (b"[]", "got list"),
+            (b"null", "got NoneType"),
+            (b"\xff{}", "not valid JSON: .*utf-8"),
+            ("{}".encode("utf-16"), "not valid JSON"),
+            (b"[" * 100_000, "not valid JSON: "),
+            (b'{"a": ' * 100_000, "not valid JSON: "),
+            (b'{"vocab_size": ' + b"9" * 5000 + b"}", "not valid JSON: "),
+            (b'{"a": 1, "b": {"c": 1, "c": 2}}', "not valid JSON: doubled: c"),
+        ],
+    )
     def test_bad_config(self, single_copy, text, match):
-        (single_copy / "config.json").write_text(text)
-        self.refused(single_copy, rf"config.json .*{match}")
+        (single_copy / "config.json").write_bytes(text)
+        self.refused(single_copy, rf"config.json .*{match}", SpielError)
+
+    @pytest.mark.parametrize(
+        ("key", "value", "match"),
+        [
+            (
+                "hidden_size",
+                10**9,
+                r"mis-shaped: model.embed_tokens.weight \[96, 32\], expected \[96, 1000000000\]",
+            ),
+            ("vocab_size", 2**31 - 1, r"mis-shaped: lm_head.weight \[96, 32\], expected \[2147483647, 32\]"),
+            ("num_hidden_layers", 9999, r"has 30 tensors for 9999 layers"),
+            ("num_hidden_layers", 20, r"missing: model.layers.9.*\n  and \d+ more"),
+            (
+                "num_hidden_layers",
+                10**6,
+                r"config.json: num_hidden_layers must be an integer from 1 to 10000",
+            ),
+            ("num_attention_heads", 0, r"config.json: num_attention_heads must be"),
+            ("hidden_size", 32.0, r"config.json: hidden_size must be an integer .*, got 32.0"),
+            ("hidden_size", None, r"config.json: the model's configuration lacks 'hidden_size'"),
+        ],
+    )
+    def test_sizes_that_the_weights_do_not_have(self, single_copy, key, value, match):
+        change_json(single_copy / "config.json", lambda config: config.update({key: value}))
+        self.refused(single_copy, f"(?s){match}", SpielError)
+
+    def test_a_config_that_is_too_long(self, single_copy):
+        with (single_copy / "config.json").open("r+b") as file:
+            file.truncate(1 << 33)
+        self.refused(single_copy, "config.json has 8589934592 bytes", SpielError)
+
+    def test_an_adapter_is_no_model(self, tmp_path):
+        (tmp_path / "adapter_config.json").write_text("{}")
+        self.refused(
+            tmp_path, "is an adapter and has no config.json: give the model it belongs to", FileNotFoundError
+        )
+
+    def test_code_of_a_folder_is_not_run(self, single_copy):
+        (single_copy / "evil.py").write_text("raise SystemExit('run')")
+        (single_copy / "tokenizer_config.json").write_text(
+            json.dumps({"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"})
+        )
+        with pytest.raises(SpielError, match="no tokenizer can be read from"):
+            open_model(str(single_copy)).tokenizer()
+
+    def test_a_sentencepiece_model_names_its_package(self, single_copy, monkeypatch):
+        (single_copy / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+        monkeypatch.setattr("spiel_jax.models.io.huggingface.find_spec", lambda name: None)
+        with pytest.raises(SpielError, match="needs sentencepiece.: pip install sentencepiece"):
+            open_model(str(single_copy)).tokenizer()
+
+    def test_what_is_neither_a_file_nor_a_folder(self, tmp_path):
+        os.mkfifo(tmp_path / "x.gguf")
+        self.refused(tmp_path / "x.gguf", "is neither a file nor a folder", SpielError)
 
     def test_truncated(self, single_copy):
         path = single_copy / "model.safetensors"
