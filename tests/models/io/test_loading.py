@@ -474,7 +474,7 @@ class TestFilesThatDoNotFit:
     def test_a_sentencepiece_model_names_its_package(self, single_copy, monkeypatch):
         (single_copy / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
         monkeypatch.setattr("spiel_jax.models.io.huggingface.find_spec", lambda name: None)
-        with pytest.raises(SpielError, match="needs sentencepiece.: pip install sentencepiece"):
+        with pytest.raises(SpielError, match=r"needs sentencepiece.: pip install sentencepiece"):
             open_model(str(single_copy)).tokenizer()
 
     def test_what_is_neither_a_file_nor_a_folder(self, tmp_path):
