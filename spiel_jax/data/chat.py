@@ -1,6 +1,7 @@
 """From an example to token ids and the mask of the tokens to learn."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from spiel_jax.data.formats import Example, Message
+from spiel_jax.data.formats import Example
+from spiel_jax.data.traces import is_usual, untraced
+from spiel_jax.data.turns import REASONING, Message
 from spiel_jax.errors import SpielError
 
 if TYPE_CHECKING:
@@ -123,32 +126,106 @@ class Encoder:
         moves reasoning, and takes it out of earlier turns); then only the last turn is learnt,
         which is what comes after the generation prompt.
 
+        Turns that say more than a text (thoughts, calls) are located one by one: a turn is what rendering
+        up to its end adds to rendering up to the generation prompt before it.
+
         Returns:
-          The text, or ``None`` if the assistant says nothing.
+          The text, or ``None`` if the assistant says nothing that is to be learnt.
 
         Raises:
-          TemplateMismatch: the template fails both tests, or does not accept the conversation (some
-            want user and assistant to alternate).
+          TemplateMismatch: the template fails both tests, passes over something that a message holds, or
+            does not accept the conversation (some want user and assistant to alternate).
         """
-        if self._plain and example.plain is not None:
-            prompt, completion = example.plain
-            text = prompt + completion
-            return Rendered(text, [(len(prompt), len(text))], framed=True)
-        turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
+        if example.plain is not None and (self._plain or not example.messages):
+            return self._plain_text(*example.plain)
+        said = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
+        turns = said if example.learnt is None else [i for i in said if example.learnt[i]]
         if not turns:
             return None
-        messages = example.messages[: turns[-1] + 1]
+        messages, tools = example.messages[: turns[-1] + 1], example.tools
         try:
-            text = self._apply(messages)
-            if self._tracks_turns:
-                return Rendered(text, self._tracked_spans(messages))
-            return self._locate(text, messages, turns)
+            if is_usual(messages, tools):
+                return self._usual(messages, turns)
+            messages = [self._with_known_names(message) for message in messages]
+            if passed_over := untraced(self._apply, messages, tools):
+                raise TemplateMismatch(
+                    f"the chat template does not write {passed_over}: remove it, or give another template"
+                )
+            return self._one_by_one(self._apply(messages, tools), messages, turns, tools)
         except jinja2.TemplateError as error:
             raise TemplateMismatch(f"the chat template refuses it: {error}") from error
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+            if isinstance(error, SpielError):
+                raise
+            raise TemplateMismatch(
+                f"the chat template fails on it: {type(error).__name__}: {error}"
+            ) from error
 
-    def _apply(self, messages: list[Message], prompt: bool = False) -> str:
+    def _plain_text(self, prompt: str, completion: str) -> Rendered:
+        if self._tokenizer.eos_token_id is None:
+            raise TemplateMismatch("plain text needs an end-of-sequence token; the tokenizer has none")
+        text = prompt + completion
+        return Rendered(text, [(len(prompt), len(text))], framed=True)
+
+    def _usual(self, messages: list[Message], turns: list[int]) -> Rendered:
+        """A conversation of texts alone, of which some turns are learnt, the last one among them."""
+        said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        text = self._apply(messages)
+        if self._tracks_turns:
+            rendered = Rendered(text, self._tracked_spans(messages))
+            return rendered if turns == said else self._only(rendered, messages, turns)
+        rendered = self._locate(text, messages, said)
+        if len(turns) == len(said) or rendered.last_turn_only:
+            return rendered
+        spans = [span for i, span in zip(said, rendered.spans, strict=True) if i in turns]
+        return dataclasses.replace(rendered, spans=spans)
+
+    def _only(self, rendered: Rendered, messages: list[Message], turns: list[int]) -> Rendered:
+        """The same with no more to learn than these turns."""
+        places = self._one_by_one(rendered.text, messages, turns, None).spans
+        spans = [s for s in rendered.spans if any(a <= s[0] and s[1] <= b for a, b in places)]
+        return dataclasses.replace(rendered, spans=spans)
+
+    def _one_by_one(
+        self, text: str, messages: list[Message], turns: list[int], tools: list[Message] | None
+    ) -> Rendered:
+        spans = []
+        for i in turns:
+            before = self._apply(messages[:i], tools, prompt=True) if i else ""
+            through = self._apply(messages[: i + 1], tools).rstrip()
+            if text.startswith(through) and through.startswith(before):
+                spans.append((len(before), len(through)))
+            elif i == turns[-1]:
+                raise TemplateMismatch("the chat template rewrites the turns of the conversation")
+        return Rendered(text, spans, last_turn_only=len(spans) < len(turns))
+
+    @functools.cached_property
+    def _thoughts(self) -> str:
+        """The name under which the template knows what is thought before an answer."""
+        for key in REASONING:
+            turn: list[Message] = [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b", key: _MARK},
+            ]
+            try:
+                if _MARK in self._apply(turn):
+                    return key
+            except Exception:  # whatever is wrong with the template, the rows will tell
+                continue
+        return REASONING[0]
+
+    def _with_known_names(self, message: Message) -> Message:
+        known = REASONING[0]
+        if known not in message or self._thoughts == known:
+            return message
+        return {self._thoughts if key == known else key: value for key, value in message.items()}
+
+    def _apply(
+        self, messages: Sequence[Message], tools: list[Message] | None = None, prompt: bool = False
+    ) -> str:
         text = self._tokenizer.apply_chat_template(
-            messages,
+            list(messages),
+            tools=tools,  # type: ignore[arg-type]
             chat_template=self._template,
             tokenize=False,
             add_generation_prompt=prompt,

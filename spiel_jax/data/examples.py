@@ -9,8 +9,9 @@ import numpy as np
 import tqdm
 
 from spiel_jax.data.chat import Encoded, Encoder, Rendered, TemplateMismatch
+from spiel_jax.data.files import MalformedRow
 from spiel_jax.data.formats import FORMATS, Example, parse_row
-from spiel_jax.data.rows import MalformedRow, read_rows
+from spiel_jax.data.rows import read_rows
 from spiel_jax.errors import SpielError
 
 _log = logging.getLogger(__name__)

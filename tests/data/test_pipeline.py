@@ -227,7 +227,7 @@ def test_nothing_held_out(load):
 
 
 def test_malformed_rows(load, caplog):
-    rows = ["{broken", *pairs(2), {"prompt": "a"}, *[{"text": "b"}] * 5]
+    rows = ["{broken", *pairs(2), {"prompt": "a"}, *[{"words": "b"}] * 5]
     with pytest.raises(MalformedRow, match=r"0.jsonl:1: not valid JSON"):
         load(rows)
     with caplog.at_level(logging.WARNING):

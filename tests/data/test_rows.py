@@ -69,7 +69,7 @@ def test_package_is_found_and_not_imported(tmp_path, monkeypatch):
         ("a.json", '{"a": 1}\n{"a": 2}', r"a.json:2: .*belongs in .jsonl"),
         ("a.json", {"a": 1}, r"expected a list of rows"),
         ("a.json", {"data": 3}, r"expected a list of rows"),
-        ("a.csv", "a,b", r"unknown file type, expected one of .json"),
+        ("a.xml", "<a/>", r"unknown file type, expected one of .json"),
         ("a.parquet", "nonsense", r"not a readable parquet file"),
     ],
 )
@@ -81,7 +81,7 @@ def test_unreadable_files(tmp_path, name, content, message):
 def test_missing_sources(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="no such file"):
         read_rows(str(tmp_path / "none.jsonl"))
-    with pytest.raises(DataError, match=r"is not a file: give one of .json"):
+    with pytest.raises(DataError, match=r"no data file in this folder"):
         read_rows(str(tmp_path))
     with pytest.raises(DataError, match=r"no package 'no_such_talks' .* pip install"):
         read_rows("package:no_such_talks")
