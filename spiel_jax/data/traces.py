@@ -7,6 +7,7 @@ the conversation again with marks in place of what is in question.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from spiel_jax.data.templates import TemplateRefusal
 from spiel_jax.data.turns import REASONING, Message
 
 _USUAL = ("system", "user", "assistant")
@@ -37,14 +38,14 @@ def untraced(write: Write, messages: Sequence[Message], tools: list[Message] | N
     marked_tools = [_named(tool, _mark(len(asked) + n)) for n, tool in enumerate(tools or [])]
     try:
         shown = write(marked, marked_tools or None)
-    except Exception:  # a template may look into what it is given
+    except TemplateRefusal:  # it may look into what it is given
         shown = ""
 
     def unchanged(other: Sequence[Message], other_tools: list[Message] | None) -> bool:
         """Whether the template writes the same for another conversation; if it refuses, it does not."""
         try:
             return write(other, other_tools) == text
-        except Exception:
+        except TemplateRefusal:
             return False
 
     missing = []

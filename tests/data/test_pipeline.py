@@ -77,6 +77,9 @@ def test_report(load):
         "examples": 4,
         "truncated": 0,
         "last_turn_only": 0,
+        "split": 0,
+        "mismatched": 0,
+        "endless": 0,
         "tokens": 20,
         "supervised_tokens": 16,
     }
