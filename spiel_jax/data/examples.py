@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ import tqdm
 from spiel_jax.data.chat import Encoded, Encoder
 from spiel_jax.data.files import DataError, MalformedRow, Row
 from spiel_jax.data.formats import FORMATS, Example, parse_row
+from spiel_jax.data.reports import SourceReport, warn_of_losses, warn_of_unread
 from spiel_jax.data.rows import read_rows
 from spiel_jax.data.writing import Rendered, TemplateMismatch
 from spiel_jax.errors import SpielError
@@ -36,13 +37,14 @@ class SourceSpec:
     """One source of examples.
 
     Attributes:
-      path: a local ``.json``, ``.jsonl`` (optionally ``.gz``) or ``.parquet`` file,
-        ``package:NAME``, or a hub dataset id: see `rows.read_rows`.
+      path: a local file or folder, several by wildcards, ``package:NAME``, or a hub dataset id: see
+        `rows.read_rows`.
       weight: the share of an epoch's examples drawn from this source, relative to the other
         sources' weights. ``None``, for all sources or for none: every example once per epoch.
       format: what the rows look like (see `formats.parse_row`); ``None`` detects it row by row.
-      split: the split of a hub dataset.
+      split: the split of a hub dataset, or of a folder whose files have splits.
       name: the configuration name of a hub dataset.
+      columns: what the rows call keys of their format, ``{"instruction": "question", "output": "reply"}``.
       max_examples: keep the first so many examples of the source (rows that are skipped do not
         count); ``None`` keeps all.
 
@@ -56,6 +58,7 @@ class SourceSpec:
     split: str = "train"
     name: str | None = None
     max_examples: int | None = None
+    columns: Mapping[str, str] | None = None
 
     def __post_init__(self):
         if not isinstance(self.path, str) or not self.path:
@@ -70,52 +73,24 @@ class SourceSpec:
         limit = self.max_examples
         if limit is not None and (not isinstance(limit, int) or limit < 1):
             raise SpielError(f"max_examples of {self.path} must be an int from 1, not {limit!r}")
+        if self.columns is not None:
+            _check_columns(self.path, self.format, self.columns)
 
 
-@dataclasses.dataclass(frozen=True)
-class SourceReport:
-    """What became of a source's rows.
-
-    ``read + split = examples + malformed + unsupervised + too_long + cut_away``.
-
-    Attributes:
-      path: the source.
-      read: rows read.
-      malformed: skipped, since they do not have their format or the chat template refuses them.
-      unsupervised: skipped, without a token to learn (nobody speaks as the assistant).
-      too_long: skipped, longer than a row (``truncate="skip"``).
-      cut_away: skipped, since truncation cut every token to learn.
-      examples: kept.
-      truncated: kept, but tokens to learn were cut from their end.
-      last_turn_only: kept, but earlier assistant turns could not be written and are not learnt.
-      split: examples beyond one of a row, where the chat template does not write all turns of a conversation
-        as it asks for them (see `chat.Encoder.render_all`).
-      mismatched: kept, but `generate` will ask otherwise than they teach.
-      endless: kept, but no token at which `generate` stops is learnt.
-      tokens: tokens kept.
-      supervised_tokens: tokens kept which are learnt.
-    """
-
-    path: str
-    read: int = 0
-    malformed: int = 0
-    unsupervised: int = 0
-    too_long: int = 0
-    cut_away: int = 0
-    examples: int = 0
-    truncated: int = 0
-    last_turn_only: int = 0
-    split: int = 0
-    mismatched: int = 0
-    endless: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-
-    def __str__(self) -> str:
-        skipped = ("malformed", "unsupervised", "too_long", "cut_away")
-        counts = ", ".join(f"{getattr(self, field)} {field}" for field in skipped)
-        split = f" and {self.split} split off" if self.split else ""
-        return f"{self.path}: {self.read} rows read{split}, {counts}, {self.examples} kept"
+def _check_columns(path: str, format: str | None, columns: object):
+    if not isinstance(columns, Mapping) or not all(
+        isinstance(word, str) and word for pair in columns.items() for word in pair
+    ):
+        raise SpielError(
+            f'columns of {path} must say what rows call keys, as {{"instruction": "question"}}, '
+            f"not {columns!r}"
+        )
+    known = set[str]().union(*(FORMATS[name].reads for name in ([format] if format else FORMATS)))
+    if unknown := sorted(columns.keys() - known):
+        raise SpielError(
+            f"columns of {path}: no format{f' {format!r}' if format else ''} has a key {unknown[0]!r}: give "
+            f"{{key: its name in the rows}}, with keys from {', '.join(sorted(known))}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +220,8 @@ class _Reader:
         self._on_mismatch = on_mismatch
         self._vocab_size = vocab_size
         self._counts: collections.Counter[str] = collections.Counter()
+        self._unread: collections.Counter[str] = collections.Counter()
+        self._unseen = set((source.columns or {}).values())
         self._first: dict[str, str] = {}  # location and problem of the first example of a kind
         self._read: list[_Read | MalformedRow] = []
         self._characters = 0  # in what has been read
@@ -263,18 +240,27 @@ class _Reader:
 
     def take(self, row: Row) -> None:
         try:
-            example = parse_row(row, self._source.format)
+            if self._unseen and isinstance(row.value, Mapping):
+                self._unseen -= row.value.keys()
+            example = parse_row(row, self._source.format, self._source.columns)
+            self._unread.update(example.ignored)
             shown = example
             if self._truncate == "end":
                 shown = _shorten(example, _CHARACTERS * self._max_tokens)
             self._read.append(_Read(row.location, shown, shown is not example))
             self._characters += sum(len(message["content"]) for message in shown.messages)
+            self._characters += sum(map(len, shown.plain or ()))
         except MalformedRow as error:
             self._read.append(error)
         if len(self._read) >= min(self._wanted, _CALL) or self._characters > _RENDERED:
             self._write()
 
     def finish(self) -> None:
+        if self._unseen:
+            raise DataError(
+                f"{self._source.path}: no row has the key {min(self._unseen)!r} that columns names: "
+                "correct it, or remove it from columns"
+            )
         if not self.full:
             self._write()
             self._encode()
@@ -292,7 +278,7 @@ class _Reader:
             if isinstance(texts, TemplateMismatch):
                 self._skip(MalformedRow(one.location, str(texts)), texts)
                 continue
-            self._counts["unsupervised"] += not texts
+            self._counts["cut_away" if one.shortened else "unsupervised"] += not texts
             self._counts["split"] += max(0, len(texts) - 1)
             self._texts += [_Text(one.location, text, one.shortened) for text in texts]
             if len(self._texts) >= min(self._wanted, _CALL):
@@ -366,6 +352,8 @@ class _Reader:
         )
         if report.malformed or report.last_turn_only:
             _log.warning("%s", report)
+        warn_of_losses(report)
+        warn_of_unread(report.path, self._unread)
         for kind, first in self._first.items():
             _log.warning(
                 "%s: %d of %d examples: %s. The first is %s. %s=error refuses",

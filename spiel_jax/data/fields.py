@@ -22,7 +22,7 @@ time timestamp timestamps date datetime created created_utc updated modified yea
 length lengths len size tokens chars words turn
 model models model_name engine generator teacher provider temperature top_p max_tokens seed usage
 finish_reason stop_reason logprobs latency cost
-version revision batch epoch fold meta metadata _meta extra_info other_info info
+version revision batch epoch fold meta metadata _meta
 embedding embeddings vector annotations cache_control parallel_tool_calls
 """
 _NOTE_ENDINGS = """
@@ -35,8 +35,8 @@ _BEGINS_NOTE = ("num_", "n_", "score_", "Unnamed: ")
 
 _MORE_THAN_TEXT = "image images audio audios video videos input_audio"
 _MASKS = """
-train_detail training_detail loss_mask loss_weight loss_scale mask masks masked labels label_mask completion_mask
-assistant_mask assistant_masks
+train_detail training_detail loss_mask loss_weight loss_scale mask masks masked labels label_mask
+completion_mask assistant_mask assistant_masks
 """
 _RENDERING = "chat_template chat_template_kwargs add_generation_prompt continue_final_message"
 _REFUSED = {

@@ -203,9 +203,9 @@ def _hub_rows(hub: re.Match[str], split: str, name: str | None) -> Iterator[Row]
     import datasets  # as above
 
     path = hub[0]
-    given = {"data_dir": hub["part"].strip("/"), "revision": hub["revision"]}
+    folder = hub["part"].strip("/") or None
     try:
-        table = datasets.load_dataset(hub["id"], name, split=split, **{k: v for k, v in given.items() if v})
+        table = datasets.load_dataset(hub["id"], name, split=split, data_dir=folder, revision=hub["revision"])
     except Exception as error:  # no network, no such dataset, split or configuration, gated, ...
         raise DataError(
             f"{path}: no such file, and the dataset of that name could not be loaded from the "
