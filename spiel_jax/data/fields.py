@@ -83,7 +83,9 @@ def unread(fields: Mapping[str, Any], known: Collection[str], said: Collection[s
             raise ValueError(f"a key must be a string, not {key!r}")
         if value is None or value != value or (value in ("", [], {}) and value is not False):
             continue
-        if key in _REFUSED and not (key == "labels" and _are_names(value)):
+        if key == "labels" and _are_names(value):
+            continue
+        if key in _REFUSED:
             raise ValueError(f"{key!r} {_REFUSED[key]}")
         if key in ("label", "kto_tag") and isinstance(value, bool):
             if not value:

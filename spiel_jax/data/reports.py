@@ -8,9 +8,8 @@ _log = logging.getLogger(__name__)
 
 _LOUD = 0.05  # the share of a source that may be lost before it is worth a warning
 _NAMED = 12  # keys of a source's rows which are named in a message
-_LOST = {
-    "malformed": "malformed: mend them",
-    "unsupervised": "without anything to learn: nobody speaks as the assistant, or all of it is marked",
+_REMEDIES = {
+    "unsupervised": "without anything to learn: nobody speaks as the assistant, or all of it is marked as not to be learnt",
     "too_long": "longer than data.sequence_length: raise it, or cut them with data.truncate=end",
     "cut_away": "with all that is to be learnt beyond data.sequence_length: raise it",
 }
@@ -58,23 +57,21 @@ class SourceReport:
     @property
     def dropped(self) -> int:
         """What was read and is not kept."""
-        return sum(getattr(self, field) for field in _LOST)
+        return sum(getattr(self, field) for field in ("malformed", *_REMEDIES))
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{getattr(self, field)} {field}" for field in _LOST)
+        counts = ", ".join(f"{getattr(self, field)} {field}" for field in ("malformed", *_REMEDIES))
         split = f" and {self.split} split off" if self.split else ""
         cut = f" ({self.truncated} truncated)" if self.truncated else ""
         return f"{self.path}: {self.read} rows read{split}, {counts}, {self.examples} kept{cut}"
 
 
 def warn_of_losses(report: SourceReport) -> None:
-    """Says what was lost of a source, if it is more than a few."""
-    if report.dropped > _LOUD * (report.read + report.split):
-        lost = "; ".join(f"{n} {why}" for field, why in _LOST.items() if (n := getattr(report, field)))
-        _log.warning(
-            "%s: %d of %d rows are left out: %s",
-            *(report.path, report.dropped, report.read + report.split, lost),
-        )
+    """Says what filtering and truncation took of a source, if it is more than a few."""
+    taken, rows = report.dropped - report.malformed, report.read + report.split
+    if taken > _LOUD * rows:
+        whys = [f"{n} {why}" for field, why in _REMEDIES.items() if (n := getattr(report, field))]
+        _log.warning("%s: %d of %d rows are left out: %s", report.path, taken, rows, "; ".join(whys))
     if report.truncated > _LOUD * report.examples:
         _log.warning(
             "%s: %d of %d examples are cut at their end, being longer than data.sequence_length: raise it, "

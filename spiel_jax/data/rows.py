@@ -24,6 +24,7 @@ _PACKAGE = "package:"
 _HUB_ID = re.compile(
     r"(?P<id>[\w-][\w.-]*(/[\w-][\w.-]*)?)(?P<part>(/[\w-][\w.-]*)*)(@(?P<revision>[\w./-]+))?"
 )
+_ADDRESS = re.compile(r"\w{2,}://")
 _SPLIT = re.compile(r"(?:^|[-_./ ])(train|training|test|testing|validation|valid|val|dev|eval)(?=[-_./ ])")
 _SPLITS = {
     "training": "train",
@@ -68,7 +69,9 @@ def read_rows(path: str, *, split: str = "train", name: str | None = None) -> It
     if path.startswith(_PACKAGE):
         _check_whole(path, split, name)
         return file_rows(_package_file(path))
-    place = pathlib.Path(path).expanduser()
+    if _ADDRESS.match(path):
+        raise DataError(f"{path} is an address, and sources are local files or ids of hub datasets: fetch it")
+    place = _place(path)
     if _exists(place):
         if place.is_dir():
             _check_whole(path, "train", name)
@@ -83,6 +86,13 @@ def read_rows(path: str, *, split: str = "train", name: str | None = None) -> It
         return _hub_rows(hub, split, name)
     _check_whole(path, split, name)
     return file_rows(place)
+
+
+def _place(path: str) -> pathlib.Path:
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{path}: there is no such home directory") from error
 
 
 def _exists(place: pathlib.Path) -> bool:
@@ -106,7 +116,7 @@ def _several(files: list[pathlib.Path]) -> Iterator[Row]:
 
 def _matches(path: str) -> list[pathlib.Path]:
     """The files that a path with wildcards names."""
-    found = [pathlib.Path(one) for one in glob.glob(str(pathlib.Path(path).expanduser()), recursive=True)]
+    found = [pathlib.Path(one) for one in glob.glob(str(_place(path)), recursive=True)]
     files = sorted(one for one in found if not one.is_dir())
     if not files:
         raise DataError(f"{path}: no file has such a name")
