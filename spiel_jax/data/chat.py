@@ -1,75 +1,23 @@
 """From an example to token ids and the mask of the tokens to learn."""
 
 import dataclasses
-import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import datetime
+import functools
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING
 
-import jinja2
 import numpy as np
 
-from spiel_jax.data.formats import Example, Message
+from spiel_jax.data.formats import Example
+from spiel_jax.data.stops import TurnEnds, stop_tokens
+from spiel_jax.data.templates import MARK, ChatTemplate, Request, TemplateRefusal, adds_bos
+from spiel_jax.data.traces import is_usual, untraced
+from spiel_jax.data.turns import REASONING, Message
+from spiel_jax.data.writing import Answer, Rendered, TemplateMismatch, Writer
 from spiel_jax.errors import SpielError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# The format of Tülu and of the SpIEL paper's runs (github.com/allenai/open-instruct).
-_TULU = (
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\n' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
-_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# A noncharacter, which Unicode reserves for uses such as this one: no text contains it.
-_MARK = "\ufdd0"
-
-
-class TemplateMismatch(SpielError):
-    """The chat template does not let an example's assistant turns be told apart."""
-
-
-def chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
-    r"""The template that conversations are written with: the tokenizer's own, else Tülu's.
-
-    Tülu's is ``<|user|>\n...\n<|assistant|>\n...`` and the end-of-sequence token after each
-    assistant turn, behind a beginning-of-sequence token where the tokenizer would add one. Give it
-    to ``tokenizer.apply_chat_template(..., chat_template=...)`` for prompts as in training.
-
-    Raises:
-      SpielError: there is no template and no end-of-sequence token to build Tülu's with.
-    """
-    if tokenizer.chat_template is not None:
-        return tokenizer.get_chat_template()
-    if tokenizer.eos_token is None:
-        raise SpielError("the tokenizer has neither a chat template nor an end-of-sequence token")
-    return ("{{ bos_token }}" if _adds_bos(tokenizer) else "") + _TULU
-
-
-def _adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][0] == bos
-
-
-@dataclasses.dataclass(frozen=True)
-class Rendered:
-    """An example as text.
-
-    Attributes:
-      text: what the tokenizer reads.
-      spans: the parts of it to learn, as [start, end) in characters.
-      framed: plain text, which gets the tokenizer's beginning-of-sequence token if it has the habit
-        and an end-of-sequence token (to learn).
-      last_turn_only: earlier assistant turns could not be located and are not learnt.
-    """
-
-    text: str
-    spans: Sequence[tuple[int, int]]
-    framed: bool = False
-    last_turn_only: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +40,18 @@ class Encoder:
       style: how rows with a prompt and a completion are written: ``chat``, as a conversation;
         ``plain``, one after the other and an end-of-sequence token; ``auto``, as a conversation if
         the tokenizer has a chat template, else plain.
+      date: what a template that asks for the date is told; default: now.
 
     Raises:
       SpielError: the style is unknown, the tokenizer is not fast or has no end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", style: str = "auto"):
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        style: str = "auto",
+        date: datetime.datetime | None = None,
+    ):
         if style not in ("auto", "chat", "plain"):
             raise SpielError(f"unknown style {style!r}: expected one of auto, chat, plain")
         if not tokenizer.is_fast:
@@ -105,99 +59,121 @@ class Encoder:
                 f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed"
             )
         self._tokenizer = tokenizer
-        self._template = chat_template(tokenizer)
-        self._tracks_turns = _GENERATION_TAG.search(self._template) is not None
+        self._template = ChatTemplate(tokenizer, date)
+        self._writer = Writer(self._template, TurnEnds(tokenizer))
         self._plain = style == "plain" or (style == "auto" and tokenizer.chat_template is None)
         if self._plain and tokenizer.eos_token_id is None:
             raise SpielError("plain text needs an end-of-sequence token; the tokenizer has none")
-        self._adds_bos = _adds_bos(tokenizer)
+        self._adds_bos = adds_bos(tokenizer)
 
-    def render(self, example: Example) -> Rendered | None:
-        """Writes an example as text.
+    @functools.cached_property
+    def stops(self) -> dict[int, str]:
+        """The tokens at which generation stops, and how they are written."""
+        ids = sorted(stop_tokens(self._tokenizer, self._template))
+        return {token: self.name(token) for token in ids}
+
+    def name(self, token: int) -> str:
+        """How a token is written."""
+        return str(self._tokenizer.decode([token])) or str(self._tokenizer.convert_ids_to_tokens(token))
+
+    def render(self, example: Example) -> list[Rendered]:
+        """Writes an example as one text, or as several; see `render_all`.
+
+        Raises:
+          TemplateMismatch: the template does not take the conversation, passes over something that a message
+            holds, or writes it so that the last turn cannot be located.
+        """
+        (texts,) = self.render_all([example])
+        if isinstance(texts, TemplateMismatch):
+            raise texts
+        return texts
+
+    def render_all(self, examples: Sequence[Example]) -> list[list[Rendered] | TemplateMismatch]:
+        """Writes examples as texts.
 
         What follows the last assistant turn is left out, since no loss depends on it. The turns are
         located by the template's own ``{% generation %}`` marks if it has them. Otherwise the
         conversation is rendered a second time with a mark in place of what the assistant says: the
         text between the marks, woven with what the assistant says (as it is, or stripped), must
-        give the first rendering exactly. A template that rewrites turns fails that test (Qwen3
-        moves reasoning, and takes it out of earlier turns); then only the last turn is learnt,
-        which is what comes after the generation prompt.
+        give the first rendering exactly. Turns that say more than a text (thoughts, calls) are located one
+        by one: a turn is what rendering up to its end adds to the generation prompt before it.
+
+        Before every turn the text must begin with what generation writes there, the conversation and the
+        generation prompt. Where it does not (Qwen3 takes reasoning out of earlier turns, Mistral moves the
+        system message), an example becomes several, one for each turn: the prompt and the turn after it.
 
         Returns:
-          The text, or ``None`` if the assistant says nothing.
+          The texts of each example, none if the assistant says nothing that is to be learnt; or why it
+          cannot be written.
 
         Raises:
-          TemplateMismatch: the template fails both tests, or does not accept the conversation (some
-            want user and assistant to alternate).
+          TemplateError: the template exceeds its limits.
         """
-        if self._plain and example.plain is not None:
-            prompt, completion = example.plain
-            text = prompt + completion
-            return Rendered(text, [(len(prompt), len(text))], framed=True)
-        turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
+        outcomes: list[list[Rendered] | TemplateMismatch] = [[] for _ in examples]
+        writing = {number: self._written(example) for number, example in enumerate(examples)}
+        answers: dict[int, Answer | None] = dict.fromkeys(writing)
+        while writing:
+            requests = {}
+            for number, steps in list(writing.items()):
+                try:
+                    requests[number] = steps.send(answers[number])
+                except StopIteration as done:
+                    outcomes[number] = done.value
+                except TemplateMismatch as problem:
+                    outcomes[number] = problem
+                if number not in requests:
+                    del writing[number]
+            if requests:
+                rendered = self._template.render(list(requests.values()))
+                answers = dict(zip(requests, rendered, strict=True))
+        return outcomes
+
+    def _written(self, example: Example) -> Generator[Request, Answer, list[Rendered]]:
+        if example.plain is not None and (self._plain or not example.messages):
+            return [self._plain_text(*example.plain)]
+        said = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
+        turns = said if example.learnt is None else [i for i in said if example.learnt[i]]
         if not turns:
-            return None
-        messages = example.messages[: turns[-1] + 1]
-        try:
-            text = self._apply(messages)
-            if self._tracks_turns:
-                return Rendered(text, self._tracked_spans(messages))
-            return self._locate(text, messages, turns)
-        except jinja2.TemplateError as error:
-            raise TemplateMismatch(f"the chat template refuses it: {error}") from error
+            return []
+        messages, tools = example.messages[: turns[-1] + 1], example.tools
+        if not is_usual(messages, tools):
+            messages = [self._with_known_names(message) for message in messages]
+            try:
+                passed_over = untraced(self._template.write, messages, tools)
+            except TemplateRefusal as refusal:
+                raise TemplateMismatch(f"the chat template refuses it: {refusal}") from refusal
+            if passed_over:
+                raise TemplateMismatch(
+                    f"the chat template does not write {passed_over}: remove it, or give another template"
+                )
+        return (yield from self._writer.write(messages, turns, tools))
 
-    def _apply(self, messages: list[Message], prompt: bool = False) -> str:
-        text = self._tokenizer.apply_chat_template(
-            messages,
-            chat_template=self._template,
-            tokenize=False,
-            add_generation_prompt=prompt,
-        )
-        assert isinstance(text, str)
-        return text
+    def _plain_text(self, prompt: str, completion: str) -> Rendered:
+        if self._tokenizer.eos_token_id is None:
+            raise TemplateMismatch("plain text needs an end-of-sequence token; the tokenizer has none")
+        text = prompt + completion
+        return Rendered(text, [(len(prompt), len(text))], framed=True)
 
-    def _tracked_spans(self, messages: list[Message]) -> list[tuple[int, int]]:
-        encoding: Any = self._tokenizer.apply_chat_template(
-            messages,
-            chat_template=self._template,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-        )
-        masks, offsets = encoding["assistant_masks"], encoding["offset_mapping"]
-        return [span for span, learnt in zip(offsets, masks, strict=True) if learnt]
+    @functools.cached_property
+    def _thoughts(self) -> str:
+        """The name under which the template knows what is thought before an answer."""
+        for key in REASONING:
+            turn: list[Message] = [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b", key: MARK},
+            ]
+            try:
+                if MARK in self._template.write(turn):
+                    return key
+            except TemplateRefusal:  # whatever is wrong with the template, the rows will tell
+                continue
+        return REASONING[0]
 
-    def _locate(self, text: str, messages: list[Message], turns: list[int]) -> Rendered:
-        said = [messages[i]["content"] for i in turns]
-        marked = [
-            {**message, "content": _MARK} if message["role"] == "assistant" else message
-            for message in messages
-        ]
-        between = self._apply(marked).split(_MARK)
-        # The last turn may begin before what the assistant says, with an empty block of thoughts.
-        prompt = self._apply(messages[:-1], prompt=True) if len(messages) > 1 else ""
-        opening = len(prompt) if prompt and text.startswith(prompt) else None
-
-        for shown in (said, [content.strip() for content in said]):
-            if len(between) == len(said) + 1 and text == _weave(between, shown):
-                break
-        else:
-            if opening is None:
-                raise TemplateMismatch("the chat template rewrites the turns of the conversation")
-            span = (opening, len(text.rstrip()))
-            return Rendered(text, [span], last_turn_only=len(turns) > 1)
-
-        end_of_turn = between[-1].rstrip()
-        if not all(part.startswith(end_of_turn) for part in between[1:]):
-            raise TemplateMismatch("the chat template ends the last turn unlike the others")
-        spans, position = [], 0
-        for part, content in zip(between, shown, strict=False):
-            start = position + len(part)
-            position = start + len(content)
-            spans.append((start, position + len(end_of_turn)))
-        if opening is not None:
-            spans[-1] = (min(opening, spans[-1][0]), spans[-1][1])
-        return Rendered(text, spans)
+    def _with_known_names(self, message: Message) -> Message:
+        known = REASONING[0]
+        if known not in message or self._thoughts == known:
+            return message
+        return {self._thoughts if key == known else key: value for key, value in message.items()}
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Encoded]:
         """Tokenizes texts, all in one call; a token is learnt if it overlaps a span."""
@@ -229,9 +205,3 @@ class Encoder:
             tokens = np.concatenate([np.asarray(bos, np.int32), tokens, np.asarray(eos, np.int32)])
             supervised = np.concatenate([np.zeros(len(bos), bool), supervised, [True]])
         return Encoded(tokens, supervised)
-
-
-def _weave(between: Sequence[str], shown: Sequence[str]) -> str:
-    """``between[0] shown[0] between[1] shown[1] ... between[-1]``, with one ``between`` more."""
-    parts = [part for pair in zip(between, shown, strict=False) for part in pair]
-    return "".join([*parts, between[-1]])

@@ -3,23 +3,33 @@
 import collections
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tqdm
 
-from spiel_jax.data.chat import Encoded, Encoder, Rendered, TemplateMismatch
+from spiel_jax.data.chat import Encoded, Encoder
+from spiel_jax.data.files import DataError, MalformedRow, Row
 from spiel_jax.data.formats import FORMATS, Example, parse_row
-from spiel_jax.data.rows import MalformedRow, read_rows
+from spiel_jax.data.reports import SourceReport, warn_of_losses, warn_of_unread
+from spiel_jax.data.rows import read_rows
+from spiel_jax.data.writing import Rendered, TemplateMismatch
 from spiel_jax.errors import SpielError
 
 _log = logging.getLogger(__name__)
 
 _CALL = 256  # examples per call of the tokenizer, which works on them in parallel
+_RENDERED = 1_000_000  # characters, or so, that are rendered at a time
 _LOGGED = 5  # malformed rows of a source which are logged one by one
 # Turns beyond this many characters per token of the longest example are not even tokenized: text
 # has 3 to 5, and the longest chats are many times a row.
 _CHARACTERS = 8
+_PROBLEMS = {
+    "mismatched": "`generate` will ask otherwise than they teach",
+    "endless": "they do not teach to stop",
+}
+_REMEDY = "Give a chat template that fits (data.chat_template=FILE); data.on_mismatch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +37,14 @@ class SourceSpec:
     """One source of examples.
 
     Attributes:
-      path: a local ``.json``, ``.jsonl`` (optionally ``.gz``) or ``.parquet`` file,
-        ``package:NAME``, or a hub dataset id: see `rows.read_rows`.
+      path: a local file or folder, several by wildcards, ``package:NAME``, or a hub dataset id: see
+        `rows.read_rows`.
       weight: the share of an epoch's examples drawn from this source, relative to the other
         sources' weights. ``None``, for all sources or for none: every example once per epoch.
       format: what the rows look like (see `formats.parse_row`); ``None`` detects it row by row.
-      split: the split of a hub dataset.
+      split: the split of a hub dataset, or of a folder whose files have splits.
       name: the configuration name of a hub dataset.
+      columns: what the rows call keys of their format, ``{"instruction": "question", "output": "reply"}``.
       max_examples: keep the first so many examples of the source (rows that are skipped do not
         count); ``None`` keeps all.
 
@@ -47,6 +58,7 @@ class SourceSpec:
     split: str = "train"
     name: str | None = None
     max_examples: int | None = None
+    columns: Mapping[str, str] | None = None
 
     def __post_init__(self):
         if not isinstance(self.path, str) or not self.path:
@@ -61,45 +73,24 @@ class SourceSpec:
         limit = self.max_examples
         if limit is not None and (not isinstance(limit, int) or limit < 1):
             raise SpielError(f"max_examples of {self.path} must be an int from 1, not {limit!r}")
+        if self.columns is not None:
+            _check_columns(self.path, self.format, self.columns)
 
 
-@dataclasses.dataclass(frozen=True)
-class SourceReport:
-    """What became of a source's rows.
-
-    ``read = examples + malformed + unsupervised + too_long + cut_away``.
-
-    Attributes:
-      path: the source.
-      read: rows read.
-      malformed: skipped, since they do not have their format or the chat template refuses them.
-      unsupervised: skipped, without a token to learn (nobody speaks as the assistant).
-      too_long: skipped, longer than a row (``truncate="skip"``).
-      cut_away: skipped, since truncation cut every token to learn.
-      examples: kept.
-      truncated: kept, but tokens to learn were cut from their end.
-      last_turn_only: kept, but only the last assistant turn could be located (see
-        `chat.Encoder.render`).
-      tokens: tokens kept.
-      supervised_tokens: tokens kept which are learnt.
-    """
-
-    path: str
-    read: int = 0
-    malformed: int = 0
-    unsupervised: int = 0
-    too_long: int = 0
-    cut_away: int = 0
-    examples: int = 0
-    truncated: int = 0
-    last_turn_only: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-
-    def __str__(self) -> str:
-        skipped = ("malformed", "unsupervised", "too_long", "cut_away")
-        counts = ", ".join(f"{getattr(self, field)} {field}" for field in skipped)
-        return f"{self.path}: {self.read} rows read, {counts}, {self.examples} kept"
+def _check_columns(path: str, format: str | None, columns: object):
+    if not isinstance(columns, Mapping) or not all(
+        isinstance(word, str) and word for pair in columns.items() for word in pair
+    ):
+        raise SpielError(
+            f'columns of {path} must say what rows call keys, as {{"instruction": "question"}}, '
+            f"not {columns!r}"
+        )
+    known = set[str]().union(*(FORMATS[name].reads for name in ([format] if format else FORMATS)))
+    if unknown := sorted(columns.keys() - known):
+        raise SpielError(
+            f"columns of {path}: no format{f' {format!r}' if format else ''} has a key {unknown[0]!r}: give "
+            f"{{key: its name in the rows}}, with keys from {', '.join(sorted(known))}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +145,8 @@ def read_examples(
     max_tokens: int,
     truncate: str,
     on_malformed: str,
+    on_mismatch: str = "warn",
+    vocab_size: int | None = None,
     progress: bool = True,
 ) -> tuple[Examples, SourceReport]:
     """Reads, tokenizes and cuts the examples of a source.
@@ -167,71 +160,206 @@ def read_examples(
       truncate: what happens to longer ones: ``end`` keeps the beginning (turns beyond 8 characters
         per token are cut before they are tokenized), ``skip`` leaves them out.
       on_malformed: ``skip`` counts malformed rows and logs the first ones, ``error`` raises.
+      on_mismatch: what happens when `generate` will ask otherwise than an example teaches, or the example
+        does not teach to stop: ``warn`` counts them and shows the first, ``error`` raises.
+      vocab_size: tokens that the model has an embedding for; a row with another is malformed. ``None``:
+        any number.
       progress: on a terminal, show a progress bar if reading takes long.
 
     Raises:
       MalformedRow: a row is malformed and ``on_malformed`` is ``error``.
-      DataError: the source cannot be read.
+      DataError: the source cannot be read, or an example is refused by ``on_mismatch``.
+      TemplateError: the chat template cannot be used.
     """
-    counts: collections.Counter[str] = collections.Counter()
-    kept: list[Encoded] = []
-    pending: list[tuple[Rendered, bool]] = []  # whether the example was shortened
-
-    def encode_pending():
-        encodings = encoder.encode([rendered for rendered, _ in pending])
-        for (rendered, shortened), encoded in zip(pending, encodings, strict=True):
-            outcome, example = _cut(encoded, max_tokens, truncate)
-            counts["truncated" if shortened and outcome == "whole" else outcome] += 1
-            if example is not None:
-                kept.append(example)
-                counts["last_turn_only"] += rendered.last_turn_only
-        pending.clear()
-
+    reader = _Reader(source, encoder, max_tokens, truncate, on_malformed, on_mismatch, vocab_size)
     rows = read_rows(source.path, split=source.split, name=source.name)
-    bar = tqdm.tqdm(
+    for row in tqdm.tqdm(
         rows, f"tokenizing {source.path}", unit=" rows", delay=1, disable=None if progress else True
-    )
-    for row in bar:
-        counts["read"] += 1
-        try:
-            example = parse_row(row, source.format)
-            shown = _shorten(example, _CHARACTERS * max_tokens) if truncate == "end" else example
-            rendered = _render(shown, row.location, encoder)
-        except MalformedRow as error:
-            if on_malformed == "error":
-                raise
-            counts["malformed"] += 1
-            if counts["malformed"] <= _LOGGED:
-                _log.warning("skipped a malformed row: %s", error)
-            continue
-        if rendered is None:
-            counts["unsupervised"] += 1
-            continue
-        pending.append((rendered, shown is not example))
-        wanted = _CALL if source.max_examples is None else source.max_examples - len(kept)
-        if len(pending) >= min(wanted, _CALL):
-            encode_pending()
-            if len(kept) == source.max_examples:
-                break
-    encode_pending()
+    ):
+        reader.take(row)
+        if reader.full:
+            break
+    reader.finish()
+    return reader.result()
 
-    examples = Examples.of(kept)
-    report = SourceReport(
-        path=source.path,
-        read=counts["read"],
-        malformed=counts["malformed"],
-        unsupervised=counts["unsupervised"],
-        too_long=counts["too_long"],
-        cut_away=counts["cut_away"],
-        examples=len(examples),
-        truncated=counts["truncated"],
-        last_turn_only=counts["last_turn_only"],
-        tokens=len(examples.tokens),
-        supervised_tokens=int(examples.supervised.sum()),
-    )
-    if report.malformed or report.last_turn_only:
-        _log.warning("%s", report)
-    return examples, report
+
+class _Read(NamedTuple):
+    """A row that has been read."""
+
+    location: str
+    example: Example
+    shortened: bool
+
+
+class _Text(NamedTuple):
+    """A text to be tokenized."""
+
+    location: str
+    rendered: Rendered
+    shortened: bool
+
+
+class _Reader:
+    """Makes examples of rows, many at a time, in their order."""
+
+    def __init__(
+        self,
+        source: SourceSpec,
+        encoder: Encoder,
+        max_tokens: int,
+        truncate: str,
+        on_malformed: str,
+        on_mismatch: str,
+        vocab_size: int | None,
+    ):
+        self._source = source
+        self._encoder = encoder
+        self._max_tokens = max_tokens
+        self._truncate = truncate
+        self._on_malformed = on_malformed
+        self._on_mismatch = on_mismatch
+        self._vocab_size = vocab_size
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._unread: collections.Counter[str] = collections.Counter()
+        self._unseen = set((source.columns or {}).values())
+        self._first: dict[str, str] = {}  # location and problem of the first example of a kind
+        self._read: list[_Read | MalformedRow] = []
+        self._characters = 0  # in what has been read
+        self._texts: list[_Text] = []
+        self._kept: list[Encoded] = []
+
+    @property
+    def full(self) -> bool:
+        """Whether the source has given as many examples as are wanted."""
+        return self._wanted < 1
+
+    @property
+    def _wanted(self) -> float:
+        limit = self._source.max_examples
+        return float("inf") if limit is None else limit - len(self._kept)
+
+    def take(self, row: Row) -> None:
+        try:
+            if self._unseen and isinstance(row.value, Mapping):
+                self._unseen -= row.value.keys()
+            example = parse_row(row, self._source.format, self._source.columns)
+            self._unread.update(example.ignored)
+            shown = example
+            if self._truncate == "end":
+                shown = _shorten(example, _CHARACTERS * self._max_tokens)
+            self._read.append(_Read(row.location, shown, shown is not example))
+            self._characters += sum(len(message["content"]) for message in shown.messages)
+            self._characters += sum(map(len, shown.plain or ()))
+        except MalformedRow as error:
+            self._read.append(error)
+        if len(self._read) >= min(self._wanted, _CALL) or self._characters > _RENDERED:
+            self._write()
+
+    def finish(self) -> None:
+        if self._unseen:
+            raise DataError(
+                f"{self._source.path}: no row has the key {min(self._unseen)!r} that columns names: "
+                "correct it, or remove it from columns"
+            )
+        if not self.full:
+            self._write()
+            self._encode()
+
+    def _write(self) -> None:
+        """Makes texts of the rows that have been read."""
+        read, self._read, self._characters = self._read, [], 0
+        written = iter(self._encoder.render_all([one.example for one in read if isinstance(one, _Read)]))
+        for one in read:
+            self._counts["read"] += 1
+            if isinstance(one, MalformedRow):
+                self._skip(one)
+                continue
+            texts = next(written)
+            if isinstance(texts, TemplateMismatch):
+                self._skip(MalformedRow(one.location, str(texts)), texts)
+                continue
+            self._counts["cut_away" if one.shortened else "unsupervised"] += not texts
+            self._counts["split"] += max(0, len(texts) - 1)
+            self._texts += [_Text(one.location, text, one.shortened) for text in texts]
+            if len(self._texts) >= min(self._wanted, _CALL):
+                self._encode()
+            if self.full:
+                break
+
+    def _skip(self, problem: MalformedRow, cause: Exception | None = None) -> None:
+        if self._on_malformed == "error":
+            raise problem from cause
+        self._counts["malformed"] += 1
+        if self._counts["malformed"] <= _LOGGED:
+            _log.warning("skipped a malformed row: %s", problem)
+
+    def _encode(self) -> None:
+        """Makes examples of the texts that have been written."""
+        texts, self._texts = self._texts, []
+        encodings = self._encoder.encode([text.rendered for text in texts])
+        for (location, rendered, shortened), encoded in zip(texts, encodings, strict=True):
+            if self.full:
+                self._counts["split"] -= 1  # the rest of a conversation
+                continue
+            outcome, example = _cut(encoded, self._max_tokens, self._truncate)
+            if example is not None and (unknown := self._unknown(example)):
+                self._skip(MalformedRow(location, unknown))
+                continue
+            self._counts["truncated" if shortened and outcome == "whole" else outcome] += 1
+            if example is not None:
+                self._check(location, rendered, encoded)
+                self._kept.append(example)
+                self._counts["last_turn_only"] += rendered.last_turn_only
+
+    def _unknown(self, example: Encoded) -> str | None:
+        """Which token of an example the model has no embedding for, in words."""
+        if self._vocab_size is None or (largest := int(example.tokens.max())) < self._vocab_size:
+            return None
+        return (
+            f"the token {self._encoder.name(largest)!r} has the number {largest}, and the model has "
+            f"{self._vocab_size} tokens: take it out, or give the model's own tokenizer (model.tokenizer) or "
+            "chat template (data.chat_template)"
+        )
+
+    def _check(self, location: str, rendered: Rendered, encoded: Encoded) -> None:
+        """Notes what generation will not find as it was taught."""
+        if rendered.mismatch is not None:
+            self._note("mismatched", location, rendered.mismatch)
+        stops, learnt = self._encoder.stops, encoded.tokens[encoded.supervised]
+        if stops.keys().isdisjoint(learnt.tolist()):
+            self._note(
+                "endless",
+                location,
+                f"what is learnt ends in {self._encoder.name(int(learnt[-1]))!r}, and `generate` stops at "
+                + (" or ".join(map(repr, stops.values())) or "no token"),
+            )
+
+    def _note(self, kind: str, location: str, problem: str) -> None:
+        if self._on_mismatch == "error":
+            raise DataError(f"{location}: {_PROBLEMS[kind]}: {problem}. {_REMEDY}=warn trains all the same")
+        self._counts[kind] += 1
+        self._first.setdefault(kind, f"{location}: {problem}")
+
+    def result(self) -> tuple[Examples, SourceReport]:
+        examples, counts = Examples.of(self._kept), self._counts
+        fields = {field.name for field in dataclasses.fields(SourceReport)}
+        report = SourceReport(
+            path=self._source.path,
+            examples=len(examples),
+            tokens=len(examples.tokens),
+            supervised_tokens=int(examples.supervised.sum()),
+            **{name: count for name, count in counts.items() if name in fields},
+        )
+        if report.malformed or report.last_turn_only:
+            _log.warning("%s", report)
+        warn_of_losses(report)
+        warn_of_unread(report.path, self._unread)
+        for kind, first in self._first.items():
+            _log.warning(
+                "%s: %d of %d examples: %s. The first is %s. %s=error refuses",
+                *(report.path, counts[kind], report.examples, _PROBLEMS[kind], first, _REMEDY),
+            )
+        return examples, report
 
 
 def _shorten(example: Example, characters: int) -> Example:
@@ -242,13 +370,6 @@ def _shorten(example: Example, characters: int) -> Example:
         if total >= characters and message["role"] == "assistant":
             return dataclasses.replace(example, messages=example.messages[:number])
     return example
-
-
-def _render(example: Example, location: str, encoder: Encoder) -> Rendered | None:
-    try:
-        return encoder.render(example)
-    except TemplateMismatch as error:
-        raise MalformedRow(location, str(error)) from error
 
 
 def _cut(encoded: Encoded, max_tokens: int, truncate: str) -> tuple[str, Encoded | None]:

@@ -4,28 +4,22 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from spiel_jax.data.rows import MalformedRow, Row
+from spiel_jax.data import fields
+from spiel_jax.data.files import MalformedRow, Row
+from spiel_jax.data.turns import REASONING, Message, from_json, read_tools, read_turns, reasoning, with_system
 
-Message = dict[str, str]
-
-# Names of the speakers in conversations (OpenAI's and ShareGPT's) and the chat templates' own.
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
+MAX_CHARACTERS = 5_000_000
+"""Characters of the longest row; a novel has a million."""
 
 # Stanford Alpaca's templates (github.com/tatsu-lab/stanford_alpaca), for models that know no chat.
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+    "the request.\n\n### Instruction:\n{prompt}\n\n### Response:\n"
 )
 _ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    "### Instruction:\n{prompt}\n\n### Input:\n{context}\n\n### Response:\n"
 )
 
 
@@ -34,46 +28,124 @@ class Example:
     """A conversation to learn from, with loss on what the assistant says.
 
     Attributes:
-      messages: the conversation, ``{"role": "system" | "user" | "assistant", "content": text}``.
+      messages: the conversation, each as the chat template is given it: ``{"role": "system" | "user" |
+        "assistant" | ..., "content": text}``, and in some ``reasoning_content``, ``tool_calls``, ``name``.
       plain: the same as a prompt and a completion in plain text, for rows which are that; ``None``
-        for a conversation.
+        for a conversation. A text without a conversation has no messages and an empty prompt.
+      learnt: which messages are learnt, all of them the assistant's; ``None``: all that it says.
+      tools: what the assistant may call, which the chat template is given too.
+      ignored: keys of the row that hold something and are not read.
     """
 
     messages: list[Message]
     plain: tuple[str, str] | None = None
+    learnt: tuple[bool, ...] | None = None
+    tools: list[Message] | None = None
+    ignored: frozenset[str] = frozenset()
 
 
-def parse_row(row: Row, format: str | None = None) -> Example:
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A shape of rows.
+
+    Attributes:
+      read: makes an example of a row, whose fields are all present ones.
+      needs: the keys by which it is known.
+      reads: all keys that it reads.
+    """
+
+    read: Callable[[Mapping[str, Any]], Example]
+    needs: tuple[str, ...]
+    reads: frozenset[str]
+
+
+def parse_row(row: Row, format: str | None = None, columns: Mapping[str, str] | None = None) -> Example:
     r"""Reads a row as an example.
 
     Formats, told apart by their keys:
 
-    * ``messages``: ``messages`` or ``conversations``, a list of ``{"role", "content"}`` or
-      ShareGPT's ``{"from", "value"}``. Empty system messages are dropped.
-    * ``prompt_completion``: ``prompt``, ``completion``.
-    * ``instruction``: ``instruction``, ``output`` and an ``input`` which may be empty or absent.
-      As a conversation, the user says the instruction, a blank line and the input; as plain text,
-      the Alpaca template holds them.
+    * ``messages``: ``messages`` or ``conversations``, see `turns.read_turns`.
+    * ``prompt_completion``: ``prompt``, ``completion``; each a text or (TRL) a list of messages, of which
+      those of the completion are learnt.
+    * ``instruction``: ``instruction``, ``output``; as plain text, the Alpaca template holds them. Dolly has
+      ``response`` in place of the output: ``dolly``.
     * ``question_answer``: ``question``, ``answer``; as plain text ``Question: ...\nAnswer: ...``.
+      OpenOrca has ``response`` in place of the answer: ``question_response``.
+    * ``prompt_response``, ``query_response``, ``input_output``: what their names say; as plain text one
+      after the other.
+    * ``text``: ``text`` alone, plain text that is learnt as a whole.
     * ``chitchat``: ``messages`` of PyPI's ``chitchat-dataset``, a list of lists of
       ``{"sender", "text"}``. Who speaks first is the user, the other one the assistant; consecutive
       texts of one speaker are one message, a text per line; empty texts are dropped.
 
+    Of two texts, ``input`` or ``context`` may stand beside the first: as a conversation, the user says the
+    first, a blank line and the context. ``system`` (or ``system_prompt``), ``history`` (a list of pairs
+    of what the user and the assistant said before) and thoughts (``reasoning_content``, ``reasoning``,
+    ``thinking``) may be columns too. Any row may have ``tools`` and a ``weight`` (or ``train``,
+    ``trainable``), which is 0 where nothing of it is learnt.
+
+    A null is an absent key.
+
     Args:
       row: what was read.
       format: the format, a key of ``FORMATS``, or ``None`` to detect it.
+      columns: what the row calls keys of the format: ``{"instruction": "question"}``.
 
     Raises:
-      MalformedRow: the row does not have the format, an unknown role or an empty text.
+      MalformedRow: the row does not have the format, an unknown role or an empty text, is longer than
+        ``MAX_CHARACTERS``, or holds what changes what is to be learnt in a way that is not known.
     """
     try:
         if row.problem is not None:
             raise ValueError(row.problem)
         if not isinstance(row.value, Mapping):
-            raise ValueError(f"expected an object, not {_type(row.value)}")
-        return FORMATS[format or _detect(row.value)](row.value)
+            raise ValueError(f"expected an object, not {fields.kind(row.value)}")
+        return _example(fields.present(row.value), format, columns or {})
     except ValueError as error:
         raise MalformedRow(row.location, str(error)) from None
+    except RecursionError:
+        raise MalformedRow(row.location, "is nested too deeply") from None
+
+
+def _example(row: dict[str, Any], format: str | None, columns: Mapping[str, str]) -> Example:
+    shadowed = frozenset[str]()
+    if columns:
+        sources = set(columns.values())
+        shadowed = frozenset(key for key in columns if key in row and key not in sources)
+        named = {key: row[source] for key, source in columns.items() if source in row}
+        row = {key: value for key, value in row.items() if key not in sources and key not in columns} | named
+    chosen = FORMATS[format or _detect(row)]
+    example = chosen.read(row)
+    if row.keys() & _ANY_ROW:
+        example = _marked(example, row)
+    if shadowed or not row.keys() <= chosen.reads:
+        said = [message["content"] for message in example.messages] + list(example.plain or ())
+        unread = set(fields.unread(row, chosen.reads, said))
+        if "text" in unread and all(
+            text in row["text"] for text in said[-2:] if isinstance(row["text"], str)
+        ):
+            unread.remove("text")  # the conversation again, written out
+        example = dataclasses.replace(example, ignored=example.ignored | unread | shadowed)
+    size = sum([len(message["content"]) for message in example.messages])
+    if example.plain is not None:
+        size = max(size, len(example.plain[0]) + len(example.plain[1]))
+    if size > MAX_CHARACTERS:
+        raise ValueError(f"has {size:,} characters, and a row at most {MAX_CHARACTERS:,}: divide it")
+    return example
+
+
+_ROW_FLAGS = ("weight", "train", "trainable")
+_ANY_ROW = frozenset((*_ROW_FLAGS, "tools", "functions"))
+
+
+def _marked(example: Example, row: Mapping[str, Any]) -> Example:
+    """Adds what any row may say of itself."""
+    if not fields.flag({key: row[key] for key in _ROW_FLAGS if key in row}):
+        example = dataclasses.replace(example, plain=None, learnt=(False,) * len(example.messages))
+    tools = [key for key in ("tools", "functions") if row.get(key)]
+    if len(tools) > 1:
+        raise ValueError("'tools' and 'functions' are both there: keep one")
+    return dataclasses.replace(example, tools=read_tools(row[tools[0]]) or None) if tools else example
 
 
 def _detect(row: Mapping[str, Any]) -> str:
@@ -81,64 +153,125 @@ def _detect(row: Mapping[str, Any]) -> str:
     if isinstance(turns, list) and turns and isinstance(turns[0], list):
         return "chitchat"
     # Conversations first: such rows often repeat their first message under "prompt".
-    if "messages" in row or "conversations" in row:
+    if turns is not None or "conversations" in row:
         return "messages"
-    for format, keys in (
-        ("prompt_completion", ("prompt", "completion")),
-        ("instruction", ("instruction", "output")),
-        ("question_answer", ("question", "answer")),
-    ):
-        if all(key in row for key in keys):
-            return format
+    for name in _DETECTED:
+        if all(key in row for key in FORMATS[name].needs):
+            return name
+    if "chosen" in row:
+        raise ValueError(
+            "a preference row (chosen, rejected), which is not learnt as such; to learn what was chosen: "
+            'columns={"messages": "chosen"} in the source, or {"completion": "chosen"} beside a prompt'
+        )
+    if "input_ids" in row:
+        raise ValueError("holds tokens (input_ids), but only text can be learnt: give the text they are of")
+    ways = ", ".join(" + ".join(FORMATS[name].needs) for name in _DETECTED)
     raise ValueError(
-        f"unknown format with keys {_keys(row)}: expected messages or conversations, "
-        "prompt + completion, instruction + output, or question + answer"
+        f"unknown format with keys {fields.names(row)}: expected messages or conversations, {ways}; other "
+        'names take columns={"prompt": "their name", ...} in the source'
     )
 
 
 def _messages(row: Mapping[str, Any]) -> Example:
-    turns = row["messages"] if "messages" in row else row.get("conversations")
-    if not isinstance(turns, list):
-        raise ValueError(f"the messages must be a list, not {_type(turns)}")
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, Mapping):
-            raise ValueError(f"message {number} must be an object, not {_type(turn)}")
-        role_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
+    turns = row.get("messages", row.get("conversations"))
+    messages, learnt, ignored = read_turns(turns)
+    example = Example(messages, learnt=learnt, ignored=frozenset(ignored))
+    return _with_system(example, row) if len(row) > 1 else example
+
+
+def _with_system(example: Example, row: Mapping[str, Any]) -> Example:
+    """The same after the system message that is a column."""
+    found = {fields.string(row, key) for key in _SYSTEM if key in row}
+    if len(found) > 1:
+        raise ValueError(f"{' and '.join(repr(key) for key in _SYSTEM if key in row)} differ: keep one")
+    if not found:
+        return example
+    messages = with_system(example.messages, *found)
+    added = len(messages) - len(example.messages)
+    learnt = example.learnt and (False,) * added + example.learnt
+    plain = example.plain
+    if plain is not None and added:
+        plain = (f"{messages[0]['content']}\n\n{plain[0]}", plain[1])
+    return dataclasses.replace(example, messages=messages, learnt=learnt, plain=plain)
+
+
+def _pair_reader(prompt: str, answer: str, plain: str, with_context: str, before: str = "") -> Format:
+    """The format of rows with two texts.
+
+    Args:
+      prompt: the key of the first text.
+      answer: the key of the second.
+      plain: the first text in plain text.
+      with_context: the same with a context.
+      before: what comes between the two.
+    """
+    contexts = tuple(key for key in ("input", "context") if key != prompt)
+
+    def read(row: Mapping[str, Any]) -> Example:
+        if isinstance(row.get(prompt), list) or isinstance(row.get(answer), list):
+            return _with_system(_two_conversations(row, prompt, answer), row)
+        first, said = fields.text(row, prompt), fields.text(row, answer)
+        context = "\n\n".join(
+            text for key in contexts if key in row and (text := fields.string(row, key)).strip()
+        )
+        messages = [
+            {"role": "user", "content": f"{first}\n\n{context}" if context else first},
+            {"role": "assistant", "content": said},
+        ]
+        written = (with_context if context else plain).format(prompt=first, context=context)
+        example = Example(messages, (written, before + said))
+        if len(row) == 2:
+            return example
+        if thoughts := reasoning(row):
+            messages[1][REASONING[0]] = thoughts
+            example = dataclasses.replace(example, plain=None)
+        if "history" in row and (earlier := _history(row["history"])):
+            example = dataclasses.replace(example, messages=earlier + messages, plain=None)
+        return _with_system(example, row)
+
+    reads = frozenset((prompt, answer, *contexts, *_SYSTEM, "history", *REASONING)) | _ANY_ROW
+    return Format(read, (prompt, answer), reads)
+
+
+def _two_conversations(row: Mapping[str, Any], prompt: str, answer: str) -> Example:
+    """A prompt and a completion of which one at least is a list of messages."""
+    parts = []
+    for key, role in ((prompt, "user"), (answer, "assistant")):
+        turns = (
+            row[key] if isinstance(row.get(key), list) else [{"role": role, "content": fields.text(row, key)}]
+        )
         try:
-            name = _string(turn, role_key)
-            if name not in ROLES:
-                raise ValueError(f"unknown role {name!r}: expected one of {', '.join(ROLES)}")
-            role = ROLES[name]
-            text = _string(turn, text_key)
-            if text.strip():
-                messages.append({"role": role, "content": text})
-            elif role != "system":
-                raise ValueError(f"{text_key!r} is empty")
+            parts.append(read_turns(turns))
         except ValueError as error:
-            raise ValueError(f"message {number}: {error}") from None
-    if not messages:
-        raise ValueError("the conversation is empty")
-    return Example(messages)
+            raise ValueError(f"{key!r}: {error}") from None
+    (before, _, ignored), (after, learnt, more) = parts
+    if learnt is None:
+        learnt = tuple(message["role"] == "assistant" for message in after)
+    learnt = (False,) * len(before) + learnt
+    return Example(before + after, learnt=learnt, ignored=frozenset(ignored | more))
 
 
-def _prompt_completion(row: Mapping[str, Any]) -> Example:
-    prompt, completion = _text(row, "prompt"), _text(row, "completion")
-    return _pair(prompt, completion, plain=(prompt, completion))
+def _history(pairs: Any) -> list[Message]:
+    """What was said before, a list of what the user said and what the assistant said."""
+    if isinstance(pairs, str):
+        pairs = from_json(pairs, "'history'")
+    if not isinstance(pairs, list):
+        raise ValueError(f"'history' must be a list, not {fields.kind(pairs)}")
+    messages = []
+    for number, pair in enumerate(pairs, start=1):
+        if (
+            not isinstance(pair, list)
+            or len(pair) != 2
+            or not all(isinstance(s, str) and s.strip() for s in pair)
+        ):
+            raise ValueError(f"'history' must be pairs of two texts, which number {number} is not")
+        messages.append({"role": "user", "content": pair[0]})
+        messages.append({"role": "assistant", "content": pair[1]})
+    return messages
 
 
-def _instruction(row: Mapping[str, Any]) -> Example:
-    instruction, output = _text(row, "instruction"), _text(row, "output")
-    context = _string(row, "input") if row.get("input") is not None else ""
-    if context.strip():
-        prompt = _ALPACA_INPUT.format(instruction=instruction, input=context)
-        return _pair(f"{instruction}\n\n{context}", output, plain=(prompt, output))
-    return _pair(instruction, output, plain=(_ALPACA.format(instruction=instruction), output))
-
-
-def _question_answer(row: Mapping[str, Any]) -> Example:
-    question, answer = _text(row, "question"), _text(row, "answer")
-    return _pair(question, answer, plain=(f"Question: {question}\nAnswer:", f" {answer}"))
+def _text(row: Mapping[str, Any]) -> Example:
+    return Example([], ("", fields.text(row, "text")))
 
 
 def _chitchat(row: Mapping[str, Any]) -> Example:
@@ -149,8 +282,8 @@ def _chitchat(row: Mapping[str, Any]) -> Example:
     messages: list[Message] = []
     for turn in (turn for group in groups for turn in group):
         if not isinstance(turn, Mapping):
-            raise ValueError(f"a message must be an object, not {_type(turn)}")
-        sender, text = _string(turn, "sender"), _string(turn, "text").strip()
+            raise ValueError(f"a message must be an object, not {fields.kind(turn)}")
+        sender, text = fields.string(turn, "sender"), fields.string(turn, "text").strip()
         if not text:
             continue
         role = roles.setdefault(sender, "assistant" if roles else "user")
@@ -165,39 +298,23 @@ def _chitchat(row: Mapping[str, Any]) -> Example:
     return Example(messages)
 
 
-FORMATS: dict[str, Callable[[Mapping[str, Any]], Example]] = {
-    "messages": _messages,
-    "prompt_completion": _prompt_completion,
-    "instruction": _instruction,
-    "question_answer": _question_answer,
-    "chitchat": _chitchat,
+_SYSTEM = ("system", "system_prompt")
+_CONVERSATION = frozenset(("messages", "conversations", *_SYSTEM)) | _ANY_ROW
+_CHITCHAT = frozenset(("messages", "prompt", "start", "end", "ratings")) | _ANY_ROW  # the prompt is a topic
+_AFTER, _BEFORE = "{prompt}\n\n{context}", "{context}\n\n{prompt}"
+_QUESTION = ("Question: {prompt}\nAnswer:", "Context: {context}\nQuestion: {prompt}\nAnswer:", " ")
+
+FORMATS: dict[str, Format] = {
+    "messages": Format(_messages, ("messages",), _CONVERSATION),
+    "prompt_completion": _pair_reader("prompt", "completion", "{prompt}", _BEFORE),
+    "instruction": _pair_reader("instruction", "output", _ALPACA, _ALPACA_INPUT),
+    "question_answer": _pair_reader("question", "answer", *_QUESTION),
+    "dolly": _pair_reader("instruction", "response", _ALPACA, _ALPACA_INPUT),
+    "question_response": _pair_reader("question", "response", *_QUESTION),
+    "prompt_response": _pair_reader("prompt", "response", "{prompt}\n", _AFTER + "\n"),
+    "query_response": _pair_reader("query", "response", "{prompt}\n", _AFTER + "\n"),
+    "input_output": _pair_reader("input", "output", "{prompt}\n", _AFTER + "\n"),
+    "text": Format(_text, ("text",), frozenset(("text",)) | _ANY_ROW),
+    "chitchat": Format(_chitchat, ("messages",), _CHITCHAT),
 }
-
-
-def _pair(user: str, assistant: str, plain: tuple[str, str]) -> Example:
-    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    return Example(messages, plain)
-
-
-def _text(row: Mapping[str, Any], key: str) -> str:
-    text = _string(row, key)
-    if not text.strip():
-        raise ValueError(f"{key!r} is empty")
-    return text
-
-
-def _string(row: Mapping[str, Any], key: str) -> str:
-    if key not in row:
-        raise ValueError(f"no key {key!r} among {_keys(row)}")
-    value = row[key]
-    if not isinstance(value, str):
-        raise ValueError(f"{key!r} must be a string, not {_type(value)}")
-    return value
-
-
-def _keys(row: Mapping[str, Any]) -> str:
-    return ", ".join(repr(key) for key in row) or "none"
-
-
-def _type(value: object) -> str:
-    return "null" if value is None else type(value).__name__
+_DETECTED = tuple(name for name in FORMATS if name not in ("messages", "chitchat"))  # by their two keys

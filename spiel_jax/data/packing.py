@@ -102,8 +102,8 @@ def fill_row(examples: Examples, plan: Plan, row: int) -> dict[str, np.ndarray]:
     """The arrays of a planned row, each [S].
 
     Returns:
-      ``tokens`` (int32); ``targets`` (int32), the next token of the same example; ``weights``
-      (float32), 1.0 where the target is to learn, else 0.0; ``positions`` (int32), from 0 in each
+      ``tokens`` (int32); ``labels`` (int32), the next token of the same example; ``weights``
+      (float32), 1.0 where the label is to learn, else 0.0; ``positions`` (int32), from 0 in each
       segment; ``segment_ids`` (int32), 1, 2, ... and 0 for padding, which comes last.
     """
     arrays = empty_row(plan.sequence_length)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Batch = dict[str, np.ndarray]
-"""Arrays [B, S]: tokens, targets, positions, segment_ids (int32), weights (float32)."""
+"""Arrays [B, S]: tokens, labels, positions, segment_ids (int32), weights (float32)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,8 @@ from spiel_jax.data.formats import parse_row
 from spiel_jax.data.rows import MalformedRow, Row
 
 
-def parse(value, format=None):
-    return parse_row(Row("data.jsonl:7", value), format)
+def parse(value, format=None, columns=None):
+    return parse_row(Row("data.jsonl:7", value), format, columns)
 
 
 def said(*texts):
@@ -95,14 +95,14 @@ def test_chitchat():
     [
         ([1], "expected an object, not list"),
         (None, "expected an object, not null"),
-        ({"text": "a"}, r"unknown format with keys 'text': expected messages or"),
+        ({"words": "a"}, r"unknown format with keys 'words': expected messages or"),
         ({}, "unknown format with keys none"),
         ({"messages": "hi"}, "the messages must be a list, not str"),
         ({"messages": []}, "the conversation is empty"),
         ({"messages": ["hi"]}, "message 1 must be an object, not str"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "message 1: unknown role 'tool': exp"),
+        ({"messages": [{"role": "pirate", "content": "a"}]}, "message 1: unknown role 'pirate': exp"),
         ({"messages": [{"role": "user"}]}, "message 1: no key 'content' among 'role'"),
-        ({"messages": [*said("a"), {"role": "assistant", "content": None}]}, "message 2: 'cont"),
+        ({"messages": [*said("a"), {"role": "assistant", "content": None}]}, "message 2: no key 'content'"),
         ({"messages": said("a", " ")}, "message 2: 'content' is empty"),
         ({"prompt": "a", "completion": 3}, "'completion' must be a string, not int"),
         ({"prompt": "a", "completion": "\n"}, "'completion' is empty"),
@@ -127,3 +127,102 @@ def test_explicit_format():
 def test_unreadable_row():
     with pytest.raises(MalformedRow, match=r"data.jsonl:7: not valid JSON"):
         parse_row(Row("data.jsonl:7", None, "not valid JSON: ..."))
+
+
+SYSTEM = {"role": "system", "content": "be brief"}
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"question": "q", "context": "c", "answer": "a"}, said("q\n\nc", "a")),
+        ({"instruction": "q", "context": "c", "response": "a", "category": "qa"}, said("q\n\nc", "a")),
+        (
+            {"id": "1", "system_prompt": "be brief", "question": "q", "response": "a"},
+            [SYSTEM, *said("q", "a")],
+        ),
+        ({"instruction": "q", "input": "", "output": "a", "system": "be brief"}, [SYSTEM, *said("q", "a")]),
+        ({"instruction": "q", "output": "a", "history": [["p", "b"]]}, said("p", "b", "q", "a")),
+        ({"instruction": "q", "output": "a", "history": [], "system": ""}, said("q", "a")),
+        ({"query": "q", "response": "a"}, said("q", "a")),
+        ({"prompt": "q", "response": "a"}, said("q", "a")),
+        ({"input": "q", "output": "a"}, said("q", "a")),
+        ({"conversations": said("q", "a"), "system": "be brief"}, [SYSTEM, *said("q", "a")]),
+        ({"messages": [SYSTEM, *said("q", "a")], "system": "be brief"}, [SYSTEM, *said("q", "a")]),
+        ({"messages": None, "conversations": said("q", "a"), "prompt": None}, said("q", "a")),
+        ({"messages": None, "prompt": "q", "completion": "a", "text": float("nan")}, said("q", "a")),
+        ({"messages": '[{"role": "user", "content": "q"}]'}, said("q")),
+    ],
+)
+def test_columns_that_mean_something(row, messages):
+    example = parse(row)
+    assert example.messages == messages
+    assert not example.ignored
+
+
+def test_conversational_prompt_and_completion():
+    row = {"prompt": said("q", "earlier", "r"), "completion": [{"role": "assistant", "content": "a"}]}
+    example = parse(row)
+    assert example.messages == said("q", "earlier", "r", "a")
+    assert example.learnt == (False, False, False, True)
+    assert parse({**row, "prompt": "q"}).learnt == (False, True)
+
+
+def test_text():
+    assert parse({"text": "once"}).plain == ("", "once")
+    assert parse({"text": "once"}).messages == []
+
+
+def test_thoughts_and_tools_of_a_row():
+    example = parse({"question": "q", "answer": "a", "reasoning": "hm", "tools": '[{"name": "f"}]'})
+    assert example.messages[1] == {"role": "assistant", "content": "a", "reasoning_content": "hm"}
+    assert example.tools == [{"type": "function", "function": {"name": "f"}}]
+    assert example.plain is None
+
+
+def test_a_row_that_is_not_to_be_learnt():
+    example = parse({"prompt": "q", "completion": "a", "train": False})
+    assert example.learnt == (False, False)
+    assert example.plain is None
+
+
+def test_named_columns():
+    row = {"frage": "q", "antwort": "a", "instruction": "other", "quelle_id": 3}
+    example = parse(row, columns={"instruction": "frage", "output": "antwort"})
+    assert example.messages == said("q", "a")
+    assert example.ignored == {"instruction"}
+    chosen = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert parse(chosen, columns={"completion": "chosen"}).ignored == {"rejected"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"hint": "?", "source": "web", "id": 3, "num_turns": 2, "quality_score": 0.5, "lang": "en"},
+        {"hint": "?", "text": "qa", "labels": ["x"], "created_at": "now", "empty": [], "label": True},
+    ],
+)
+def test_keys_that_nobody_reads(row):
+    assert parse({"messages": said("q", "a"), **row}).ignored == {"hint"}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"chosen": said("q", "a"), "rejected": said("q", "b")}, r"a preference row .*columns="),
+        ({"messages": said("q", "a"), "label": False}, "'label' is false: the row says what not to answer"),
+        ({"messages": said("q", "a"), "images": ["a.png"]}, "'images' is more than text"),
+        ({"messages": said("q", "a"), "chat_template": "x"}, "'chat_template' says how the template"),
+        ({"messages": said("q", "a"), "weight": 0.3}, "'weight' must be 0 or 1"),
+        (
+            {"messages": [SYSTEM, *said("q", "a")], "system": "other"},
+            "the row has a system message of its own",
+        ),
+        ({"prompt": "q", "completion": "a", "history": [["x"]]}, "'history' must be pairs of two texts"),
+        ({"input_ids": [1], "labels": [1]}, "holds tokens"),
+        ({"messages": said("q", "a" * 5_000_001)}, "has 5,000,002 characters, and a row at most 5,000,000"),
+    ],
+)
+def test_rows_that_cannot_be_honoured(row, reason):
+    with pytest.raises(MalformedRow, match=f"^data.jsonl:7: {reason}"):
+        parse(row)

@@ -5,7 +5,8 @@ import logging
 import numpy as np
 import pytest
 
-from spiel_jax.data import DataConfig, EmptyDataset, MalformedRow, SourceSpec, load_data
+from spiel_jax.data import DataConfig, DataError, EmptyDataset, MalformedRow, SourceSpec, load_data
+from spiel_jax.errors import SpielError
 
 
 def pairs(count, letter="a", length=None):
@@ -77,6 +78,9 @@ def test_report(load):
         "examples": 4,
         "truncated": 0,
         "last_turn_only": 0,
+        "split": 0,
+        "mismatched": 0,
+        "endless": 0,
         "tokens": 20,
         "supervised_tokens": 16,
     }
@@ -227,7 +231,7 @@ def test_nothing_held_out(load):
 
 
 def test_malformed_rows(load, caplog):
-    rows = ["{broken", *pairs(2), {"prompt": "a"}, *[{"text": "b"}] * 5]
+    rows = ["{broken", *pairs(2), {"prompt": "a"}, *[{"words": "b"}] * 5]
     with pytest.raises(MalformedRow, match=r"0.jsonl:1: not valid JSON"):
         load(rows)
     with caplog.at_level(logging.WARNING):
@@ -378,3 +382,38 @@ def test_refused_configs(options, message):
 def test_refused_sources(options, message):
     with pytest.raises(ValueError, match=message):
         SourceSpec(**{"path": "a", **options})
+
+
+def test_keys_that_nobody_reads_are_told_once(load, caplog):
+    with caplog.at_level(logging.WARNING):
+        load([{**row, "hint": "?", "id": 1} for row in pairs(3)] + [{**pairs(1)[0], "hint": "?", "mood": 1}])
+    [told] = [record.getMessage() for record in caplog.records]
+    assert "these keys of rows are not read: 'hint' (4 rows), 'mood' (1 rows)" in told
+
+
+def test_named_columns(load, make_tokenizer):
+    rows = [{"frage": "a", "antwort": "bc"}]
+    data = load(rows, options=[{"columns": {"prompt": "frage", "completion": "antwort"}}])
+    assert texts(data, data.train_iterator(1, epochs=1), make_tokenizer) == ["bc</s>"]
+    with pytest.raises(DataError, match="no row has the key 'rat' that columns names"):
+        load(rows, options=[{"columns": {"prompt": "frage", "completion": "antwort", "system": "rat"}}])
+    with pytest.raises(SpielError, match="no format has a key 'promt'"):
+        SourceSpec("a.jsonl", columns={"promt": "frage"})
+    with pytest.raises(SpielError, match="no format 'text' has a key 'prompt'"):
+        SourceSpec("a.jsonl", format="text", columns={"prompt": "frage"})
+    with pytest.raises(SpielError, match="must say what rows call keys"):
+        SourceSpec("a.jsonl", columns={"prompt": 3})
+
+
+def test_what_truncation_took_is_told(load, caplog):
+    rows = pairs(30, length=1)
+    with caplog.at_level(logging.WARNING):
+        load([*rows, {"prompt": "a", "completion": "x" * 99}])  # one of 31 is no more than a few
+        assert not caplog.records
+        load([*rows, *[{"prompt": "a", "completion": "x" * 99}] * 2, {"prompt": "a" * 99, "completion": "x"}])
+        [cut] = [record.getMessage() for record in caplog.records]
+        assert "2 of 32 examples are cut at their end" in cut
+        caplog.clear()
+        load([*rows, *[{"prompt": "a", "completion": "x" * 99}] * 2], truncate="skip")
+    [left_out] = [record.getMessage() for record in caplog.records]
+    assert "2 of 32 rows are left out: 2 longer than data.sequence_length" in left_out
