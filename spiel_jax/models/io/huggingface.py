@@ -9,12 +9,13 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (gives numpy the bfloat16 that safetensors asks it for)
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from spiel_jax.errors import NotFoundError, SpielError
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import layer_names
 from spiel_jax.models.io.names import Stored
+from spiel_jax.models.io.tokenizer_files import read_tokenizer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -71,13 +72,7 @@ class SafetensorsFolder:
         Raises:
             SpielError: If there is none, or it cannot be read.
         """
-        try:
-            return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise SpielError(
-                f"no tokenizer can be read from {self.path} ({error}): put the model's tokenizer.json there, "
-                "or take the one of another source"
-            ) from error
+        return read_tokenizer(self.path)
 
 
 def read_json(path: Path, **options: Any) -> dict[str, Any]:
