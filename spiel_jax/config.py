@@ -13,6 +13,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from spiel_jax.data import DataConfig, SourceSpec
+from spiel_jax.data.templates import read_template
 from spiel_jax.errors import SpielError
 from spiel_jax.methods.registry import method_class, method_names
 from spiel_jax.models.decoder import Remat
@@ -119,6 +120,10 @@ def default_config() -> Config:
                 "packing": True,
                 "truncate": "end",  # end | skip
                 "on_malformed": "error",  # error | skip
+                # a file with another chat template (Jinja) than the tokenizer's; the run keeps its text
+                "chat_template": optional(str),
+                # generation asks otherwise than an example teaches, or it teaches no stop: warn | error
+                "on_mismatch": "warn",
                 "style": "auto",  # of prompt/completion rows: chat | plain | auto
             },
             "batch_size": 128,  # sequences per optimizer step
@@ -155,6 +160,8 @@ def check_config(config: Config) -> None:
     for key, value, expected in complaints:
         raise ConfigError(f"config.{key} = {value!r}: expected {expected}")
     data_config(config)
+    if config.data.chat_template is not None:
+        read_template(config.data.chat_template)
 
 
 CHOICES = {
@@ -289,6 +296,7 @@ def data_config(config: Config) -> DataConfig:
             packing=data.packing,
             truncate=data.truncate,
             on_malformed=data.on_malformed,
+            on_mismatch=data.on_mismatch,
             style=data.style,
             seed=config.seed,
         )

@@ -57,8 +57,8 @@ def _prompts(options: flags.FlagValues) -> list[str]:
     return [prompt]
 
 
-def _models(options: flags.FlagValues) -> tuple[Any, Any, dict[str, Any]]:
-    """Shape, tokenizer, and the parameters to talk to by their label."""
+def _models(options: flags.FlagValues) -> tuple[Any, Any, dict[str, Any], Any]:
+    """Shape, tokenizer, the parameters to talk to by their label, and the run's date."""
     if (options.checkpoint is None) == (options.model is None):
         raise app.UsageError("give --checkpoint=DIR (a run's folder) or --model=SOURCE, one of them")
     if options.model is not None:
@@ -68,20 +68,20 @@ def _models(options: flags.FlagValues) -> tuple[Any, Any, dict[str, Any]]:
         from spiel_jax.models.io.loading import open_model
 
         source = open_model(options.model)
-        return source.config, source.tokenizer(), {options.model: source.load("bfloat16")}
+        return source.config, source.tokenizer(), {options.model: source.load("bfloat16")}, None
     from spiel_jax.adapters.load import load_run
 
     run = load_run(options.checkpoint, options.step, keep_base=options.base)
     models = {f"tuned, step {run.step}": run.tuned}
     if run.base is not None:
         models = {"base": run.base} | models
-    return run.config, run.tokenizer, models
+    return run.config, run.tokenizer, models, run.date
 
 
 def main(options: flags.FlagValues) -> None:
     """Prints each model's reply to each prompt."""
     prompts = _prompts(options)
-    config, tokenizer, models = _models(options)
+    config, tokenizer, models, date = _models(options)
     from spiel_jax.inference.chat import reply
 
     for prompt in prompts:
@@ -97,6 +97,7 @@ def main(options: flags.FlagValues) -> None:
                 temperature=options.temperature,
                 top_p=options.top_p,
                 seed=options.seed,
+                date=date,
             )
             print(f"[{label}] {text}", flush=True)
         print()

@@ -1,5 +1,6 @@
 """The model that a run has trained: a checkpoint put on its base."""
 
+import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spiel_jax.checkpoint import CheckpointError, read_metadata, restore_trained, stored_targets
 from spiel_jax.config import unflatten
+from spiel_jax.data.templates import use_template
 from spiel_jax.methods.registry import build
 from spiel_jax.models import ModelConfig
 from spiel_jax.models.io.fingerprint import differing, fingerprint
@@ -29,7 +31,9 @@ class LoadedRun:
         config: The model's shape.
         base: The base model's parameters, quantised as in the run; None where they were not asked for.
         tuned: The fine-tuned ones, merged, which are arrays; those that were not tuned are those of ``base``.
-        tokenizer: The one it was trained with.
+        tokenizer: The one it was trained with, its chat template among it.
+        date: The run's, which a chat template that asks for the date is told; None for a run of an earlier
+            version, which kept none.
     """
 
     step: int
@@ -38,6 +42,7 @@ class LoadedRun:
     base: dict[str, Any] | None
     tuned: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
+    date: datetime.datetime | None = None
 
 
 def load_run(directory: str | Path, step: int | None = None, *, keep_base: bool = False) -> LoadedRun:
@@ -62,6 +67,9 @@ def load_run(directory: str | Path, step: int | None = None, *, keep_base: bool 
     source = open_model(name, preset=settings["model.preset"])
     named = settings["model.tokenizer"]
     tokenizer = (source if named is None else open_model(named)).tokenizer()
+    if "chat_template" in metadata:  # earlier versions had no other than the tokenizer's
+        use_template(tokenizer, metadata["chat_template"])
+    date = datetime.datetime.fromisoformat(metadata["date"]) if "date" in metadata else None
     config = unflatten(settings)
     method = build(config, source.config, 1, stored_targets(metadata))  # the length means nothing
     trained = restore_trained(directory, metadata["step"])
@@ -79,7 +87,8 @@ def load_run(directory: str | Path, step: int | None = None, *, keep_base: bool 
         before = {name: base[name] for name in changed & base.keys()}
         in_place = not keep_base and all(map(is_writable, before.values()))
         tuned = base | jax.jit(method.merge, donate_argnums=0 if in_place else ())(before, trained)
-    return LoadedRun(metadata["step"], settings, source.config, base if keep_base else None, tuned, tokenizer)
+    kept = base if keep_base else None
+    return LoadedRun(metadata["step"], settings, source.config, kept, tuned, tokenizer, date)
 
 
 def _check_base(problem: str, expected: Mapping[str, str], base: dict[str, Any]) -> None:

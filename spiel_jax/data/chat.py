@@ -4,13 +4,13 @@ import dataclasses
 import datetime
 import functools
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spiel_jax.data.formats import Example
 from spiel_jax.data.stops import TurnEnds, stop_tokens
-from spiel_jax.data.templates import MARK, ChatTemplate, Request, TemplateRefusal, adds_bos
+from spiel_jax.data.templates import MARK, ChatTemplate, Request, TemplateRefusal, adds_bos, chat_template
 from spiel_jax.data.traces import is_usual, untraced
 from spiel_jax.data.turns import REASONING, Message
 from spiel_jax.data.writing import Answer, Rendered, TemplateMismatch, Writer
@@ -18,6 +18,8 @@ from spiel_jax.errors import SpielError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Encoded", "Encoder", "Rendered", "TemplateMismatch", "chat_template"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Encoder:
         """
         outcomes: list[list[Rendered] | TemplateMismatch] = [[] for _ in examples]
         writing = {number: self._written(example) for number, example in enumerate(examples)}
-        answers: dict[int, Answer | None] = dict.fromkeys(writing)
+        answers: dict[int, Any] = dict.fromkeys(writing)  # a generator is started by sending it None
         while writing:
             requests = {}
             for number, steps in list(writing.items()):

@@ -25,9 +25,9 @@ _LOGGED = 5  # malformed rows of a source which are logged one by one
 # Turns beyond this many characters per token of the longest example are not even tokenized: text
 # has 3 to 5, and the longest chats are many times a row.
 _CHARACTERS = 8
-_PROBLEMS = {
-    "mismatched": "`generate` will ask otherwise than they teach",
-    "endless": "they do not teach to stop",
+_PROBLEMS = {  # of several examples, of one
+    "mismatched": ("are not what `generate` will ask for", "is not what `generate` will ask for"),
+    "endless": ("do not teach to stop", "does not teach to stop"),
 }
 _REMEDY = "Give a chat template that fits (data.chat_template=FILE); data.on_mismatch"
 
@@ -336,7 +336,7 @@ class _Reader:
 
     def _note(self, kind: str, location: str, problem: str) -> None:
         if self._on_mismatch == "error":
-            raise DataError(f"{location}: {_PROBLEMS[kind]}: {problem}. {_REMEDY}=warn trains all the same")
+            raise DataError(f"{location} {_PROBLEMS[kind][1]}: {problem}. {_REMEDY}=warn trains all the same")
         self._counts[kind] += 1
         self._first.setdefault(kind, f"{location}: {problem}")
 
@@ -356,8 +356,8 @@ class _Reader:
         warn_of_unread(report.path, self._unread)
         for kind, first in self._first.items():
             _log.warning(
-                "%s: %d of %d examples: %s. The first is %s. %s=error refuses",
-                *(report.path, counts[kind], report.examples, _PROBLEMS[kind], first, _REMEDY),
+                "%s: %d of %d examples %s. The first, %s. %s=error refuses",
+                *(report.path, counts[kind], report.examples, _PROBLEMS[kind][0], first, _REMEDY),
             )
         return examples, report
 

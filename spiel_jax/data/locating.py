@@ -79,7 +79,7 @@ def around(text: str, at: int) -> str:
     """A piece of a text, quoted.
 
     >>> around("a long text " * 20, 120)
-    "...'ong text a long text a long text a long text a long text a long text a long text'..."
+    "...'ext a long text a long text a long text a long text a long text a long text a lo'..."
     """
     start, end = max(0, at - _SHOWN), at + _SHOWN
     return f"{'...' if start else ''}{text[start:end]!r}{'...' if end < len(text) else ''}"

@@ -4,6 +4,7 @@ Batches are dicts of arrays [B, S], described at `packing.fill_row`.
 """
 
 import dataclasses
+import datetime
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,8 @@ class DataConfig:
       truncate: examples too long for a row are cut at their ``end`` (an example of which nothing to
         learn is left is dropped), or dropped (``skip``).
       on_malformed: ``error`` refuses a malformed row, ``skip`` leaves it out; counted and logged.
+      on_mismatch: an example that teaches other than what `generate` will ask, or does not teach to stop,
+        is counted and the first of a source is shown (``warn``), or refused (``error``).
       style: how rows with a prompt and a completion are written: ``chat``, ``plain`` or ``auto``
         (see `chat.Encoder`).
       seed: determines the held-out examples and every epoch's order.
@@ -55,6 +58,7 @@ class DataConfig:
     packing: bool = True
     truncate: str = "end"
     on_malformed: str = "error"
+    on_mismatch: str = "warn"
     style: str = "auto"
     seed: int = 0
 
@@ -77,7 +81,11 @@ class DataConfig:
             raise SpielError(f"heldout as a share must be above 0 and below 1, not {self.heldout}")
         elif self.heldout < 0:
             raise SpielError(f"heldout must not be negative: {self.heldout}")
-        for field, allowed in (("truncate", ("end", "skip")), ("on_malformed", ("error", "skip"))):
+        for field, allowed in (
+            ("truncate", ("end", "skip")),
+            ("on_malformed", ("error", "skip")),
+            ("on_mismatch", ("warn", "error")),
+        ):
             if getattr(self, field) not in allowed:
                 raise SpielError(
                     f"unknown {field} {getattr(self, field)!r}: expected one of {', '.join(allowed)}"
@@ -322,13 +330,22 @@ class Data:
         return batches
 
 
-def load_data(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, progress: bool = True) -> Data:
+def load_data(
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    date: datetime.datetime | None = None,
+    vocab_size: int | None = None,
+    progress: bool = True,
+) -> Data:
     """Reads, tokenizes and splits the data.
 
     Args:
       config: what to read, and how.
       tokenizer: a fast tokenizer, with the chat template of the model (Tülu's is used when it has
-        none: see `chat.chat_template`).
+        none: see `templates.chat_template`).
+      date: what a chat template that asks for the date is told; default: now.
+      vocab_size: tokens that the model has an embedding for; a row with another is malformed.
       progress: on a terminal, show progress bars for what takes long.
 
     Raises:
@@ -336,7 +353,7 @@ def load_data(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, progr
         `EmptyDataset`: a source, or what holding out leaves of it, has no examples.
       SpielError: the tokenizer cannot be used, or weights leave a source without an example.
     """
-    encoder = Encoder(tokenizer, config.style)
+    encoder = Encoder(tokenizer, config.style, date)
 
     def read(sources: tuple[SourceSpec, ...]) -> tuple[list[Examples], tuple[SourceReport, ...]]:
         parts, reports = [], []
@@ -347,6 +364,8 @@ def load_data(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, progr
                 max_tokens=config.sequence_length + 1,  # the last token is only a target
                 truncate=config.truncate,
                 on_malformed=config.on_malformed,
+                on_mismatch=config.on_mismatch,
+                vocab_size=vocab_size,
                 progress=progress,
             )
             if not len(examples):

@@ -96,6 +96,16 @@ def read_template(path: str | Path) -> str:
     return text.removesuffix("\n")  # which an editor adds, and the template would write
 
 
+def use_template(tokenizer: "PreTrainedTokenizerBase", text: str) -> None:
+    """Makes a tokenizer write with a template.
+
+    One that has none and writes with Tülu's already is left as it is: it stays one for plain text.
+    """
+    plain = tokenizer.chat_template is None and tokenizer.eos_token is not None
+    if not (plain and chat_template(tokenizer) == text):
+        tokenizer.chat_template = text
+
+
 @dataclasses.dataclass(frozen=True)
 class Wanted:
     """A rendering of a conversation.
@@ -211,15 +221,15 @@ class _Process:
         self._lock = threading.Lock()
 
     def ask(self, setup: dict[str, Any], requests: list[dict[str, Any]]) -> list[list[Any]]:
+        answers: Any
         with self._lock:
             answers = self._exchange(setup, requests)
             if answers is None and self._status == 0:  # it has gone for want of work
                 answers = self._exchange(setup, requests)
         if answers is None:
             late = self._status == -signal.SIGALRM
-            answers = [
-                {"limit": f"more than {rendering.SECONDS} s" if late else "more than the system gives"}
-            ]
+            limit = f"more than {rendering.SECONDS} s" if late else "more than the system gives"
+            answers = [{"limit": limit}]
         for answer in answers:
             if "limit" in answer:
                 raise TemplateError(

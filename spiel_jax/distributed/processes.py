@@ -105,6 +105,11 @@ def errors_say_where() -> Iterator[None]:
         raise
 
 
+def of_first(text: str) -> str:
+    """The text of the first process, in all of them; every process calls it."""
+    return text if jax.process_count() == 1 else _gathered(text)[0]
+
+
 def wait_for_all(what: str) -> None:
     """Returns when all processes have come to ``what``."""
     if jax.process_count() > 1:

@@ -1,17 +1,18 @@
 """Conversations with a model: prompts by the chat template, replies up to the end of the turn."""
 
+import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from spiel_jax.data import chat_template
+from spiel_jax.data.stops import stop_tokens
+from spiel_jax.data.templates import ChatTemplate, TemplateRefusal
 from spiel_jax.errors import SpielError
 from spiel_jax.inference.sampling import generate
 from spiel_jax.models import ModelConfig
 
-_MARK = "\ufdd0"  # a noncharacter: no template writes it of its own accord
+__all__ = ["reply", "stop_tokens"]
 
 
 def reply(
@@ -25,6 +26,7 @@ def reply(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    date: datetime.datetime | None = None,
 ) -> str:
     """What the assistant says next.
 
@@ -38,6 +40,7 @@ def reply(
         temperature: See ``generate``.
         top_p: See ``generate``.
         seed: See ``generate``.
+        date: What a chat template that asks for the date is told: a run's, for its model. Default: now.
 
     Returns:
         The text up to the end of the turn, without special tokens and surrounding whitespace.
@@ -49,7 +52,11 @@ def reply(
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*map(dict, prompt)]
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]
-    text = _render(tokenizer, messages, add_generation_prompt=True)
+    template = ChatTemplate(tokenizer, date)
+    try:
+        text = template.write(messages, prompt=True)
+    except TemplateRefusal as refusal:
+        raise SpielError(f"the chat template refuses the conversation: {refusal}") from refusal
     (new,) = generate(
         config,
         params,
@@ -58,35 +65,6 @@ def reply(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        stop=stop_tokens(tokenizer),
+        stop=stop_tokens(tokenizer, template),
     )
     return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
-
-
-def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that end an assistant's turn: end of sequence, and what the chat template ends a turn with.
-
-    The latter counts only if it is a token of its own, such as ``<|im_end|>``, not ordinary text.
-    """
-    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
-    after = _render(tokenizer, turn).rpartition(_MARK)[2].strip()
-    first = tokenizer.encode(after, add_special_tokens=False)[:1]
-    stops = {token for token in first if token in tokenizer.added_tokens_decoder}
-    eos: Any = tokenizer.eos_token_id
-    return stops if eos is None else stops | {eos}
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = False
-) -> str:
-    try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            chat_template=chat_template(tokenizer),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-    except jinja2.TemplateError as error:
-        raise SpielError(f"the chat template refuses the conversation: {error}") from error
-    assert isinstance(text, str)
-    return text

@@ -1,5 +1,6 @@
 """A training run from its configuration to its summary."""
 
+import datetime
 import logging
 import resource
 import signal
@@ -18,7 +19,6 @@ from jax.sharding import Mesh
 from spiel_jax.checkpoint import CheckpointError, Checkpoints, newest_metadata, stored_targets
 from spiel_jax.config import (
     Config,
-    ConfigError,
     check_config,
     check_micro_batch,
     data_config,
@@ -26,7 +26,8 @@ from spiel_jax.config import (
     micro_batch_size,
     with_grid,
 )
-from spiel_jax.data import Data, load_data
+from spiel_jax.data import Data, chat_template, load_data
+from spiel_jax.data.templates import read_template, use_template
 from spiel_jax.distributed import processes
 from spiel_jax.distributed.mesh import local_rows, make_mesh, shard_batch
 from spiel_jax.inference.chat import reply
@@ -149,7 +150,9 @@ def _run(
 ) -> Summary:
     began, first = time.perf_counter(), processes.is_first()
     known = newest_metadata(workdir)  # before any process makes the folder of checkpoints
-    inputs = processes.together(lambda: _read(config, source, mesh, progress))
+    now = datetime.datetime.now().isoformat(timespec="seconds")
+    date = processes.of_first((known or {}).get("date", now))  # earlier versions kept none
+    inputs = processes.together(lambda: _read(config, source, mesh, date, progress))
     # a run that was regridded has other numbers of entries than its budget would give
     targets = None if known is None else stored_targets(known)
     method = build(config, source.config, inputs.steps, targets)
@@ -180,7 +183,13 @@ def _run(
         batches = _batches(config, inputs, known)
 
         def save(step: int, state: TrainState) -> None:
-            metadata = {"config": flatten(config), "fingerprint": base_print, "data": batches.get_state()}
+            metadata = {
+                "config": flatten(config),
+                "fingerprint": base_print,
+                "data": batches.get_state(),
+                "date": date,
+                "chat_template": chat_template(inputs.tokenizer),
+            }
             checkpoints.save(step, state, method, metadata)
 
         if jax.process_count() > 1:
@@ -206,24 +215,27 @@ def _run(
     if first:
         print(table(summary.rows, f"{config.method} on {config.model.source}"), flush=True)
     if config.sample.prompt and step == inputs.steps:
-        _show_sample(config, source.config, method, state, inputs.tokenizer)
+        _show_sample(config, source.config, method, state, inputs.tokenizer, date)
     return summary
 
 
-def _read(config: Config, source: ModelSource, mesh: Mesh, progress: bool) -> _Inputs:
+def _read(config: Config, source: ModelSource, mesh: Mesh, date: str, progress: bool) -> _Inputs:
     """Reads tokenizer and data.
 
     Raises:
-        ConfigError: If the tokenizer is another model's.
-        DataError: If the data cannot be used.
+        DataError: If the data cannot be used: among others, if a token is beyond the model's.
     """
     named = source if config.model.tokenizer is None else open_model(config.model.tokenizer)
     tokenizer = named.tokenizer()
-    if len(tokenizer) > source.config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model only {source.config.vocab_size}"
-        )
-    data = load_data(data_config(config), tokenizer, progress=progress)
+    if config.data.chat_template is not None:
+        use_template(tokenizer, read_template(config.data.chat_template))
+    data = load_data(
+        data_config(config),
+        tokenizer,
+        date=datetime.datetime.fromisoformat(date),
+        vocab_size=source.config.vocab_size,
+        progress=progress,
+    )
     for reported in data.report.sources + data.report.heldout_sources:
         _log.info("%s", reported)
     steps = config.steps
@@ -289,13 +301,20 @@ def _summary(
     return Summary(step, loop.heldout_losses, loop.skipped, seconds, rows)
 
 
-def _show_sample(config: Config, model: Any, method: Method, state: TrainState, tokenizer: Any) -> None:
+def _show_sample(
+    config: Config, model: Any, method: Method, state: TrainState, tokenizer: Any, date: str
+) -> None:
     """Prints what the base and the tuned model reply to the config's prompt; all processes compute it."""
     say = partial(print, flush=True) if processes.is_first() else lambda text: None
     say(f"\nprompt: {config.sample.prompt}")
     for name, params in (("base", method.pretrained(state)), ("tuned", method.tuned(state))):
         if params is not None:
             text = reply(
-                model, params, tokenizer, config.sample.prompt, max_new_tokens=config.sample.max_new_tokens
+                model,
+                params,
+                tokenizer,
+                config.sample.prompt,
+                max_new_tokens=config.sample.max_new_tokens,
+                date=datetime.datetime.fromisoformat(date),
             )
             say(f"{name:>6}: {text}")

@@ -48,8 +48,13 @@ def learnt(rendered):
     return [rendered.text[start:end] for start, end in rendered.spans]
 
 
-def render(tokenizer, *messages):
+def render_all(tokenizer, *messages):
     return Encoder(tokenizer).render(Example(list(messages)))
+
+
+def render(tokenizer, *messages):
+    [rendered] = render_all(tokenizer, *messages)
+    return rendered
 
 
 def decode(tokenizer, rendered, style="auto"):
@@ -98,7 +103,7 @@ def test_tokens_without_a_width(chatml):
 
 
 def test_nobody_speaks_as_the_assistant(chatml):
-    assert render(chatml, *said("hello?")) is None
+    assert render_all(chatml, *said("hello?")) == []
 
 
 def test_template_that_strips(make_tokenizer):
@@ -115,14 +120,16 @@ def test_empty_thoughts_are_part_of_the_last_turn(make_tokenizer):
     assert not rendered.last_turn_only
 
 
-def test_rewritten_turns_leave_the_last_one(make_tokenizer):
-    thoughtful = "<think>hm</think>b"
-    rendered = render(make_tokenizer(QWEN3), *said("a", thoughtful))
-    assert learnt(rendered) == ["<think>\nhm\n</think>\n\nb<|im_end|>"]
-    assert not rendered.last_turn_only  # there is no other
-    rendered = render(make_tokenizer(QWEN3), *said("a", thoughtful, "c", thoughtful))
-    assert learnt(rendered) == ["<think>\nhm\n</think>\n\nb<|im_end|>"]
-    assert rendered.last_turn_only
+def test_rewritten_turns_have_texts_of_their_own(make_tokenizer):
+    tokenizer, thoughtful = make_tokenizer(QWEN3), "<think>hm</think>b"
+    assert learnt(render(tokenizer, *said("a", thoughtful))) == ["<think>\nhm\n</think>\n\nb<|im_end|>"]
+    conversation = said("a", thoughtful, "c", thoughtful)
+    first, last = render_all(tokenizer, *conversation)
+    assert learnt(first) == learnt(last) == ["<think>\nhm\n</think>\n\nb<|im_end|>"]
+    assert last.text.startswith("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n")
+    assert [first] == render_all(tokenizer, *conversation[:2])
+    assert not first.mismatch
+    assert not last.mismatch
 
 
 def test_template_that_hides_what_is_said(make_tokenizer):
@@ -137,8 +144,10 @@ def test_template_with_another_last_end(make_tokenizer):
         "{% if loop.last %}{{ eos_token }}{% else %}{{ '|' }}{% endif %}{% endfor %}"
     )
     assert learnt(render(make_tokenizer(uneven), *said("a", "b"))) == ["b</s>"]
-    with pytest.raises(TemplateMismatch, match="ends the last turn unlike the others"):
-        render(make_tokenizer(uneven), *said("a", "b", "c", "d"))
+    texts = render_all(make_tokenizer(uneven), *said("a", "b", "c", "d"))
+    assert [text.text for text in texts] == ["a|b</s>", "a|b|c|d</s>"]
+    assert [learnt(text) for text in texts] == [["b</s>"], ["d</s>"]]
+    assert texts[0].mismatch == "a prompt is 'a</s>' where the training text is 'a|b</s>'"
 
 
 def test_template_that_refuses(make_tokenizer):
@@ -179,7 +188,7 @@ def test_plain_text(make_tokenizer):
     example = Example(said("2+2=", "4"), plain=("2+2=", "4"))
     for bos, text in ((False, "2+2=4</s>"), (True, "<s>2+2=4</s>")):
         tokenizer = make_tokenizer(bos=bos)
-        rendered = Encoder(tokenizer).render(example)
+        [rendered] = Encoder(tokenizer).render(example)
         assert rendered == Rendered("2+2=4", [(4, 5)], framed=True)
         assert decode(tokenizer, rendered) == (text, "4</s>")
 
@@ -187,7 +196,7 @@ def test_plain_text(make_tokenizer):
 def test_style(chatml, make_tokenizer):
     example = Example(said("q", "a"), plain=("Q: q A:", " a"))
     texts = {
-        (name, style): Encoder(tokenizer, style).render(example).text
+        (name, style): Encoder(tokenizer, style).render(example)[0].text
         for name, tokenizer in (("chatml", chatml), ("none", make_tokenizer()))
         for style in ("auto", "chat", "plain")
     }
@@ -202,7 +211,7 @@ def test_style(chatml, make_tokenizer):
         ("none", "plain"): "Q: q A: a",
     }
     # A conversation is one in any style.
-    assert Encoder(chatml, "plain").render(Example(said("q", "a"))).text == chat
+    assert Encoder(chatml, "plain").render(Example(said("q", "a")))[0].text == chat
 
 
 def test_unusable_tokenizers(chatml, make_tokenizer):

@@ -6,14 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (gives numpy the bfloat16 that safetensors asks it for)
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from spiel_jax.errors import NotFoundError, SpielError
 from spiel_jax.models.config import ModelConfig
@@ -23,6 +22,7 @@ from spiel_jax.models.io.messages import bullets, told
 from spiel_jax.models.io.names import HEAD, Stored
 from spiel_jax.models.io.parts import parts_of
 from spiel_jax.models.io.spellings import plain_names
+from spiel_jax.models.io.tokenizer_files import read_tokenizer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -71,18 +71,7 @@ class SafetensorsFolder:
         Raises:
             SpielError: If there is none, or it cannot be read.
         """
-        try:
-            return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
-        except (KeyboardInterrupt, SystemExit, MemoryError):
-            raise
-        except BaseException as failure:  # of files that can hold anything; Rust's panics are no Exception
-            reason, remedy = (
-                told(failure),
-                "put the model's tokenizer.json there, or take the one of another source",
-            )
-            if (self.path / "tokenizer.model").exists() and find_spec("sentencepiece") is None:
-                reason, remedy = "a tokenizer.model needs sentencepiece", "pip install sentencepiece"
-            raise SpielError(f"no tokenizer can be read from {self.path} ({reason}): {remedy}") from failure
+        return read_tokenizer(self.path)
 
 
 def read_config(folder: Path) -> ModelConfig:
