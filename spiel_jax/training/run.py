@@ -5,7 +5,7 @@ import logging
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from spiel_jax.config import (
     micro_batch_size,
     with_grid,
 )
-from spiel_jax.data import Data, chat_template, load_data
+from spiel_jax.data import Data, SourceReport, chat_template, load_data
 from spiel_jax.data.templates import read_template, use_template
 from spiel_jax.distributed import processes
 from spiel_jax.distributed.mesh import local_rows, make_mesh, shard_batch
@@ -238,12 +238,23 @@ def _read(config: Config, source: ModelSource, mesh: Mesh, date: str, progress: 
     )
     for reported in data.report.sources + data.report.heldout_sources:
         _log.info("%s", reported)
+    _warn_of_positions(config.data.sequence_length, source.config.max_positions)
     steps = config.steps
     if steps is None:
         steps = len(data.train_dataset(config.batch_size, epochs=config.epochs))
     micro = micro_batch_size(config)
     rows = local_rows(micro, mesh)
     return _Inputs(tokenizer, data, steps, rows, data.heldout_batches(micro, rows)[: config.eval_batches])
+
+
+def _warn_of_positions(sequence_length: int, known: int) -> None:
+    """Says that rows are longer than what the model was made for."""
+    if sequence_length > known:
+        _log.warning(
+            "data.sequence_length is %d, and the model knows %d positions: examples that are longer teach it "
+            "positions that it has never seen; lower data.sequence_length to %d",
+            *(sequence_length, known, known),
+        )
 
 
 def _checked_fingerprint(params: Any, known: dict[str, Any] | None, workdir: Path) -> dict[str, str]:
@@ -292,6 +303,7 @@ def _summary(
         ("steps", f"{step} of {inputs.steps}"),
         ("tunable parameters", f"{tunable:,} ({100 * tunable / size:.2f}% of {size:,})"),
         ("train examples", f"{report.examples:,} ({report.fill:.0%} of row slots filled)"),
+        ("rows left out / cut", _taken(report.sources)),
         *[(f"held-out loss, step {s}", f"{loss:.4f}") for s, loss in loop.heldout_losses],
         ("skipped steps", str(loop.skipped)),
         ("seconds, all / training", f"{seconds:.0f} / {loop.seconds:.0f}"),
@@ -299,6 +311,13 @@ def _summary(
         ("run folder", str(workdir)),
     ]
     return Summary(step, loop.heldout_losses, loop.skipped, seconds, rows)
+
+
+def _taken(sources: Sequence[SourceReport]) -> str:
+    """What filtering and truncation took of the training sources."""
+    read = sum(source.read + source.split for source in sources)
+    dropped, cut = (sum(getattr(source, name) for source in sources) for name in ("dropped", "truncated"))
+    return f"{dropped:,} / {cut:,} of {read:,}"
 
 
 def _show_sample(

@@ -402,7 +402,7 @@ def test_named_columns(load, make_tokenizer):
     with pytest.raises(SpielError, match="no format 'text' has a key 'prompt'"):
         SourceSpec("a.jsonl", format="text", columns={"prompt": "frage"})
     with pytest.raises(SpielError, match="must say what rows call keys"):
-        SourceSpec("a.jsonl", columns={"prompt": 3})
+        SourceSpec("a.jsonl", columns={"prompt": 3})  # type: ignore[dict-item]
 
 
 def test_what_truncation_took_is_told(load, caplog):

@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import pytest
 
@@ -8,7 +9,7 @@ CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
 CALLED = {"type": "function", "function": CALL}
 
 
-def turn(role, content="x", **more):
+def turn(role, content: Any = "x", **more):
     return {"role": role, "content": content, **more}
 
 
