@@ -24,23 +24,23 @@ CHARACTERS = 50_000_000
 """What may be written of a conversation."""
 
 
-def main() -> None:
-    """Answers requests until there are no more."""
+def main(seconds: int, idle: int) -> None:
+    """Answers requests until there are no more, or none has come for ``idle`` seconds."""
     signal.alarm(60)
     from transformers.utils import chat_template_utils as transformers
 
     _limit_memory()
     signal.alarm(0)
     setup: dict[str, Any] = {}
-    while select.select([sys.stdin], [], [], IDLE)[0] and (line := sys.stdin.buffer.readline()):
-        signal.alarm(SECONDS)  # ends the program, whatever it is in the middle of
+    while select.select([sys.stdin], [], [], idle)[0] and (line := sys.stdin.buffer.readline()):
+        signal.alarm(seconds)  # ends the program, whatever it is in the middle of
         asked = json.loads(line)
         if "setup" in asked:
             setup = asked["setup"]
             setattr(transformers, "datetime", _clock(setup["date"]))  # noqa: B010  (`strftime_now` reads it)
         answers = []
         for request in asked["requests"]:
-            signal.alarm(SECONDS)
+            signal.alarm(seconds)
             answers.append(_answer(transformers.render_jinja_template, setup, request))
         line = json.dumps(answers)
         signal.alarm(0)
@@ -102,4 +102,4 @@ def _reason(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

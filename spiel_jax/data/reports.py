@@ -9,7 +9,7 @@ _log = logging.getLogger(__name__)
 _LOUD = 0.05  # the share of a source that may be lost before it is worth a warning
 _NAMED = 12  # keys of a source's rows which are named in a message
 _REMEDIES = {
-    "unsupervised": "without anything to learn: nobody speaks as the assistant, or all is marked as not to be",
+    "unsupervised": "without anything to learn: no assistant speaks, or all it says is marked as not to be",
     "too_long": "longer than data.sequence_length: raise it, or cut them with data.truncate=end",
     "cut_away": "with all that is to be learnt beyond data.sequence_length: raise it",
 }

@@ -265,7 +265,7 @@ class _Process:
             self.close()
             self._program = subprocess.Popen(
                 # -P: the folder of the program is no place to import from
-                [sys.executable, "-P", rendering.__file__],
+                [sys.executable, "-P", rendering.__file__, str(rendering.SECONDS), str(rendering.IDLE)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -37,8 +37,8 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def _explained(folder: Path, error: BaseException) -> SpielError:
     if "trust_remote_code" in str(error):
         return SpielError(
-            f"the tokenizer of {folder} is a program that lies there (auto_map in tokenizer_config.json), and "
-            "is not run: put a tokenizer.json there, or name another source of it (model.tokenizer)"
+            f"the tokenizer of {folder} is a program that lies there (auto_map in tokenizer_config.json), "
+            "which is not run: put a tokenizer.json there, or name another source of it (model.tokenizer)"
         )
     files = [name for name in _JSON if (folder / name).is_file()]
     for name in files:

@@ -1,0 +1,57 @@
+"""Folders whose tokenizer cannot be read: the message names the file, and what would help."""
+
+import importlib.util
+import json
+
+import pytest
+
+from spiel_jax.errors import MissingExtra, SpielError
+from spiel_jax.models.io.tokenizer_files import read_tokenizer
+
+PROGRAM = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "has no file of one"),
+        ({"tokenizer.json": "{"}, r"tokenizer\.json is not valid JSON"),
+        ({"tokenizer.json": "[]"}, r"tokenizer\.json must hold a JSON object, not list"),
+        ({"tokenizer.json": '{"model": 5}'}, r"no tokenizer can be read from tokenizer\.json in"),
+        ({"tokenizer.json": "{}", "tokenizer_config.json": "7"}, r"tokenizer_config\.json must hold"),
+        (
+            {"tokenizer.json": "{}", "special_tokens_map.json": "\udcff"},
+            r"special_tokens_map\.json is not valid",
+        ),
+        ({"tokenizer_config.json": json.dumps(PROGRAM), "own.py": "1 / 0"}, "a program that lies there"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path, files, message):
+    for name, text in ({"config.json": '{"model_type": "llama"}'} | files).items():
+        (tmp_path / name).write_text(text, errors="surrogateescape")
+    with pytest.raises(SpielError, match=message):
+        read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "package", "command"),
+    [
+        (
+            "tokenizer.model",
+            b"\n\x0e\n\x05<unk>",
+            "sentencepiece",
+            'pip install "spiel_jax\\[sentencepiece\\]"',
+        ),
+        ("tokenizer.model", b"IQ== 0\n", "tiktoken", "pip install tiktoken"),
+        ("tekken.json", b"{}", "mistral_common", "pip install mistral-common"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, name, content, package, command):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == package else found(n, *a))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(
+        MissingExtra, match=f"{name} is a tokenizer that takes the package {package}.*{command}"
+    ):
+        read_tokenizer(tmp_path)
