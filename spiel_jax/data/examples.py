@@ -12,6 +12,7 @@ from spiel_jax.data.chat import Encoded, Encoder, Rendered, TemplateMismatch
 from spiel_jax.data.formats import FORMATS, Example, parse_row
 from spiel_jax.data.rows import MalformedRow, read_rows
 from spiel_jax.errors import SpielError
+from spiel_jax.places import refuse_remote
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class SourceSpec:
     def __post_init__(self):
         if not isinstance(self.path, str) or not self.path:
             raise SpielError(f"path must be a non-empty string, not {self.path!r}")
+        refuse_remote(self.path, "the data source")
         if self.weight is not None and not 0 < self.weight < float("inf"):
             raise SpielError(f"weight of {self.path} must be a positive number, not {self.weight}")
         if self.format is not None and self.format not in FORMATS:

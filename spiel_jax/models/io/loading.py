@@ -28,6 +28,7 @@ from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import ADAPTED, EMBEDDING, abstract_params, init_params
 from spiel_jax.models.io.names import Placement, Stored, check_tensors, expected_tensors
 from spiel_jax.models.storage.weight import Weight, hold, nbytes
+from spiel_jax.places import local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -214,7 +215,7 @@ def open_model(source: str, *, preset: str | None = None, cache_dir: str | Path 
     if source.startswith("package:"):
         checkpoint = _open_path(_the_gguf(_package_folder(source.removeprefix("package:"))))
     else:
-        path = Path(source).expanduser()
+        path = local_path(source, "the model")
         checkpoint = _open_path(path if path.exists() else _download(source, cache_dir))
     config = checkpoint.config
     check_tensors(
@@ -382,7 +383,7 @@ def model_shape(source: str, preset: str | None = None) -> ModelConfig:
     """
     if preset is not None and source != "random":
         raise SpielError(f"a preset, here {preset!r}, is for the source 'random', not for {source!r}")
-    path = Path(source).expanduser()
+    path = local_path(source, "the model")
     if source in _GATED and not path.exists():
         return open_model("random", preset=_GATED[source]).config
     from spiel_jax.models.io.huggingface import read_json
