@@ -184,7 +184,7 @@ class Checkpoints:
         with self._said_plainly(step):
             self._checkpointer.wait()
         found = self._checkpointer.checkpointables_metadata(step).metadata
-        if unread := sorted(part for part in parts if not found.get(part)):
+        if unread := sorted(part for part in parts if found.get(part) is None):
             raise CheckpointError(
                 f"checkpoint {step} in {self._checkpointer.directory} was saved, and cannot be read back: "
                 f"{', '.join(unread)}. Earlier ones are as they were; choose another folder"

@@ -77,7 +77,7 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any
     pieces = model.get("vocab")
     scores = pieces if isinstance(pieces, list) else None  # of a unigram model
     probe = [tokenizer(text)["input_ids"] for text in _PROBE]
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    special = [tokenizer.bos_token, tokenizer.bos_token_id, tokenizer.eos_token, tokenizer.eos_token_id]
     return {
         "vocabulary": digest(tokenizer.get_vocab()),
         "splitting": digest(merges, scores, probe),

@@ -53,11 +53,13 @@ from spiel_jax.training.metrics import Recorder, table
 from spiel_jax.training.nonfinite import check_base
 from spiel_jax.training.profiler import Profile
 from spiel_jax.training.workdir import (
+    as_given,
     check_usable,
     find_workdir,
     held,
     settings,
     stored_config,
+    with_known_places,
     write_config,
 )
 
@@ -110,6 +112,16 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """A run's folder and what is in it."""
+
+    workdir: Path
+    places: dict[str, Any]  # as the config gives them
+    known: dict[str, Any] | None  # metadata of the checkpoint that is continued
+    accept_new_data: bool
 
 
 @dataclass(frozen=True)
@@ -169,15 +181,19 @@ def run(
     with ExitStack() as stack:
         processes.together(lambda: stack.enter_context(held(workdir)) if first else None)
         known = newest_metadata(workdir)  # before any process makes the folder of checkpoints
+        processes.check_same({"newest checkpoint in --workdir": None if known is None else known["step"]})
+        claim = _Claim(workdir, as_given(config), known, accept_new_data)
+        config = with_known_places(config, known)
         config = with_grid(config, mesh.shape, {} if known is None else known["config"])
-        if known is not None:
+        if known is None:
+            processes.together(lambda: write_config(workdir, config) if first else None)
+            processes.together(lambda: None if first else find_workdir(workdir, config))
+        else:
             check_config_of(workdir, known, config, extend=extend, accept_new_data=accept_new_data)
-        processes.together(lambda: write_config(workdir, config) if first else None)
-        processes.together(lambda: None if first else find_workdir(workdir, config))
         source = processes.together(lambda: open_model(config.model.source, preset=config.model.preset))
         check_layout(config, source.config, mesh)
         with jax.set_mesh(mesh):
-            summary = _run(config, workdir, source, mesh, known, accept_new_data, progress and first)
+            summary = _run(config, claim, source, mesh, progress and first)
             processes.wait_for_all("the end of the run")
     return summary
 
@@ -189,19 +205,12 @@ def _check_folder(workdir: Path, flag: str | None) -> None:
         raise CheckpointError(f"{flag}: {workdir} holds no run to continue")
 
 
-def _run(
-    config: Config,
-    workdir: Path,
-    source: ModelSource,
-    mesh: Mesh,
-    known: dict[str, Any] | None,
-    accept_new_data: bool,
-    progress: bool,
-) -> Summary:
+def _run(config: Config, claim: _Claim, source: ModelSource, mesh: Mesh, progress: bool) -> Summary:
     began, first = time.perf_counter(), processes.is_first()
-    inputs = processes.together(
-        lambda: _read(config, source, mesh, workdir, known, accept_new_data, progress)
-    )
+    workdir, known = claim.workdir, claim.known
+    inputs = processes.together(lambda: _read(config, claim, source, mesh, progress))
+    if known is not None:  # not before it is known to be the same run
+        processes.together(lambda: write_config(workdir, config) if first else None)
     steps = inputs.course.steps
     # a run that was regridded has other numbers of entries than its budget would give
     targets = None if known is None else stored_targets(known)
@@ -242,6 +251,7 @@ def _run(
         def save(step: int, state: TrainState, heldout_loss: float | None) -> None:
             metadata = {
                 "config": settings(config),
+                "places": claim.places,
                 "fingerprint": base_print,
                 "identity": inputs.identity,
                 "steps": steps,
@@ -278,15 +288,7 @@ def _run(
     return summary
 
 
-def _read(
-    config: Config,
-    source: ModelSource,
-    mesh: Mesh,
-    workdir: Path,
-    known: dict[str, Any] | None,
-    accept_new_data: bool,
-    progress: bool,
-) -> _Inputs:
+def _read(config: Config, claim: _Claim, source: ModelSource, mesh: Mesh, progress: bool) -> _Inputs:
     """Reads tokenizer and data.
 
     Raises:
@@ -304,9 +306,9 @@ def _read(
     for reported in data.report.sources + data.report.heldout_sources:
         _log.info("%s", reported)
 
-    found, changed = identity(source.config, tokenizer, data), []
+    found, known, changed = identity(source.config, tokenizer, data), claim.known, []
     if known is not None:
-        changed = check_identity(workdir, known, found, accept_new_data=accept_new_data)
+        changed = check_identity(claim.workdir, known, found, accept_new_data=claim.accept_new_data)
 
     def length() -> int:
         if config.steps is not None:

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,32 @@ def settings(config: Config) -> dict[str, Any]:
     """The flat config as a run stores it, JSON-like: its places can be found from every working directory."""
     flat = json.loads(json.dumps(flatten(config)))
     return flat | {key: _remembered(flat[key]) for key in PLACES}
+
+
+def as_given(config: Config) -> dict[str, Any]:
+    """The places that a config names, as it names them."""
+    flat = json.loads(json.dumps(flatten(config)))
+    return {key: flat[key] for key in PLACES}
+
+
+def with_known_places(config: Config, known: Mapping[str, Any] | None) -> Config:
+    """The config, with the places of the run that is continued where it names the same ones from elsewhere.
+
+    A relative path means nothing in another working directory; what it meant when the run began is stored.
+
+    Args:
+        config: As it is now.
+        known: The checkpoint's metadata; None for a new run.
+    """
+    given, meant = as_given(config), settings(config)
+    then = {} if known is None else known.get("places", {})
+    config = config.copy_and_resolve_references()
+    with config.ignore_type():
+        for key in PLACES:
+            if then.get(key) == given[key] == meant[key] and known is not None:
+                value = known["config"][key]
+                config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
+    return config
 
 
 def _remembered(value: Any) -> Any:
