@@ -8,7 +8,9 @@ saved in the order of their slots, so that a continued run is the uninterrupted 
 # pyright: reportArgumentType=false
 # (Orbax annotates with aliases that pyright does not resolve)
 
+import errno
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +26,6 @@ from spiel_jax.methods.method import Method, TrainState
 from spiel_jax.places import local_path
 from spiel_jax.sparse.delta import SparseDelta
 from spiel_jax.sparse.targets import Target
-
-_log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 """Name of the folder of checkpoints in a run's folder."""
@@ -93,6 +93,7 @@ class Checkpoints:
             policy = policies.AnyPreservationPolicy([policy, best])
         self._heldout = heldout
         self._saving: tuple[int, set[str]] | None = None  # a step that is not yet read back, and its parts
+        logging.getLogger("absl").addFilter(_is_told_once)
         self._checkpointer = ocp.training.Checkpointer(
             Path(directory).absolute() / FOLDER,
             preservation_policy=policy,
@@ -114,6 +115,8 @@ class Checkpoints:
         except Exception:
             if kind is None:  # else the first error says more
                 raise
+        finally:
+            logging.getLogger("absl").removeFilter(_is_told_once)
 
     @property
     def best_loss(self) -> float:
@@ -196,11 +199,23 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # of the system, of Orbax or of TensorStore
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise CheckpointError(
-                f"checkpoint {step} could not be saved in {self._checkpointer.directory}: {reason}. Earlier "
-                "checkpoints are whole: make room there, and run the same command to continue from the newest"
+                f"checkpoint {step} could not be saved in {self._checkpointer.directory}: {_reason(error)}. "
+                "Earlier ones are whole: mend that, and run the same command to continue from the newest"
             ) from error
+
+
+def _is_told_once(record: logging.LogRecord) -> bool:
+    """Whether a record is none of Orbax's own tracebacks: every thread logs the error that is raised too."""
+    return not (record.levelno >= logging.ERROR and "/orbax/" in record.pathname)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong with storage, without the names of Orbax's files where the system says what it is."""
+    text = " ".join(str(error).split())
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+    said = [os.strerror(code) for code in codes if os.strerror(code) in text]
+    return said[0] if said else text[:300] or type(error).__name__
 
 
 def _existing(checkpointer: Any, step: Step) -> int:

@@ -24,6 +24,7 @@ def places(tmp_path_factory, llama_folder):
     config = tiny_config(folder / "model", chat_file(folder), "spiel_ma")
     config.eval_every = 2
     config.eval_batches = None
+    config.checkpoint_keep_best = True
     run(config, folder / "whole")
     run(config, folder / "half", until=3)
     return folder, config
@@ -48,6 +49,16 @@ def assert_same_run(one, other):
     jax.tree.map(np.testing.assert_array_equal, restore_deltas(one), restore_deltas(other))
     texts = [(folder / "metrics.jsonl").read_text() for folder in (one, other)]
     assert texts[0] == texts[1]
+
+
+def test_a_best_evaluation_is_saved_although_no_checkpoint_is_due(places):
+    folder = places[0] / "whole"
+    losses = {line["step"]: line["heldout_loss"] for line in read_metrics(folder) if "heldout_loss" in line}
+    assert list(losses) == [0, 2, 4, 6]
+    assert losses[2] > losses[4]
+    steps = sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+    assert steps == [4, 6]
+    assert read_metadata(folder, "best")["step"] == min((2, 4, 6), key=losses.get)
 
 
 def test_what_lies_elsewhere_and_is_the_same_is_the_same_run(half):
