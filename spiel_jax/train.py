@@ -31,6 +31,19 @@ def define_flags(values: flags.FlagValues) -> None:
         "resume", False, "Continue the run in --workdir; refuse to start a new one.", flag_values=values
     )
     flags.DEFINE_bool(
+        "extend",
+        False,
+        "Train the run in --workdir further: config.steps or config.epochs may be raised, and the learning "
+        "rate and the replacement rate be others.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "accept_new_data",
+        False,
+        "Continue although data, tokenizer or chat template are not those the run was trained with.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
         "distributed", False, "One of several processes; JAX detects which.", flag_values=values
     )
     flags.DEFINE_string(
@@ -58,7 +71,13 @@ def main(options: flags.FlagValues) -> None:
     logging.getLogger("spiel_jax").setLevel(logging.INFO if processes.is_first() else logging.ERROR)
     name = Path(config_flags.get_config_filename(options["config"])).stem
     with processes.errors_say_where():
-        run(options.config, options.workdir or Path("runs", name), resume=options.resume)
+        run(
+            options.config,
+            options.workdir or Path("runs", name),
+            resume=options.resume,
+            extend=options.extend,
+            accept_new_data=options.accept_new_data,
+        )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ FLOORS = (
     "sparse",
     "optim",
     "__init__",
+    "places",
     "data",
     "models",
     "losses",

@@ -10,15 +10,17 @@ import jax
 import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
-from spiel_jax.checkpoint import CheckpointError, read_metadata, restore_trained, stored_targets
+from spiel_jax.checkpoint import CheckpointError, Step, read_metadata, restore_trained, stored_targets
 from spiel_jax.config import unflatten
 from spiel_jax.data.templates import use_template
+from spiel_jax.errors import NotFoundError
 from spiel_jax.methods.registry import build
 from spiel_jax.models import ModelConfig
 from spiel_jax.models.io.fingerprint import differing, fingerprint
-from spiel_jax.models.io.loading import open_model
+from spiel_jax.models.io.loading import ModelSource, open_model
 from spiel_jax.models.storage import kind_named
 from spiel_jax.ops.stored import is_writable
+from spiel_jax.training.identity import identity, other_model, other_tokenizer
 
 
 @dataclass(frozen=True)
@@ -45,31 +47,42 @@ class LoadedRun:
     date: datetime.datetime | None = None
 
 
-def load_run(directory: str | Path, step: int | None = None, *, keep_base: bool = False) -> LoadedRun:
+def load_run(
+    directory: str | Path,
+    step: Step = None,
+    *,
+    keep_base: bool = False,
+    model: str | None = None,
+    tokenizer: str | None = None,
+) -> LoadedRun:
     """Loads the model that a run has trained, ready to be used.
 
     Without ``keep_base`` deltas or adapters are merged into the base in place: one copy of the model is held.
 
     Args:
         directory: The run's folder (``--workdir``).
-        step: Which checkpoint; None for the newest.
+        step: Which checkpoint; None for the newest, "best" for the lowest held-out loss.
         keep_base: Whether to hold the base model beside the tuned one.
+        model: Where the base model is now (see ``open_model``); None: where it was.
+        tokenizer: Where the tokenizer is now, if not with the model; None: where it was.
 
     Raises:
-        CheckpointError: If there is no such checkpoint, or the base model that the run's configuration
-            names is not the one it was trained on; the tensors that differ are named.
+        CheckpointError: If there is no such checkpoint, or the base model or the tokenizer is not the one it
+            was trained with; what differs is named.
         NotFoundError: If the base model is not there.
         SpielError: If the base model is damaged.
     """
     metadata = read_metadata(directory, step)
     settings = metadata["config"]
-    name, dtype = settings["model.source"], jnp.dtype(settings["model.dtype"])
-    source = open_model(name, preset=settings["model.preset"])
-    named = settings["model.tokenizer"]
-    tokenizer = (source if named is None else open_model(named)).tokenizer()
+    dtype = jnp.dtype(settings["model.dtype"])
+    name = settings["model.source"] if model is None else model
+    source = _opened("model", name, preset=settings["model.preset"] if model is None else None)
+    named = settings["model.tokenizer"] if tokenizer is None else tokenizer
+    read = (source if named is None else _opened("tokenizer", named)).tokenizer()
     if "chat_template" in metadata:  # earlier versions had no other than the tokenizer's
-        use_template(tokenizer, metadata["chat_template"])
+        use_template(read, metadata["chat_template"])
     date = datetime.datetime.fromisoformat(metadata["date"]) if "date" in metadata else None
+    _check_identity(directory, metadata, identity(source.config, read))
     config = unflatten(settings)
     method = build(config, source.config, 1, stored_targets(metadata))  # the length means nothing
     trained = restore_trained(directory, metadata["step"])
@@ -88,7 +101,26 @@ def load_run(directory: str | Path, step: int | None = None, *, keep_base: bool 
         in_place = not keep_base and all(map(is_writable, before.values()))
         tuned = base | jax.jit(method.merge, donate_argnums=0 if in_place else ())(before, trained)
     kept = base if keep_base else None
-    return LoadedRun(metadata["step"], settings, source.config, kept, tuned, tokenizer, date)
+    return LoadedRun(metadata["step"], settings, source.config, kept, tuned, read, date)
+
+
+def _opened(what: str, place: str, **options: Any) -> ModelSource:
+    """The model in a place; if there is none, the error says how to name another."""
+    try:
+        return open_model(place, **options)
+    except NotFoundError as error:
+        raise NotFoundError(f"{error}. If it lies elsewhere now, name the place: --{what}=...") from error
+
+
+def _check_identity(directory: str | Path, metadata: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    stored = metadata.get("identity")
+    if stored is None:  # of an earlier version
+        return
+    if changed := other_model(stored, found) + other_tokenizer(stored, found):
+        raise CheckpointError(
+            f"{directory} was trained with another model or tokenizer: {'; '.join(changed)}. Put back "
+            "what it was, or name the right ones (--model, --tokenizer)"
+        )
 
 
 def _check_base(problem: str, expected: Mapping[str, str], base: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from spiel_jax.data.reports import SourceReport, warn_of_losses, warn_of_unread
 from spiel_jax.data.rows import read_rows
 from spiel_jax.data.writing import Rendered, TemplateMismatch
 from spiel_jax.errors import SpielError
+from spiel_jax.places import refuse_remote
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class SourceSpec:
     def __post_init__(self):
         if not isinstance(self.path, str) or not self.path:
             raise SpielError(f"path must be a non-empty string, not {self.path!r}")
+        refuse_remote(self.path, "the data source")
         if self.weight is not None and not 0 < self.weight < float("inf"):
             raise SpielError(f"weight of {self.path} must be a positive number, not {self.weight}")
         if self.format is not None and self.format not in FORMATS:

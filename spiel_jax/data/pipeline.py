@@ -5,8 +5,8 @@ Batches are dicts of arrays [B, S], described at `packing.fill_row`.
 
 import dataclasses
 import datetime
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from spiel_jax.data import mixture
 from spiel_jax.data.chat import Encoder
 from spiel_jax.data.examples import Examples, SourceReport, SourceSpec, read_examples
+from spiel_jax.data.fingerprint import data_fingerprint, examples_fingerprint
 from spiel_jax.data.packing import Plan, empty_row, fill_row, plan_rows
 from spiel_jax.data.rows import EmptyDataset
 from spiel_jax.errors import SpielError
@@ -173,6 +174,7 @@ class Data:
     Attributes:
       config: what was asked for.
       report: what was found.
+      fingerprint: digests of it: see `fingerprint.data_fingerprint`.
     """
 
     def __init__(
@@ -182,6 +184,7 @@ class Data:
         sizes: Sequence[int],
         heldout: Examples,
         reports: tuple[tuple[SourceReport, ...], tuple[SourceReport, ...]],
+        prints: Sequence[Mapping[str, Any]],
     ):
         self.config = config
         self._train = train
@@ -192,6 +195,8 @@ class Data:
         self._heldout = heldout
         self._heldout_plan = self._plan(np.arange(len(heldout)), heldout)
         first = self._epoch_plan(0)
+        paths = [source.path for source in config.sources]
+        self.fingerprint = data_fingerprint(list(zip(paths, prints, strict=True)), heldout, first)
         learnt = np.add.reduceat(train.supervised, train.offsets[:-1], dtype=np.int64)
         self.report = Report(
             sources=reports[0],
@@ -375,12 +380,12 @@ def load_data(
         return parts, tuple(reports)
 
     parts, reports = read(config.sources)
-    sizes = np.array([len(part) for part in parts])
+    sizes, prints = np.array([len(part) for part in parts]), [examples_fingerprint(part) for part in parts]
     everything = Examples.of([example for part in parts for example in part])
     if isinstance(config.heldout, tuple):
         heldout_parts, heldout_reports = read(config.heldout)
         heldout = Examples.of([example for part in heldout_parts for example in part])
-        return Data(config, everything, sizes.tolist(), heldout, (reports, heldout_reports))
+        return Data(config, everything, sizes.tolist(), heldout, (reports, heldout_reports), prints)
 
     count = config.heldout
     if isinstance(count, float):
@@ -391,4 +396,4 @@ def load_data(
         if not size:
             raise EmptyDataset(f"holding out {count} examples leaves none to train on: {report}")
     train = everything.select(np.flatnonzero(~chosen))
-    return Data(config, train, left, everything.select(np.flatnonzero(chosen)), (reports, ()))
+    return Data(config, train, left, everything.select(np.flatnonzero(chosen)), (reports, ()), prints)

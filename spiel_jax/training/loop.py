@@ -1,5 +1,6 @@
 """The loop of a run over its steps: phases, metrics, evaluations and checkpoints when they are due."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,8 +36,9 @@ class Loop:
     tokens: Sequence[int]  # of each step, in the rows of all processes
     heldout: list[dict]
     recorder: Recorder
-    save: Callable[[int, TrainState], None]
+    save: Callable[[int, TrainState, float | None], None]  # step, state, its held-out loss if evaluated
     profile: Profile
+    best: float | None = None  # lowest held-out loss that is saved; None: lower ones need not be
 
     def __post_init__(self):
         self.heldout_losses: list[tuple[int, float]] = []
@@ -82,10 +84,11 @@ class Loop:
                 self._read(keep=0)
             elif _due(step, config.log_every):
                 self._read(keep=1)
+            loss = self._evaluate_now(step, state) if evaluating else None
+            if loss is not None and self.best is not None and loss < self.best:
+                self.best, saving = loss, True
             if saving:
-                self.save(step, state)
-            if evaluating:
-                self._evaluate_now(step, state)
+                self.save(step, state, loss)
             if saving or evaluating:
                 self.recorder.restart_clock()
             if stopping:
@@ -93,11 +96,14 @@ class Loop:
         self.seconds = time.perf_counter() - began
         return state, step
 
-    def _evaluate_now(self, step: int, state: TrainState) -> None:
-        if self.heldout:
-            loss = heldout_loss(self._evaluate, state, [self.place(batch) for batch in self.heldout])
-            self.heldout_losses.append((step, loss))
-            self.recorder.evaluation(step, loss)
+    def _evaluate_now(self, step: int, state: TrainState) -> float | None:
+        """The held-out loss, recorded; None if there is none, or it is not finite."""
+        if not self.heldout:
+            return None
+        loss = heldout_loss(self._evaluate, state, [self.place(batch) for batch in self.heldout])
+        self.heldout_losses.append((step, loss))
+        self.recorder.evaluation(step, loss)
+        return loss if math.isfinite(loss) else None
 
     def _read(self, keep: int) -> None:
         """Records the metrics of all steps but the last ``keep``."""

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import jax
 
-from spiel_jax.checkpoint import CheckpointError, Checkpoints, read_metadata, restore_state, stored_targets
+from spiel_jax.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    Step,
+    read_metadata,
+    restore_state,
+    stored_targets,
+)
 from spiel_jax.config import unflatten
 from spiel_jax.distributed.mesh import check_mesh, make_mesh
 from spiel_jax.errors import SpielError
@@ -18,15 +25,17 @@ from spiel_jax.models.axes import weight_grid
 from spiel_jax.models.io.loading import open_model
 from spiel_jax.ops.tree import parameter_name
 from spiel_jax.optim.block_grid import Regridded
+from spiel_jax.places import local_path
 from spiel_jax.sparse.targets import zeros
 from spiel_jax.training.metrics import METRICS, TIMING
+from spiel_jax.training.workdir import check_usable
 
 MUCH_UNUSED = 0.3
 """Share of unused slots from which ``show`` warns."""
 
 
 def regrid(
-    workdir: str | Path, grid: Mapping[str, int], out: str | Path, step: int | None = None
+    workdir: str | Path, grid: Mapping[str, int], out: str | Path, step: Step = None
 ) -> dict[str, Regridded]:
     """Writes a run's checkpoint into a new folder, with another block grid; the folder continues the run.
 
@@ -51,7 +60,8 @@ def regrid(
         CheckpointError: If there is no such checkpoint, it holds no sparse deltas, or ``out`` is not empty.
         NotFoundError: If the base model's configuration is not there.
     """
-    workdir, out = Path(workdir).expanduser(), Path(out).expanduser()
+    workdir, out = local_path(workdir, "--workdir"), local_path(out, "--out")
+    check_usable(out)
     metadata = read_metadata(workdir, step)
     settings, targets = metadata["config"], stored_targets(metadata)
     if not targets:

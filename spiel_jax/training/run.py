@@ -6,7 +6,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from spiel_jax.config import (
     data_config,
     flatten,
     micro_batch_size,
+    unflatten,
     with_grid,
 )
 from spiel_jax.data import Data, SourceReport, chat_template, load_data
@@ -38,11 +39,30 @@ from spiel_jax.models.axes import param_sharding
 from spiel_jax.models.io.fingerprint import differing, fingerprint
 from spiel_jax.models.io.loading import ModelSource, open_model
 from spiel_jax.models.storage import storage_for
+from spiel_jax.places import local_path
+from spiel_jax.training.continuing import (
+    Course,
+    check_config_of,
+    check_identity,
+    course,
+    tell_of_cut_phase,
+    tell_of_new_data,
+)
+from spiel_jax.training.identity import identity
 from spiel_jax.training.loop import Loop
 from spiel_jax.training.metrics import Recorder, table
 from spiel_jax.training.nonfinite import check_base
 from spiel_jax.training.profiler import Profile
-from spiel_jax.training.workdir import check_workdir, find_workdir, stored_config
+from spiel_jax.training.workdir import (
+    as_given,
+    check_usable,
+    find_workdir,
+    held,
+    settings,
+    stored_config,
+    with_known_places,
+    write_config,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -96,17 +116,36 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
 
 
 @dataclass(frozen=True)
+class _Claim:
+    """A run's folder and what is in it."""
+
+    workdir: Path
+    places: dict[str, Any]  # as the config gives them
+    known: dict[str, Any] | None  # metadata of the checkpoint that is continued
+    accept_new_data: bool
+
+
+@dataclass(frozen=True)
 class _Inputs:
     """What a run reads beside the model's weights."""
 
     tokenizer: Any
     data: Data
-    steps: int  # of the run
+    identity: dict[str, Any]  # digests of model, tokenizer and data
+    course: Course
     rows: list[int]  # of a micro-batch, those that this process makes
     heldout: list[dict]  # this process's rows of the batches
 
 
-def run(config: Config, workdir: str | Path, *, resume: bool = False, progress: bool = True) -> Summary:
+def run(
+    config: Config,
+    workdir: str | Path,
+    *,
+    resume: bool = False,
+    extend: bool = False,
+    accept_new_data: bool = False,
+    progress: bool = True,
+) -> Summary:
     """Trains as the config says, or continues what the folder holds.
 
     Where there are several processes (see ``processes.initialise``) all of them call it alike; the first one
@@ -116,46 +155,73 @@ def run(config: Config, workdir: str | Path, *, resume: bool = False, progress: 
         config: See ``default_config``.
         workdir: The run's folder: config, checkpoints, metrics.
         resume: Refuse to start a new run.
+        extend: Let the config ask for more steps than the run had, and for other schedules over them.
+        accept_new_data: Continue although data, tokenizer or chat template have changed.
         progress: Whether to show progress bars.
 
     Returns:
         A ``Summary``.
 
     Raises:
-        ConfigError: If a key has a bad value, or the folder is of another configuration.
-        CheckpointError: If a checkpoint does not fit the run, or is of another base model.
+        ConfigError: If a key has a bad value, the folder is of another configuration or cannot be used.
+        CheckpointError: If a checkpoint does not fit the run, is of another base model or of other data, or
+            cannot be saved.
+        InUse: If another process trains in the folder.
         NonFiniteError: If a step is not finite and ``on_nonfinite`` is "stop".
         ProcessError: If several processes do not agree, or one of them failed to prepare the run.
     """
-    workdir = Path(workdir).expanduser()
-    processes.check_same({**flatten(config), "--workdir": str(workdir.absolute()), "--resume": resume})
+    workdir, first = local_path(workdir, "--workdir"), processes.is_first()
+    options = {"--resume": resume, "--extend": extend, "--accept_new_data": accept_new_data}
+    processes.check_same({**flatten(config), "--workdir": str(workdir.absolute()), **options})
     check_config(config)
     mesh = make_mesh(config.mesh)
     processes.check_devices(mesh)
-    config = processes.together(lambda: with_grid(config, mesh.shape, stored_config(workdir) or {}))
     check_micro_batch(config, mesh.shape)
-    first = processes.is_first()
-    processes.together(lambda: check_workdir(workdir, config, resume) if first else None)
-    processes.together(lambda: None if first else find_workdir(workdir, config))
-    source = processes.together(lambda: open_model(config.model.source, preset=config.model.preset))
-    check_layout(config, source.config, mesh)
-    with jax.set_mesh(mesh):
-        summary = _run(config, workdir, source, mesh, resume, progress and first)
-        processes.wait_for_all("the end of the run")
+    flag = "--extend" if extend else "--resume" if resume else None
+    processes.together(lambda: _check_folder(workdir, flag) if first else None)
+    with ExitStack() as stack:
+        processes.together(lambda: stack.enter_context(held(workdir)) if first else None)
+        known = newest_metadata(workdir)  # before any process makes the folder of checkpoints
+        processes.check_same({"newest checkpoint in --workdir": None if known is None else known["step"]})
+        claim = _Claim(workdir, as_given(config), known, accept_new_data)
+        config = with_known_places(config, known)
+        config = with_grid(config, mesh.shape, {} if known is None else known["config"])
+        if known is None:
+            processes.together(lambda: write_config(workdir, config) if first else None)
+            processes.together(lambda: None if first else find_workdir(workdir, config))
+        else:
+            check_config_of(workdir, known, config, extend=extend, accept_new_data=accept_new_data)
+        source = processes.together(lambda: open_model(config.model.source, preset=config.model.preset))
+        check_layout(config, source.config, mesh)
+        with jax.set_mesh(mesh):
+            summary = _run(config, claim, source, mesh, progress and first)
+            processes.wait_for_all("the end of the run")
     return summary
 
 
-def _run(
-    config: Config, workdir: Path, source: ModelSource, mesh: Mesh, resume: bool, progress: bool
-) -> Summary:
+def _check_folder(workdir: Path, flag: str | None) -> None:
+    """Refuses a folder that no run could use, or, where a flag asks for it, one with nothing to continue."""
+    check_usable(workdir)
+    if stored_config(workdir) is None and flag is not None:
+        raise CheckpointError(f"{flag}: {workdir} holds no run to continue")
+
+
+def _run(config: Config, claim: _Claim, source: ModelSource, mesh: Mesh, progress: bool) -> Summary:
     began, first = time.perf_counter(), processes.is_first()
-    known = newest_metadata(workdir)  # before any process makes the folder of checkpoints
+    workdir, known = claim.workdir, claim.known
     now = datetime.datetime.now().isoformat(timespec="seconds")
     date = processes.of_first((known or {}).get("date", now))  # earlier versions kept none
-    inputs = processes.together(lambda: _read(config, source, mesh, date, progress))
+    inputs = processes.together(lambda: _read(config, claim, source, mesh, date, progress))
+    if known is not None:  # not before it is known to be the same run
+        processes.together(lambda: write_config(workdir, config) if first else None)
+    steps = inputs.course.steps
     # a run that was regridded has other numbers of entries than its budget would give
     targets = None if known is None else stored_targets(known)
-    method = build(config, source.config, inputs.steps, targets)
+    method = build(config, source.config, steps, targets)
+    if known is not None and known.get("steps", steps) < steps:
+        tell_of_cut_phase(
+            known["step"], build(unflatten(known["config"]), source.config, known["steps"]), method
+        )
     dtype = jnp.dtype(config.model.dtype)
     params = source.load(
         dtype,
@@ -169,61 +235,73 @@ def _run(
     size = sum(param.size for param in params.values())
 
     with (
-        Checkpoints(workdir, config.checkpoint_keep) as checkpoints,
+        Checkpoints(
+            workdir,
+            config.checkpoint_keep,
+            keep_best=config.checkpoint_keep_best,
+            heldout=inputs.data.fingerprint["heldout"]["tokens"],
+        ) as checkpoints,
         _stop_on_signal() as stop_asked,
     ):
-        if resume and known is None:
-            raise CheckpointError(f"--resume: {workdir} holds no checkpoint to continue from")
         state, start = _first_state(method, params, mesh, checkpoints, known)
         del params
         tunable = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
         _log.info("%d tunable of %d parameters (%.2f%%)", tunable, size, 100 * tunable / size)
         if start:
-            _log.info("continuing after step %d of %d", start, inputs.steps)
+            _log.info("continuing after step %d of %d", start, steps)
         batches = _batches(config, inputs, known)
 
-        def save(step: int, state: TrainState) -> None:
+        def save(step: int, state: TrainState, heldout_loss: float | None) -> None:
             metadata = {
-                "config": flatten(config),
+                "config": settings(config),
+                "places": claim.places,
                 "fingerprint": base_print,
+                "identity": inputs.identity,
+                "steps": steps,
+                "data_since": inputs.course.since,
                 "data": batches.get_state(),
                 "date": date,
                 "chat_template": chat_template(inputs.tokenizer),
             }
-            checkpoints.save(step, state, method, metadata)
+            checkpoints.save(step, state, method, metadata, heldout_loss)
 
         if jax.process_count() > 1:
             stop_asked = processes.stop_agreed(start)
-        with Recorder(workdir if first else None, start, inputs.steps, progress) as recorder:
+        with Recorder(workdir if first else None, start, steps, progress) as recorder:
             loop = Loop(
                 config=config,
                 method=method,
-                rate=learning_rate(config, inputs.steps),
+                rate=learning_rate(config, steps),
                 place=partial(shard_batch, mesh=mesh, rows=micro_batch_size(config)),
-                tokens=inputs.data.batch_tokens(config.batch_size, steps=inputs.steps).tolist(),
+                tokens=_tokens(config, inputs),
                 heldout=inputs.heldout,
                 recorder=recorder,
                 save=save,
+                best=checkpoints.best_loss if config.checkpoint_keep_best else None,
                 profile=Profile(workdir / "profile", start + 3, config.profile if first else 0),
             )
-            state, step = loop.run(state, batches, start, inputs.steps, stop_asked)
-            if step < inputs.steps:
-                recorder.say(f"stopped after step {step} of {inputs.steps}: run the same command to continue")
+            state, step = loop.run(state, batches, start, steps, stop_asked)
+            if step < steps:
+                recorder.say(f"stopped after step {step} of {steps}: run the same command to continue")
         checkpoints.wait()
 
     summary = _summary(loop, inputs, step, time.perf_counter() - began, (tunable, size), workdir)
     if first:
         print(table(summary.rows, f"{config.method} on {config.model.source}"), flush=True)
-    if config.sample.prompt and step == inputs.steps:
+    if config.sample.prompt and step == steps:
         _show_sample(config, source.config, method, state, inputs.tokenizer, date)
     return summary
 
 
-def _read(config: Config, source: ModelSource, mesh: Mesh, date: str, progress: bool) -> _Inputs:
+def _read(
+    config: Config, claim: _Claim, source: ModelSource, mesh: Mesh, date: str, progress: bool
+) -> _Inputs:
     """Reads tokenizer and data.
 
     Raises:
+        ConfigError: If the run cannot be extended so.
         DataError: If the data cannot be used: among others, if a token is beyond the model's.
+        CheckpointError: If the run that is continued had others.
     """
     named = source if config.model.tokenizer is None else open_model(config.model.tokenizer)
     tokenizer = named.tokenizer()
@@ -239,12 +317,23 @@ def _read(config: Config, source: ModelSource, mesh: Mesh, date: str, progress: 
     for reported in data.report.sources + data.report.heldout_sources:
         _log.info("%s", reported)
     _warn_of_positions(config.data.sequence_length, source.config.max_positions)
-    steps = config.steps
-    if steps is None:
-        steps = len(data.train_dataset(config.batch_size, epochs=config.epochs))
+
+    found, known, changed = identity(source.config, tokenizer, data), claim.known, []
+    if known is not None:
+        changed = check_identity(claim.workdir, known, found, accept_new_data=claim.accept_new_data)
+
+    def length() -> int:
+        if config.steps is not None:
+            return config.steps
+        return len(data.train_dataset(config.batch_size, epochs=config.epochs))
+
+    way = course(config, known, length, changed)
+    if known is not None and changed:
+        tell_of_new_data(way, changed, known, data)
     micro = micro_batch_size(config)
     rows = local_rows(micro, mesh)
-    return _Inputs(tokenizer, data, steps, rows, data.heldout_batches(micro, rows)[: config.eval_batches])
+    heldout = data.heldout_batches(micro, rows)[: config.eval_batches]
+    return _Inputs(tokenizer, data, found, way, rows, heldout)
 
 
 def _warn_of_positions(sequence_length: int, known: int) -> None:
@@ -286,12 +375,19 @@ def _first_state(
 
 def _batches(config: Config, inputs: _Inputs, known: dict[str, Any] | None) -> Any:
     """This process's rows of each step's batch, from the first or from where a run was left."""
-    starts = range(0, config.batch_size, micro_batch_size(config))
+    starts, course = range(0, config.batch_size, micro_batch_size(config)), inputs.course
     rows = [start + row for start in starts for row in inputs.rows]
-    batches = inputs.data.train_iterator(config.batch_size, steps=inputs.steps, rows=rows)
-    if known is not None:
+    batches = inputs.data.train_iterator(config.batch_size, steps=course.steps - course.since, rows=rows)
+    if known is not None and not course.new_data:
         batches.set_state(known["data"])
     return batches
+
+
+def _tokens(config: Config, inputs: _Inputs) -> list[int]:
+    """Of each step, in the rows of all processes; those of earlier data are not known."""
+    course = inputs.course
+    known = inputs.data.batch_tokens(config.batch_size, steps=course.steps - course.since).tolist()
+    return [0] * course.since + known
 
 
 def _summary(
@@ -300,7 +396,7 @@ def _summary(
     (tunable, size), report = sizes, inputs.data.report
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     rows = [
-        ("steps", f"{step} of {inputs.steps}"),
+        ("steps", f"{step} of {inputs.course.steps}"),
         ("tunable parameters", f"{tunable:,} ({100 * tunable / size:.2f}% of {size:,})"),
         ("train examples", f"{report.examples:,} ({report.fill:.0%} of row slots filled)"),
         ("rows left out / cut", _taken(report.sources)),

@@ -20,7 +20,7 @@ from spiel_jax.distributed import processes
 from spiel_jax.distributed.mesh import local_rows, make_mesh
 from spiel_jax.training import run as training
 from spiel_jax.training.metrics import read_metrics
-from spiel_jax.training.workdir import check_workdir, find_workdir
+from spiel_jax.training.workdir import find_workdir, write_config
 
 STEPS = 7
 LATE = 300  # seconds after which a process of a test hangs
@@ -347,7 +347,7 @@ def test_a_folder_that_is_not_shared_is_noticed(config_file, tmp_path, monkeypat
     config = default_config()
     with pytest.raises(ConfigError, match="all processes must see one folder"):
         find_workdir(tmp_path, config)
-    check_workdir(tmp_path, config, resume=False)
+    write_config(tmp_path, config)
     find_workdir(tmp_path, config)
     config.seed = 3
     with pytest.raises(ConfigError, match="not what process 0 has written"):

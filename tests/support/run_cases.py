@@ -50,8 +50,8 @@ def tiny_config(model, data, method="spiel_ag"):
     return config
 
 
-def run(config, workdir, *, until=None, **mesh):
-    """Trains on a mesh of these sizes, as if a signal came during step ``until``."""
+def run(config, workdir, *, until=None, extend=False, accept_new_data=False, **mesh):
+    """Trains on a mesh of these sizes, as if a signal came during the ``until``-th step of this call."""
     config = config.copy_and_resolve_references()
     config.mesh.update(mesh)
     calls = []
@@ -63,7 +63,8 @@ def run(config, workdir, *, until=None, **mesh):
     original = training._stop_on_signal
     training._stop_on_signal = stop_on_signal
     try:
-        return training.run(config, workdir, progress=False)
+        options = {"extend": extend, "accept_new_data": accept_new_data}
+        return training.run(config, workdir, progress=False, **options)
     finally:
         training._stop_on_signal = original
 

@@ -1,12 +1,15 @@
-"""A digest of the base weights, so that deltas are never put on top of another model's."""
+"""What the base model is, so that deltas are never put on top of another: its weights and its arithmetic."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.storage.packed import packed
 from spiel_jax.ops.digest import digest, mixed
 from spiel_jax.ops.stored import is_stored
@@ -38,6 +41,38 @@ def fingerprint(params: Mapping[str, Any]) -> dict[str, str]:
 def differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     """The names whose digests differ or that only one of two fingerprints has, sorted."""
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+
+_UNUSED = ("max_positions", "initializer_range")
+"""What a ``ModelConfig`` says that changes no result of given weights."""
+
+
+def arithmetic(config: ModelConfig) -> dict[str, Any]:
+    """What a model computes with its weights, JSON-like: heads, RoPE, window, the norms' eps, tying, ...
+
+    Two models of equal weights can differ in it, and then give other logits.
+    """
+    said = {name: value for name, value in asdict(config).items() if name not in _UNUSED}
+    return json.loads(json.dumps(said))
+
+
+def differing_arithmetic(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What differs between two models by ``arithmetic``, as ``"rope_theta: 10000.0 then, 500000.0 now"``.
+
+    A field that an earlier version did not store has its default.
+    """
+    defaults = {field.name: field.default for field in fields(ModelConfig)}
+
+    def said(found: Mapping[str, Any], name: str) -> Any:
+        return found.get(name, defaults.get(name, MISSING))
+
+    names = sorted(one.keys() | other.keys())
+    pairs = {name: (said(one, name), said(other, name)) for name in names}
+    return [
+        f"{name}: {then!r} then, {now!r} now"
+        for name, (then, now) in pairs.items()
+        if then != now and MISSING not in (then, now)
+    ]
 
 
 @jax.jit

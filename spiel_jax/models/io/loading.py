@@ -30,6 +30,7 @@ from spiel_jax.models.io.messages import told
 from spiel_jax.models.io.names import HEAD, Placement, Stored, check_tensors, expected_tensors
 from spiel_jax.models.io.parts import first_parts
 from spiel_jax.models.storage.weight import Weight, hold, nbytes
+from spiel_jax.places import local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -216,7 +217,7 @@ def open_model(source: str, *, preset: str | None = None, cache_dir: str | Path 
     if source.startswith("package:"):
         checkpoint = _open_path(_the_gguf(_package_folder(source.removeprefix("package:"))))
     else:
-        path = Path(os.path.expanduser(source))
+        path = local_path(source, "the model")
         checkpoint = _open_path(path if os.path.exists(path) else _download(source, cache_dir))
     config = checkpoint.config
     if config.num_layers > len(checkpoint.stored):  # or naming what is missing would take as long as it likes
@@ -392,7 +393,7 @@ def model_shape(source: str, preset: str | None = None) -> ModelConfig:
     """
     if preset is not None and source != "random":
         raise SpielError(f"a preset, here {preset!r}, is for the source 'random', not for {source!r}")
-    path = Path(os.path.expanduser(source))
+    path = local_path(source, "the model")
     if source in _GATED and not os.path.exists(path):
         return open_model("random", preset=_GATED[source]).config
     from spiel_jax.models.io.hub import hub_id
