@@ -463,20 +463,6 @@ class TestFilesThatDoNotFit:
             tmp_path, "is an adapter and has no config.json: give the model it belongs to", FileNotFoundError
         )
 
-    def test_code_of_a_folder_is_not_run(self, single_copy):
-        (single_copy / "evil.py").write_text("raise SystemExit('run')")
-        (single_copy / "tokenizer_config.json").write_text(
-            json.dumps({"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"})
-        )
-        with pytest.raises(SpielError, match="no tokenizer can be read from"):
-            open_model(str(single_copy)).tokenizer()
-
-    def test_a_sentencepiece_model_names_its_package(self, single_copy, monkeypatch):
-        (single_copy / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
-        monkeypatch.setattr("spiel_jax.models.io.huggingface.find_spec", lambda name: None)
-        with pytest.raises(SpielError, match=r"needs sentencepiece.: pip install sentencepiece"):
-            open_model(str(single_copy)).tokenizer()
-
     def test_what_is_neither_a_file_nor_a_folder(self, tmp_path):
         os.mkfifo(tmp_path / "x.gguf")
         self.refused(tmp_path / "x.gguf", "is neither a file nor a folder", SpielError)
