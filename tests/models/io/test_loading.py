@@ -463,14 +463,6 @@ class TestFilesThatDoNotFit:
             tmp_path, "is an adapter and has no config.json: give the model it belongs to", FileNotFoundError
         )
 
-    def test_code_of_a_folder_is_not_run(self, single_copy):
-        (single_copy / "evil.py").write_text("raise SystemExit('run')")
-        (single_copy / "tokenizer_config.json").write_text(
-            json.dumps({"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"})
-        )
-        with pytest.raises(SpielError, match="is a program that lies there"):
-            open_model(str(single_copy)).tokenizer()
-
     def test_what_is_neither_a_file_nor_a_folder(self, tmp_path):
         os.mkfifo(tmp_path / "x.gguf")
         self.refused(tmp_path / "x.gguf", "is neither a file nor a folder", SpielError)
