@@ -9,19 +9,19 @@ It imports the room that does its work inside ``main``: ``--help`` and a mistype
 and what is not installed can be named.
 """
 
-import difflib
 import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from absl import app, flags, logging
 
 from spiel_jax.errors import SpielError
+from spiel_jax.interrupts import ended_by_signals
 
 flags.disclaim_key_flags()  # what is defined here is the command's own, for --help
 
@@ -37,7 +37,7 @@ def run(
     Args:
         main: Does its work, given the values of the flags.
         define_flags: Defines its flags.
-        failure: Exit status after an error that is shown plainly.
+        failure: Exit status after an error that is shown plainly. After a signal it is 128 + its number.
     """
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
     options = flags.FLAGS
@@ -46,15 +46,14 @@ def run(
     def checked(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(
-                f"unexpected arguments: {' '.join(argv[1:])} (flags begin with --, and a value with spaces "
-                "takes quotes)"
+                f"unexpected arguments: {' '.join(argv[1:])} (flags begin with --, a value with spaces takes "
+                "quotes, and that of a switch an =)"
             )
-        with shown_plainly(options, failure):
-            main(options)
+        main(options)
 
-    with shown_plainly(options, failure):
+    with ended_by_signals(), shown_plainly(options, failure):
         define_flags(options)
-    app.run(checked)
+        app.run(checked, flags_parser=partial(parse, options))
 
 
 @contextmanager
@@ -84,33 +83,70 @@ def shown_plainly(options: flags.FlagValues, failure: int = 1) -> Iterator[None]
 
 
 def define_config(values: flags.FlagValues) -> None:
-    """Defines ``--config``, and with it ``--config.KEY`` for all keys of that file."""
-    from ml_collections import config_flags
-
-    what = "A file with get_config(), such as configs/*.py."
-    config_flags.DEFINE_config_file("config", None, what, flag_values=values)
-    values["config"].parser = _ConfigFile(values["config"].parser)
-    flags.mark_flag_as_required("config", values)
+    """Defines ``--config``. ``parse`` knows ``--config.KEY`` then; ``read_config`` reads what they say."""
+    what = "A file with get_config(), such as configs/*.py. --config.KEY=VALUE sets one of its keys."
+    flags.DEFINE_string("config", None, what, required=True, flag_values=values)
 
 
-class _ConfigFile(flags.ArgumentParser):
-    """Refuses what is no file, and keys on the command line that the config does not have."""
+def read_config(options: flags.FlagValues) -> Any:
+    """The config that ``--config`` and ``--config.KEY`` describe, checked.
 
-    def __init__(self, parser: flags.ArgumentParser):
-        self._parser = parser
+    Raises:
+        ConfigError: See ``config_file.load``.
+    """
+    from spiel_jax.config_file import load
 
-    def parse(self, argument: str) -> Any:
-        if not Path(argument.partition(":")[0]).is_file():
-            raise ValueError("there is no such file")
-        config: Any = self._parser.parse(argument)
-        from spiel_jax.config import flatten  # the file has imported it
+    names = [name for name in options if name.startswith("config.") and options[name].present]
+    return load(options.config, {name.removeprefix("config."): options[name].value or [] for name in names})
 
-        known = flatten(config)
-        for key in re.findall(r"^--?(?:no)?config\.([\w.]+)", "\n".join(sys.argv), re.MULTILINE):
-            if not any(f"{one}.".startswith(f"{key}.") for one in known):
-                near = difflib.get_close_matches(key, known, n=3, cutoff=0.0)
-                raise ValueError(f"config.{key} is no key; near: {', '.join(near)}")
-        return config
+
+def _define_keys(values: flags.FlagValues) -> None:
+    from spiel_jax.bounds import KEYS
+
+    parser, serializer = flags.ArgumentParser(), flags.ArgumentSerializer()
+    for key, kind in KEYS.items():
+        flag = flags.MultiFlag(parser, serializer, f"config.{key}", None, "A key of --config.")
+        flag.boolean = kind.boolean
+        flags.DEFINE_flag(flag, values)
+
+
+def parse(options: flags.FlagValues, argv: Sequence[str]) -> list[str]:
+    """Reads the flags of a command line into ``options``.
+
+    Keys of the config, where there is one, are flags too; and a flag that is on is switched off by
+    ``--no-NAME``, as elsewhere, beside absl's ``--noNAME``.
+
+    Args:
+        options: The flags that are defined.
+        argv: The program's name and its arguments.
+
+    Returns:
+        The name, and the arguments that are no flags.
+
+    Raises:
+        SpielError: If a flag is not known, has a value that it cannot have, or is missing.
+    """
+    try:
+        arguments = options.read_flags_from_files(list(argv), force_gnu=False)
+        if "config" in options and any(re.match(r"--?(no)?config\.", one) for one in arguments):
+            _define_keys(options)
+        return options([re.sub(r"^--no-(?=\w)", "--no", one) for one in arguments])
+    except flags.UnrecognizedFlagError as error:
+        raise SpielError(_unknown(error, options)) from error
+    except (flags.Error, ValueError) as error:
+        raise SpielError(str(error)) from error
+
+
+def _unknown(error: flags.UnrecognizedFlagError, options: flags.FlagValues) -> str:
+    """What to say of a flag that there is not."""
+    key = re.fullmatch(r"(no)?config\.(.+)", error.flagname)
+    if key is None or "config" not in options:
+        return str(error)
+    from spiel_jax.config import no_key
+
+    if key[1] and f"config.{key[2]}" in options:
+        return f"--{error.flagname}: config.{key[2]} is no switch (=None unsets what can be unset)"
+    return no_key(key[2])
 
 
 def define_run(values: flags.FlagValues, name: str, *, required: bool = False) -> None:

@@ -4,23 +4,22 @@ A config file has ``get_config()`` that starts from ``default_config()``, sets k
 can be set on the command line: ``--config.optimizer.learning_rate=1e-4``.
 """
 
+import dataclasses
+import difflib
+import fnmatch
 import itertools
-import math
-from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
+from spiel_jax.bounds import KEYS
 from spiel_jax.data import DataConfig, SourceSpec
 from spiel_jax.data.templates import read_template
 from spiel_jax.errors import SpielError
-from spiel_jax.methods.registry import method_class, method_names
-from spiel_jax.models.decoder import Remat
-from spiel_jax.models.storage import KINDS
+from spiel_jax.methods.registry import method_class
 from spiel_jax.optim.criteria.criterion import CRITERIA, Complaint
-from spiel_jax.optim.criteria.moment_approximation import Score
-from spiel_jax.optim.parity import Parity
 
 Config = Any
 """An ``ml_collections.ConfigDict``; its keys are known at run time only."""
@@ -36,13 +35,31 @@ ADJUSTABLE = (
 
 
 class ConfigError(SpielError):
-    """A key of the configuration has a value that is not allowed."""
+    """A key of the configuration has a value that is not allowed.
+
+    Attributes:
+        key: Which; empty where it is not about one.
+    """
+
+    def __init__(self, message: str = "", key: str = ""):
+        super().__init__(message)
+        self.key = key
 
 
 def default_config() -> Config:
-    """All keys. The defaults are the paper's recipe where it has one; a config sets model and data."""
+    """All keys. The defaults are the paper's recipe where it has one; a config sets model and data.
+
+    What each may be is in ``bounds.KEYS``. No key can be added.
+
+    Example:
+        >>> config = default_config()
+        >>> config.batch_size = 16
+        >>> config.bach_size = 16
+        Traceback (most recent call last):
+        AttributeError: ...
+    """
     optional = config_dict.placeholder  # one call per key: a placeholder object is one value
-    return ml_collections.ConfigDict(
+    config = ml_collections.ConfigDict(
         {
             "seed": 0,  # of the initial positions, the order of the data, random weights
             # spiel_ag | spiel_ma: entries evolve by accumulated gradients, by approximated moments
@@ -115,7 +132,8 @@ def default_config() -> Config:
             "data": {
                 # tuple of paths, package:NAME, hub ids; or dicts of the fields of SourceSpec
                 "sources": (),
-                "heldout": 0.02,  # a share below 1, a number of examples, or a tuple of sources
+                # a share below 1, a number of examples, or a tuple of sources
+                "heldout": config_dict.FieldReference(0.02, field_type=object),
                 "sequence_length": 2048,
                 "packing": True,
                 "truncate": "end",  # end | skip
@@ -148,6 +166,7 @@ def default_config() -> Config:
             },
         }
     )
+    return config.lock()
 
 
 def check_config(config: Config) -> None:
@@ -156,73 +175,98 @@ def check_config(config: Config) -> None:
     Raises:
         ConfigError: Naming the key, its value and what is allowed.
     """
-    complaints = itertools.chain(
-        _unknown_choices(config), _bad_run(config), _bad_optimizer(config), _bad_method(config)
-    )
-    for key, value, expected in complaints:
-        raise ConfigError(f"config.{key} = {value!r}: expected {expected}")
+    flat = flatten(config)
+    for key in flat.keys() - KEYS.keys():
+        raise ConfigError(no_key(key), key)
+    for key in KEYS.keys() - flat.keys():
+        raise ConfigError(f"config.{key} is missing: a config starts from default_config()", key)
+    of_one_key = ((key, flat[key], kind.expected(flat[key])) for key, kind in KEYS.items())
+    for key, value, expected in itertools.chain(of_one_key, _bad_run(config), _bad_method(config)):
+        if expected:
+            raise ConfigError(f"config.{key} = {shown(value)}: expected {expected}", key)
     data_config(config)
     if config.data.chat_template is not None:
         read_template(config.data.chat_template)
 
 
-CHOICES = {
-    "model.dtype": ("bfloat16", "float32"),
-    "model.remat": get_args(Remat),
-    "spiel.schedule": ("linear", "cosine", "constant"),
-    "spiel.merge": ("resident", "per_use"),
-    "spiel.parity": get_args(Parity),
-    "spiel.score": get_args(Score),
-    "spiel.magnitude": ("largest", "smallest"),
-    "optimizer.schedule": ("linear", "cosine", "constant"),
-    "on_nonfinite": ("stop", "skip"),
-}
-"""What some keys may be."""
+def shown(value: Any) -> str:
+    """A value for a message; of a long one beginning and end.
+
+    >>> shown((1, "a")), len(shown("a" * 1000))
+    ("(1, 'a')", 155)
+    """
+    text = repr(value)
+    return text if len(text) < 200 else f"{text[:100]} ... {text[-50:]}"
 
 
-def _unknown_choices(config: Config) -> Iterator[Complaint]:
-    known = {"method": method_names(), "model.quantization": tuple(KINDS)}
-    for key, allowed in {**known, **CHOICES}.items():
-        value: Any = config
-        for part in key.split("."):
-            value = value[part]
-        if value not in allowed:
-            yield key, value, "one of " + ", ".join(allowed)
+def no_key(key: str) -> str:
+    """That there is no such key, and which are near."""
+    if any(known.startswith(f"{key}.") for known in KEYS):
+        return f"config.{key} is a section of keys: {', '.join(k for k in KEYS if k.startswith(f'{key}.'))}"
+    return f"config.{key} is no key; near: {', '.join(near_keys(key))}"
+
+
+def near_keys(key: str, number: int = 3) -> list[str]:
+    """The keys that are most like a mistyped one.
+
+    >>> near_keys("learning_rat")[0], near_keys("lora.rnk")[0], near_keys("lr")[0]
+    ('optimizer.learning_rate', 'lora.rank', 'optimizer.learning_rate')
+    """
+
+    def likeness(known: str) -> float:
+        short, last = (name.rpartition(".")[2] for name in (key, known))
+        if short == "".join(word[0] for word in last.split("_")) and len(short) > 1:
+            return 1.0
+        pairs = ((key, known), (short, last))
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    return sorted(KEYS, key=likeness, reverse=True)[:number]
+
+
+def without_effect(config: Config, keys: Iterable[str]) -> Iterator[str]:
+    """Which of some keys change nothing in a config, a sentence each: what they are beside, and what to do.
+
+    Args:
+        config: Checked.
+        keys: Those that were set by hand. One that is None is not looked at: it asks for nothing.
+    """
+    method, idle = config.method, list(_idle_keys(config))
+    idle += [
+        (pattern, f"method = {method!r}", "choose another method")
+        for pattern in method_class(method).unused(config)
+    ]
+    flat = flatten(config)
+    for key in keys:
+        for pattern, beside, remedy in idle:
+            if fnmatch.fnmatchcase(key, pattern) and flat[key] is not None:
+                what = f"config.{key} = {shown(flat[key])} has no effect beside {beside}"
+                yield f"{what}: leave it out, or {remedy}"
+
+
+def _idle_keys(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Keys that another one makes idle, whatever the method: pattern, that other one, and what would do."""
+    if config.steps is not None:
+        yield "epochs", f"steps = {config.steps}", "unset that: --config.steps=None"
+    if not config.sample.prompt:
+        yield "sample.max_new_tokens", "sample.prompt = None", "set that"
+    if config.on_nonfinite == "stop":
+        yield "skip_limit", "on_nonfinite = 'stop'", "skip such steps: --config.on_nonfinite=skip"
+    if not config.data.heldout:
+        for key in ("eval_every", "eval_batches", "checkpoint_keep_best"):
+            if config[key]:
+                yield key, "data.heldout = 0", "hold examples out"
 
 
 def _bad_run(config: Config) -> Iterator[Complaint]:
-    if not config.model.source:
-        yield "model.source", config.model.source, "a model"
-    for key, value in (("model.loss_chunk", config.model.loss_chunk), ("batch_size", config.batch_size)):
-        if value < 1:
-            yield key, value, "at least 1"
     micro = micro_batch_size(config)
-    if micro < 1 or config.batch_size % micro:
+    if config.batch_size % micro:
         yield "micro_batch_size", micro, f"a divisor of batch_size = {config.batch_size}"
-    length = "epochs" if config.steps is None else "steps"
-    if config[length] < 1:
-        yield length, config[length], "at least 1"
-    for key in ("seed", "eval_every", "checkpoint_every", "profile"):
-        if config[key] < 0:
-            yield key, config[key], "0 or more"
-    for key in ("log_every", "checkpoint_keep", "skip_limit"):
-        if config[key] < 1:
-            yield key, config[key], "at least 1"
-    for axis, blocks in config.targets.grid.items():
-        if blocks is not None and blocks < 1:
-            yield f"targets.grid.{axis}", blocks, "at least 1"
-
-
-def _bad_optimizer(config: Config) -> Iterator[Complaint]:
-    settings = config.optimizer
-    if not (math.isfinite(settings.learning_rate) and settings.learning_rate > 0):
-        yield "optimizer.learning_rate", settings.learning_rate, "a positive number"
-    if not 0 <= settings.warmup <= 1:
-        yield "optimizer.warmup", settings.warmup, "0 to 1"
-    if not settings.weight_decay >= 0:
-        yield "optimizer.weight_decay", settings.weight_decay, "0 or more"
-    if settings.clip_norm is not None and not settings.clip_norm > 0:
-        yield "optimizer.clip_norm", settings.clip_norm, "a positive number or None"
+    if micro * config.data.sequence_length > 2**31 - 1:
+        yield (
+            "data.sequence_length",
+            config.data.sequence_length,
+            f"less, or a smaller micro-batch than {micro}: its tokens are counted in int32",
+        )
 
 
 def _bad_method(config: Config) -> Iterator[Complaint]:
@@ -269,13 +313,23 @@ def check_micro_batch(config: Config, mesh: Mapping[str, int]) -> None:
 
 
 def _sources(sources: Any, key: str) -> tuple[SourceSpec, ...]:
-    specs = []
-    for source in sources:
-        try:
-            specs.append(SourceSpec(source) if isinstance(source, str) else SourceSpec(**source))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"config.{key}: {error}") from error
-    return tuple(specs)
+    return tuple(_source(source, key) for source in sources)
+
+
+def _source(source: Any, key: str) -> SourceSpec:
+    fields = [field.name for field in dataclasses.fields(SourceSpec)]
+    given: dict[str, Any] = {"path": source} if isinstance(source, str) else dict(source)
+    for name in given:
+        if name not in fields:
+            raise ConfigError(
+                f"config.{key}: a source has no {name!r}: expected some of {', '.join(fields)} in {given}"
+            )
+    if "path" not in given:
+        raise ConfigError(f"config.{key}: a source without a path: {given}")
+    try:
+        return SourceSpec(**given)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config.{key}: {error}, in {given}") from error
 
 
 def data_config(config: Config) -> DataConfig:
@@ -289,7 +343,7 @@ def data_config(config: Config) -> DataConfig:
     if isinstance(heldout, tuple | list):
         heldout = _sources(heldout, "data.heldout")
     elif isinstance(heldout, float) and heldout.is_integer():
-        heldout = int(heldout)  # a ConfigDict keeps the type of the default, a share
+        heldout = int(heldout)  # 64.0: the share that an earlier version made of a number
     try:
         return DataConfig(
             sources=_sources(data.sources, "data.sources"),
@@ -320,13 +374,26 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 def unflatten(flat: Mapping[str, Any]) -> Config:
     """The config that ``flatten`` made flat; keys that are not there have their defaults.
 
-    Raises:
-        KeyError: If a key is none of the configuration's.
+    Args:
+        flat: As any version may have stored it: keys that are not known here are kept.
     """
     config = default_config()
-    with config.ignore_type():
-        config.update_from_flattened_dict(flat)
+    for key, value in flat.items():
+        set_key(config, key, value)
     return config
+
+
+def set_key(config: Config, key: str, value: Any) -> None:
+    """Gives a key a value, whatever the type of its last one."""
+    *sections, name = key.split(".")
+    with config.unlocked():
+        section = config
+        for part in sections:
+            if part not in section:
+                section[part] = ml_collections.ConfigDict()
+            section = section[part]
+        with section.ignore_type():
+            section[name] = value
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

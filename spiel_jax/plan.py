@@ -7,10 +7,11 @@ Nothing is allocated, no weights and no data are read. Shows what lies on each d
 beside it, what the devices exchange, and whether it fits; where it does not, the nearest setting that does,
 found by compiling. Keys of the config are set as for ``spiel_jax.train``.
 
-Exit status: 0 if it fits, 3 if it does not, another one if that could not be found out.
+Exit status: 0 if it fits, 3 if it does not, another one if that could not be found out (130 after Ctrl-C).
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -47,10 +48,14 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_bool(
-        "no-search", False, "Look for no other setting where the run does not fit.", flag_values=values
+        "search", True, "Look for another setting where the run does not fit.", flag_values=values
     )
     flags.DEFINE_integer(
-        "trials", 6, "Other settings to compile at most, looking for one that fits.", flag_values=values
+        "trials",
+        6,
+        "Other settings to compile at most, looking for one that fits.",
+        lower_bound=0,
+        flag_values=values,
     )
 
 
@@ -59,6 +64,9 @@ def main(options: flags.FlagValues) -> None:
     file = Path(options.json).expanduser().absolute() if options.json else None
     if file and not file.parent.is_dir():
         raise app.UsageError(f"--json={options.json}: there is no such folder")
+    if options.memory is not None and not 0 < options.memory < math.inf:
+        raise app.UsageError(f"--memory={options.memory}: expected more than 0")
+    config = cli.read_config(options)
     import jax
 
     from spiel_jax.planning.summary import plan, show
@@ -66,12 +74,12 @@ def main(options: flags.FlagValues) -> None:
     jax.config.update("jax_platforms", "cpu")  # what is here is not looked at
     jax.config.update("jax_enable_compilation_cache", False)  # a program from it comes without a report
     found = plan(
-        options.config,
+        config,
         options.topology,
         mesh=options.mesh,
         kinds=options.steps,
         memory=options.memory,
-        trials=0 if options["no-search"].value else options.trials,
+        trials=options.trials if options.search else 0,
     )
     print(show(found), flush=True)
     if file:

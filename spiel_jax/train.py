@@ -8,14 +8,22 @@ A folder that already holds checkpoints of the same configuration is continued f
 On several hosts the same command runs once per host, or once per device, with ``--distributed`` where JAX can
 tell from the environment how many there are (Slurm, Open MPI, Kubernetes, a TPU pod); elsewhere with
 ``--coordinator=host:port --num_processes=N --process_id=I``. The run's folder must be one that all see.
+
+Ctrl-C or SIGTERM stops a run after the step that it is in, and saves; a second one ends it at once.
+
+Exit status: 0 if the run is finished; 75 if it was stopped and saved, so that the same command continues it;
+130 or 143 if SIGINT or SIGTERM ended it otherwise, while it loaded or by a second signal: the same command
+begins, or continues from the last checkpoint; 1 if it failed.
 """
 
 import logging
+import sys
 from pathlib import Path
 
 from absl import flags
 
 from spiel_jax import cli
+from spiel_jax.interrupts import STOPPED
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -59,8 +67,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(options: flags.FlagValues) -> None:
     """Trains as the flags say."""
-    from ml_collections import config_flags
-
+    config = cli.read_config(options)
     from spiel_jax.distributed import processes
     from spiel_jax.training.run import run
 
@@ -69,15 +76,17 @@ def main(options: flags.FlagValues) -> None:
     )
     # what is worth saying, the first process says; errors are raised
     logging.getLogger("spiel_jax").setLevel(logging.INFO if processes.is_first() else logging.ERROR)
-    name = Path(config_flags.get_config_filename(options["config"])).stem
+    name = Path(options.config.partition(":")[0]).stem
     with processes.errors_say_where():
-        run(
-            options.config,
+        summary = run(
+            config,
             options.workdir or Path("runs", name),
             resume=options.resume,
             extend=options.extend,
             accept_new_data=options.accept_new_data,
         )
+    if not summary.finished:
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,17 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from safetensors.numpy import load_file, save_file
 from support.run_cases import chat_file
 
+from spiel_jax import cli, train
 from spiel_jax.checkpoint import (
     CheckpointError,
     newest_metadata,
@@ -21,7 +24,8 @@ from spiel_jax.checkpoint import (
     restore_deltas,
     restore_trainable,
 )
-from spiel_jax.config import ConfigError, default_config
+from spiel_jax.config import ConfigError, default_config, set_key
+from spiel_jax.errors import SpielError
 from spiel_jax.losses.next_token import Objective
 from spiel_jax.models import open_model
 from spiel_jax.ops.tree import not_finite
@@ -30,6 +34,8 @@ from spiel_jax.training import run as training
 from spiel_jax.training.loop import Loop
 from spiel_jax.training.metrics import read_metrics
 from spiel_jax.training.nonfinite import NonFiniteError
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -322,10 +328,11 @@ def test_or_the_step_is_skipped(config, tmp_path):
         ("micro_batch_size", 3, "expected a divisor of batch_size = 4"),
         ("steps", 0, "expected at least 1"),
         ("spiel.accumulation", 9, "expected 1 to spiel.every = 4"),
-        ("optimizer.learning_rate", float("nan"), "a positive number"),
+        ("optimizer.learning_rate", float("nan"), "expected more than 0"),
+        ("optimizer.b2", 1.0, "expected 0 or more and less than 1"),
         ("targets.density", 0.1, "one of them"),
         ("data.truncate", "middle", "expected one of end, skip"),
-        ("data.sources", (), "sources is empty"),
+        ("data.sources", (), "expected a tuple of paths"),
         ("data.sources", ({"path": "x", "wieght": 1.0},), "wieght"),
     ],
 )
@@ -343,41 +350,73 @@ def test_bad_values_are_refused_before_any_work(config, tmp_path, key, value, me
     assert not (tmp_path / "new").exists()
 
 
-def test_command_line(tmp_path, llama_folder, data):
-    """--help, an unknown key, a bad value, and a run."""
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets.rules": (r".*\.o_porj\.weight",)}, r"matches no .*o_proj"),
+        ({"targets.num_tunable": 10**9}, "config.targets: 1000000000 tunable entries: expected 1 to"),
+        ({"targets.num_tunable": 1}, "config.targets: .* would get no active entry"),
+        ({"targets.num_tunable": None, "targets.density": 1.0}, "tunable entries: expected 1 to"),
+        ({"targets.grid.fsdp": 5}, "fsdp=5 does not divide"),
+        ({"method": "lora", "targets.rules": (r"lm_head\.weight",)}, "lm_head"),
+        ({"method": "ia3", "targets.rules": (r".*\.o_proj\.weight",)}, "matches no"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_data_are_read(config, tmp_path, changes, message):
+    config.data.sources = ("nowhere.jsonl",)
+    for key, value in changes.items():
+        set_key(config, key, value)
+    with pytest.raises(SpielError, match=message):
+        run(config, tmp_path)
 
-    def command(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "spiel_jax.train", *arguments],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-        )
 
-    assert "--workdir" in command("--help").stdout
+TINY = """
+from spiel_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.source = {model!r}
+    config.data.sources = ({data!r},)
+    config.data.heldout = 4
+    config.data.sequence_length = 64
+    config.method = "spiel_ma"
+    config.targets.num_tunable = 200
+    config.targets.rules = (r".*up_proj.weight",)
+    config.mesh.data = 1
+    config.batch_size = 2
+    config.steps = 2
+    return config
+"""
+
+
+def test_command_line(tmp_path, llama_folder, data, monkeypatch, capsys):
+    """A run; what ends one shows in the exit status."""
     file = tmp_path / "tiny.py"
-    file.write_text(
-        "from spiel_jax.config import default_config\n\n\n"
-        "def get_config():\n"
-        "    config = default_config()\n"
-        f"    config.model.source = {str(llama_folder)!r}\n"
-        f"    config.data.sources = ({str(data)!r},)\n"
-        "    config.data.heldout = 4\n"
-        "    config.data.sequence_length = 64\n"
-        "    config.targets.num_tunable = 200\n"
-        "    config.targets.rules = (r'.*up_proj.weight',)\n"
-        "    config.mesh.data = 1\n"
-        "    config.batch_size = 2\n"
-        "    config.steps = 2\n"
-        "    return config\n"
-    )
-    wrong = command(f"--config={file}", "--config.methd=full")
-    assert wrong.returncode != 0
-    assert "methd" in wrong.stderr
-    bad = command(f"--config={file}", "--config.method=x")
-    assert bad.returncode == 1
-    assert bad.stderr.strip().splitlines()[-1].startswith("error: config.method = 'x': expected one of")
-    good = command(f"--config={file}", "--config.method=spiel_ma")
-    assert good.returncode == 0, good.stderr
-    assert "steps                    2 of 2" in good.stdout
+    file.write_text(TINY.format(model=str(llama_folder), data=str(data)))
+    monkeypatch.chdir(tmp_path)
+    values = flags.FlagValues()
+    train.define_flags(values)
+    cli.parse(values, ["train", f"--config={file}"])
+    with stopping_after(monkeypatch, 1), pytest.raises(SystemExit) as stopped:
+        train.main(values)
+    assert stopped.value.code == 75
+    assert "steps                    1 of 2" in capsys.readouterr().out
+    train.main(values)
+    assert "steps                    2 of 2" in capsys.readouterr().out
     assert (tmp_path / "runs" / "tiny" / "metrics.jsonl").exists()
+    assert len(train.__doc__.partition("Exit status: ")[2]) > 100  # --help shows it
+
+
+def test_ctrl_c_while_it_loads(tmp_path):
+    """The status of a shell's, one line, no traceback."""
+    file = tmp_path / "slow.py"
+    file.write_text("import time\nprint('ready', flush=True)\ntime.sleep(99)\n")
+    command = [sys.executable, "-m", "spiel_jax.train", f"--config={file}"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as running:
+        assert running.stdout.readline() == "ready\n"
+        running.send_signal(signal.SIGINT)
+        assert running.wait(30) == 130
+        assert running.stderr.read() == "interrupted by SIGINT\n"

@@ -9,12 +9,16 @@ import optax
 from jax.sharding import Mesh
 
 from spiel_jax.distributed.mesh import check_mesh
+from spiel_jax.errors import SpielError
 from spiel_jax.models.axes import weight_axes, weight_grid
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import abstract_params, layer_names
 from spiel_jax.ops.tree import parameter_name
 from spiel_jax.optim.criteria.criterion import CRITERIA
 from spiel_jax.sparse.targets import Target, find_targets
+
+OF_SPARSE = ("targets.density", "targets.num_tunable", "targets.grid.*", "spiel.*")
+"""Keys that mean nothing to a method without sparse deltas."""
 
 
 def learning_rate(config: Any, steps: int) -> optax.Schedule:
@@ -54,14 +58,17 @@ def configured_targets(config: Any, model: ModelConfig) -> dict[str, Target]:
         SpielError: If a rule matches nothing, or the budget does not fit.
     """
     blocks = {axis: number or 1 for axis, number in config.targets.grid.items()}
-    return find_targets(
-        abstract_params(model),
-        density=config.targets.density,
-        num_tunable=config.targets.num_tunable,
-        rules=tuple(config.targets.rules),
-        grid=partial(weight_grid, blocks=blocks),
-        layer_names=lambda name, stack: layer_names(name, stack[0]),
-    )
+    try:
+        return find_targets(
+            abstract_params(model),
+            density=config.targets.density,
+            num_tunable=config.targets.num_tunable,
+            rules=tuple(config.targets.rules),
+            grid=partial(weight_grid, blocks=blocks),
+            layer_names=lambda name, stack: layer_names(name, stack[0]),
+        )
+    except SpielError as error:
+        raise SpielError(f"config.targets: {error}") from error
 
 
 def with_axes(targets: Mapping[str, Target]) -> dict[str, Target]:

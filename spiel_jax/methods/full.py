@@ -1,6 +1,6 @@
 """Full fine-tuning: the baseline that trains every weight."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from spiel_jax.losses.next_token import Objective, Params, TokenBatch
-from spiel_jax.methods.configured import configured_adamw
+from spiel_jax.methods.configured import OF_SPARSE, configured_adamw
 from spiel_jax.methods.method import Method, Metrics, TrainState, optimizer_step
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.optim.schedules import Phase
@@ -31,6 +31,12 @@ class FullMethod(Method):
     dtype: Any
 
     keeps_base = False
+
+    @classmethod
+    def unused(cls, config: Any) -> Iterable[str]:
+        """See ``Method``."""
+        del config
+        return (*OF_SPARSE, "lora.*", "targets.rules")
 
     @classmethod
     def from_config(

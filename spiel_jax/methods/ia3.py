@@ -1,6 +1,6 @@
 """(IA)^3: learned vectors that scale keys, values and the MLP's inner activations (arXiv 2205.05638)."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from spiel_jax.losses.next_token import Params
+from spiel_jax.methods.configured import OF_SPARSE
 from spiel_jax.methods.parametrization import ParametrizationMethod, adapted, among_layers, edit_layers
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import LAYERS
@@ -149,6 +150,12 @@ def _parts(target: str) -> tuple[str, ...]:
 
 class IA3Method(ParametrizationMethod):
     """(IA)^3 as a method of the trainer."""
+
+    @classmethod
+    def unused(cls, config: Any) -> Iterable[str]:
+        """See ``Method``."""
+        del config
+        return (*OF_SPARSE, "lora.*")
 
     @classmethod
     def parametrization(cls, config: Any, model: ModelConfig) -> IA3:

@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from spiel_jax.errors import SpielError
 from spiel_jax.losses.next_token import Params
+from spiel_jax.methods.configured import OF_SPARSE
 from spiel_jax.methods.parametrization import ParametrizationMethod, adapted, among_layers, edit_layers
 from spiel_jax.models.axes import weight_axes
 from spiel_jax.models.config import ModelConfig
@@ -21,7 +22,6 @@ from spiel_jax.models.layers import AdaptedLinear
 from spiel_jax.ops.matmul import dot, weight_gradient
 from spiel_jax.ops.stored import Stored, as_array
 from spiel_jax.ops.tree import parameter_name
-from spiel_jax.optim.criteria.criterion import Complaint
 from spiel_jax.sparse.targets import Target
 
 _static = partial(field, metadata={"static": True})
@@ -150,18 +150,12 @@ class Lora:
     rslora: bool = False
 
     def __post_init__(self):
-        for name, value, expected in self.complaints(self):
-            raise SpielError(f"{name} = {value}: expected {expected}")
-
-    @staticmethod
-    def complaints(settings: Any) -> Iterator[Complaint]:
-        """What of its numbers is out of range."""
-        if settings.rank < 1:
-            yield "rank", settings.rank, "at least 1"
-        if not (math.isfinite(settings.alpha) and settings.alpha > 0):
-            yield "alpha", settings.alpha, "a positive number"
-        if not 0 <= settings.dropout < 1:
-            yield "dropout", settings.dropout, "0 or more and less than 1"
+        if self.rank < 1:
+            raise SpielError(f"rank = {self.rank}: expected at least 1")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise SpielError(f"alpha = {self.alpha}: expected a positive number")
+        if not 0 <= self.dropout < 1:
+            raise SpielError(f"dropout = {self.dropout}: expected 0 or more and less than 1")
 
     @property
     def scale(self) -> float:
@@ -226,10 +220,10 @@ class LoraMethod(ParametrizationMethod):
     """LoRA as a method of the trainer: the keys of ``config.lora``."""
 
     @classmethod
-    def complaints(cls, config: Any) -> Iterator[Complaint]:
+    def unused(cls, config: Any) -> Iterable[str]:
         """See ``Method``."""
-        for key, value, expected in Lora.complaints(config.lora):
-            yield f"lora.{key}", value, expected
+        del config
+        return OF_SPARSE
 
     @classmethod
     def parametrization(cls, config: Any, model: ModelConfig) -> Lora:

@@ -7,7 +7,7 @@ A step whose loss or gradient is not finite changes nothing but the count of ste
 knows the phase of a step from its number, stays in agreement with the state.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -73,6 +73,12 @@ class Method:
         """What of a configuration (see ``default_config``) it cannot use."""
         del config
         yield from ()
+
+    @classmethod
+    def unused(cls, config: Any) -> Iterable[str]:
+        """Keys of a configuration that mean nothing to it, or patterns of them such as ``lora.*``."""
+        del config
+        return ()
 
     @classmethod
     def from_config(

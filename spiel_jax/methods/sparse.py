@@ -1,6 +1,6 @@
 """Training of sparse deltas: gradients of entries, candidates, and the in-place merge."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,10 +63,18 @@ class SparseMethod(Method):
     @classmethod
     def complaints(cls, config: Any) -> Iterator[Complaint]:
         """See ``Method``: those of the criterion, and of the budget."""
-        given = [config.targets.density is not None, config.targets.num_tunable is not None]
-        if sum(given) != 1:
-            yield "targets", dict(config.targets), "density or num_tunable, one of them"
+        density, number = config.targets.density, config.targets.num_tunable
+        if density is None and number is None:
+            yield "targets.density", density, "density or num_tunable, one of them, and both are None"
+        if density is not None and number is not None:
+            expected = f"None where num_tunable = {number}: density or num_tunable, one of them"
+            yield "targets.density", density, f"{expected} (--config.targets.num_tunable=None unsets that)"
         yield from CRITERIA[config.method].complaints(config)
+
+    @classmethod
+    def unused(cls, config: Any) -> Iterable[str]:
+        """See ``Method``: what is of other methods, and of other criteria."""
+        return ("lora.*", *CRITERIA[config.method].unused)
 
     @classmethod
     def from_config(

@@ -77,6 +77,7 @@ class Summary:
         skipped: Steps of this process that were skipped as not finite.
         seconds: Wall time of this process's run.
         rows: What the printed table shows.
+        finished: Whether all steps are done; otherwise a signal stopped the run.
     """
 
     step: int
@@ -84,6 +85,7 @@ class Summary:
     skipped: int
     seconds: float
     rows: list[tuple[str, str]]
+    finished: bool
 
 
 @contextmanager
@@ -209,6 +211,8 @@ def _check_folder(workdir: Path, flag: str | None) -> None:
 def _run(config: Config, claim: _Claim, source: ModelSource, mesh: Mesh, progress: bool) -> Summary:
     began, first = time.perf_counter(), processes.is_first()
     workdir, known = claim.workdir, claim.known
+    if known is None:  # what does not fit the model is refused before data are read
+        build(config, source.config, config.steps or 1)
     now = datetime.datetime.now().isoformat(timespec="seconds")
     date = processes.of_first((known or {}).get("date", now))  # earlier versions kept none
     inputs = processes.together(lambda: _read(config, claim, source, mesh, date, progress))
@@ -406,7 +410,8 @@ def _summary(
         ("peak memory", f"{peak:.2f} GiB of host"),
         ("run folder", str(workdir)),
     ]
-    return Summary(step, loop.heldout_losses, loop.skipped, seconds, rows)
+    finished = step == inputs.course.steps
+    return Summary(step, loop.heldout_losses, loop.skipped, seconds, rows, finished)
 
 
 def _taken(sources: Sequence[SourceReport]) -> str:

@@ -129,7 +129,9 @@ class TestMethods:
         config = configured(name)
         check_config(config)
         config.optimizer.learning_rate = float("nan")
-        with pytest.raises(ConfigError, match=r"config\.optimizer\.learning_rate = nan: expected a positive"):
+        with pytest.raises(
+            ConfigError, match=r"config\.optimizer\.learning_rate = nan: expected more than 0"
+        ):
             check_config(config)
 
 

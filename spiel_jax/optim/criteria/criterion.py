@@ -114,6 +114,7 @@ class Criterion:
     per_micro_batch: bool = False
     in_original: ClassVar[bool] = False  # whether the original implementation has it
     reselects_once: ClassVar[bool] = False  # its one phase may then be longer than ``spiel.every``
+    unused: ClassVar[tuple[str, ...]] = ()  # keys of the configuration that mean nothing to it
 
     @property
     def uses_candidates(self) -> bool:
@@ -190,20 +191,12 @@ class Criterion:
 
     @classmethod
     def complaints(cls, config: Any) -> Iterator[Complaint]:
-        """What of the configuration it cannot use."""
+        """What of the configuration it cannot use, though each key is within its bounds."""
         settings = config.spiel
         every, accumulation, first = settings.every, settings.accumulation, settings.first
         reference = settings.parity == "reference"
-        if every < 1:
-            yield "spiel.every", every, "at least 1"
-        if accumulation < 1 or not (accumulation <= every or reference or cls.reselects_once):
+        if not (accumulation <= every or reference or cls.reselects_once):
             yield "spiel.accumulation", accumulation, f"1 to spiel.every = {every}"
-        if not 0 <= settings.rate <= 1:
-            yield "spiel.rate", settings.rate, "0 to 1"
-        if first is not None and not first <= 1:
-            yield "spiel.first", first, "0 to 1, or negative"
-        if not settings.candidate_ratio > 0:
-            yield "spiel.candidate_ratio", settings.candidate_ratio, "more than 0"
         if reference and not cls.in_original:
             yield "method", config.method, f"a method of SpIEL: {ORIGINAL}"
         if reference and first is not None:

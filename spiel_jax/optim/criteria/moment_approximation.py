@@ -57,6 +57,7 @@ class MomentApproximation(Criterion):
     """
 
     in_original = True
+    unused = ("spiel.magnitude", "spiel.candidate_ratio", "optimizer.b1", "optimizer.b2")
 
     score: Score = "product"
     shared: bool = False

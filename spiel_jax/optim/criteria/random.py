@@ -38,6 +38,8 @@ class RandomGrowth(Criterion):
         <https://arxiv.org/abs/2406.13175>`_.
     """
 
+    unused = ("spiel.score", "spiel.magnitude", "spiel.candidate_ratio")
+
     key: int | jax.Array = 0
 
     @classmethod

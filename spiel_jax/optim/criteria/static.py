@@ -50,6 +50,11 @@ class NoGrowth(Criterion):
 class LargestWeights(NoGrowth):
     """The largest or smallest pretrained weights, a static mask (Super-Tuning)."""
 
+    unused = (
+        *("spiel.every", "spiel.accumulation", "spiel.schedule", "spiel.rate", "spiel.first"),
+        *("spiel.score", "spiel.candidate_ratio"),
+    )
+
     @classmethod
     def start(cls, config: Any) -> Callable[..., Mapping[str, SparseDelta]]:
         """See ``Criterion``."""
@@ -62,6 +67,7 @@ class FirstGradients(AccumulatedGradients):
 
     in_original = False
     reselects_once = True
+    unused = ("spiel.every", "spiel.schedule", "spiel.rate", "spiel.first", "spiel.score", "spiel.magnitude")
 
     @classmethod
     def from_config(cls, config: Any) -> AccumulatedGradients:

@@ -1,0 +1,66 @@
+"""What SIGINT and SIGTERM do to a command: the first one ends it in order, the second at once."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOPPED = 75
+"""Exit status of a run that was stopped after a step, and saved: the same command continues it.
+
+The number is that of EX_TEMPFAIL in sysexits.h: try again.
+"""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal came while there was nothing to finish first.
+
+    Attributes:
+        number: Of the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Ends the program in one line, with status 128 + the signal's number, after a SIGINT or SIGTERM in here.
+
+    What is called in here may handle the first signal otherwise, as a training run does. A second one ends
+    the process whatever it does, also inside a compiler, which Python does not interrupt: it is a thread
+    that waits for it.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    threading.Thread(target=_end_on_second, args=(heard,), daemon=True).start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+        print(f"interrupted by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+        sys.exit(128 + number)
+
+
+def _end_on_second(heard: int) -> None:
+    """Reads the numbers of signals as they come, before Python handles them."""
+    asked = False
+    while True:
+        number = os.read(heard, 1)[0]
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            continue
+        if asked:
+            os.write(2, f"ended at once by a second signal, {signal.Signals(number).name}\n".encode())
+            os._exit(128 + number)
+        asked = True

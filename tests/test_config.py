@@ -1,0 +1,176 @@
+"""Checks of a configuration: single keys, keys beside each other, near names, and stored configurations."""
+
+import copy
+
+import pytest
+
+from spiel_jax.bounds import KEYS
+from spiel_jax.config import (
+    ConfigError,
+    check_config,
+    data_config,
+    default_config,
+    differences,
+    flatten,
+    near_keys,
+    set_key,
+    unflatten,
+    without_effect,
+)
+from spiel_jax.methods.registry import method_names
+
+
+@pytest.fixture
+def config():
+    config = default_config()
+    config.model.source = "here"
+    config.data.sources = ("a.jsonl",)
+    config.targets.density = 0.01
+    check_config(config)
+    return config
+
+
+def test_a_key_cannot_be_added():
+    config = default_config()
+    with pytest.raises(AttributeError, match="batch_size"):
+        config.bach_size = 3
+    with pytest.raises(AttributeError, match="learning_rate"):
+        config.optimizer.learning_rat = 3
+
+
+def test_keys_that_were_added_or_taken_nevertheless_are_refused(config):
+    changed = copy.deepcopy(config)
+    set_key(changed, "optimizer.lr", 3)
+    with pytest.raises(ConfigError, match=r"config\.optimizer\.lr is no key; near: optimizer\.learning_rate"):
+        check_config(changed)
+    with config.unlocked():
+        del config.lora["rank"]
+    with pytest.raises(ConfigError, match=r"config\.lora\.rank is missing: .* default_config"):
+        check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("steps", True, "config.steps = True: expected a whole number, at least 1, or None"),
+        ("optimizer.b2", 1.0, "config.optimizer.b2 = 1.0: expected 0 or more and less than 1"),
+        ("optimizer.eps", float("nan"), "config.optimizer.eps = nan: expected more than 0, or None"),
+        ("sample.max_new_tokens", 0, "config.sample.max_new_tokens = 0: expected at least 1"),
+        ("targets.rules", ("a(",), "config.targets.rules = .*'a\\(' is none: missing \\)"),
+        (
+            "targets.num_tunable",
+            5,
+            "config.targets.density = 0.01: expected None where num_tunable = 5: .*one of",
+        ),
+        (
+            "targets.density",
+            None,
+            "config.targets.density = None: expected density or num_tunable, one of them",
+        ),
+        ("micro_batch_size", 7, "config.micro_batch_size = 7: expected a divisor of batch_size = 128"),
+        ("data.sequence_length", 2**25, "expected less, or a smaller micro-batch than 128"),
+        ("spiel.accumulation", 21, "config.spiel.accumulation = 21: expected 1 to spiel.every = 20"),
+        ("data.sources", ({"path": "a", "wieght": 2},), "no 'wieght': expected some of path, weight,"),
+        ("data.sources", ({"weight": 2},), "a source without a path: {'weight': 2}"),
+        (
+            "data.sources",
+            ({"path": "a", "weight": "2"},),
+            "config.data.sources: .* in {'path': 'a', 'weight': '2'}",
+        ),
+        ("data.heldout", ({"path": ""},), "config.data.heldout: .*path"),
+        (
+            "model.source",
+            "x" * 1000 + "\udce9",
+            r"config\.model\.source = 'x{99} \.\.\. .{50}: expected a model in UTF-8",
+        ),
+    ],
+)
+def test_what_no_run_could_use(config, key, value, message):
+    set_key(config, key, value)
+    with pytest.raises(ConfigError, match=message) as raised:
+        check_config(config)
+    assert "reference" not in str(raised.value)
+    assert "object at" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "beside"),
+    [
+        ({"steps": 3}, "epochs", "steps = 3: leave it out, or unset that: --config.steps=None"),
+        ({}, "sample.max_new_tokens", "sample.prompt = None"),
+        ({"data.heldout": 0}, "eval_every", "data.heldout = 0"),
+        ({}, "lora.rank", "method = 'spiel_ag'"),
+        ({}, "spiel.score", "method = 'spiel_ag'"),
+        ({"method": "spiel_ma"}, "optimizer.b1", "method = 'spiel_ma'"),
+        ({"method": "random"}, "spiel.candidate_ratio", "method = 'random'"),
+        ({"method": "magnitude"}, "spiel.every", "method = 'magnitude'"),
+        ({"method": "gradient"}, "spiel.rate", "method = 'gradient'"),
+        ({"method": "lora"}, "targets.density", "method = 'lora'"),
+        ({"method": "ia3"}, "lora.alpha", "method = 'ia3'"),
+        ({"method": "full"}, "targets.rules", "method = 'full'"),
+        ({"method": "full", "targets.grid.fsdp": 2}, "targets.grid.fsdp", "method = 'full'"),
+    ],
+)
+def test_a_key_without_effect(config, changes, key, beside):
+    for one, value in changes.items():
+        set_key(config, one, value)
+    (sentence,) = without_effect(config, [key])
+    assert sentence.startswith(f"config.{key} = {flatten(config)[key]!r} has no effect beside {beside}")
+
+
+def test_keys_with_an_effect(config):
+    config.sample.prompt = "hi"
+    idle = {"lora": ["lora.rank", "targets.rules"], "magnitude": ["spiel.magnitude", "spiel.merge"]}
+    idle |= {"gradient": ["spiel.accumulation", "spiel.candidate_ratio"], "spiel_ma": ["spiel.score"]}
+    for method in method_names():
+        config.method = method
+        always = [
+            "epochs",
+            "sample.max_new_tokens",
+            "eval_every",
+            "optimizer.weight_decay",
+            "targets.num_tunable",
+        ]
+        assert list(without_effect(config, always + idle.get(method, []))) == []
+    config.data.heldout = config.eval_every = 0
+    assert list(without_effect(config, ["eval_every"])) == []
+
+
+@pytest.mark.parametrize(
+    ("mistyped", "meant"),
+    [
+        ("lr", "optimizer.learning_rate"),
+        ("packing", "data.packing"),
+        ("methd", "method"),
+        ("lora_rank", "lora.rank"),
+    ],
+)
+def test_near_names(mistyped, meant):
+    assert near_keys(mistyped)[0] == meant
+
+
+def test_the_share_of_an_earlier_version_is_a_number(config):
+    for value in (64, 64.0):
+        config.data.heldout = value
+        assert data_config(config).heldout == 64
+    config.data.heldout = ("b.jsonl",)
+    assert [source.path for source in data_config(config).heldout] == ["b.jsonl"]
+
+
+def test_a_stored_configuration_of_another_version(config):
+    stored = flatten(config)
+    del stored["lora.rslora"]
+    stored |= {"data.heldout": 64.0, "optimizer.old": 3, "gone.section": [1]}
+    known = unflatten(stored)
+    assert (known.lora.rslora, known.optimizer.old, known.gone.section) == (False, 3, [1])
+    assert known.is_locked
+    config.data.heldout = 64
+    assert differences(stored, flatten(config)) == {"optimizer.old": (3, None), "gone.section": ([1], None)}
+
+
+def test_every_key_can_be_set_to_any_type(config):
+    for key in KEYS:
+        for value in (None, 3, 0.5, "a", ("a",), [1], True):
+            set_key(config, key, value)
+            assert unflatten(flatten(config)) == unflatten(flatten(config))
+    assert config.is_locked
