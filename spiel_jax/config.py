@@ -53,10 +53,9 @@ def default_config() -> Config:
 
     Example:
         >>> config = default_config()
-        >>> config.batch_size = 16
-        >>> config.bach_size = 16
-        Traceback (most recent call last):
-        AttributeError: ...
+        >>> config.optimizer.learning_rate = 3e-4
+        >>> config.is_locked
+        True
     """
     optional = config_dict.placeholder  # one call per key: a placeholder object is one value
     config = ml_collections.ConfigDict(

@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import os
 import resource
 import signal
 import time
@@ -99,6 +100,7 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, frame: Any) -> None:
         asked.append(number)
+        os.write(2, b"\nstopping after this step, to save; a second signal ends at once\n")
         for name, handler in before.items():
             signal.signal(name, handler)  # a second signal means it
         if several:

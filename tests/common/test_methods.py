@@ -129,9 +129,7 @@ class TestMethods:
         config = configured(name)
         check_config(config)
         config.optimizer.learning_rate = float("nan")
-        with pytest.raises(
-            ConfigError, match=r"config\.optimizer\.learning_rate = nan: expected more than 0"
-        ):
+        with pytest.raises(ConfigError, match=r"config\.optimizer\.learning_rate = nan: expected more"):
             check_config(config)
 
 

@@ -97,6 +97,7 @@ def test_a_plan_holds_the_base_as_the_run_does(llama_folder, data):
 def test_quantization_that_cannot_be_is_refused():
     config = default_config()
     config.model.source = "random"
+    config.data.sources = ("a.jsonl",)
     config.model.quantization = "nf3"
     with pytest.raises(ConfigError, match=r"model.quantization = 'nf3': expected one of none, toy"):
         check_config(config)
