@@ -202,7 +202,7 @@ def test_a_signal_to_one_stops_both_after_the_same_step(config_file, tmp_path, n
         time.sleep(0.1)
     run.processes[1].send_signal(number)
     codes, (first, _) = run.wait()
-    assert codes == [0, 0], first
+    assert codes == [75, 75], first  # stopped and saved
     step = read_metadata(pair)["step"]
     assert 8 < step < 400
     assert f"stopped after step {step} of 400" in first
