@@ -144,11 +144,11 @@ def test_what_has_changed_is_refused(half, what):
 
 def test_a_tuned_model_is_not_used_with_another_tokenizer_or_arithmetic(half):
     folder, config = half
+    before = load_run(folder / "half").tokenizer.chat_template
     template(folder, config)
-    with pytest.raises(CheckpointError, match=r"another model or tokenizer: the chat template\. Put back"):
-        load_run(folder / "half", model=config.model.source)
+    assert load_run(folder / "half", model=config.model.source).tokenizer.chat_template == before  # the run's
     model_config(rms_norm_eps=1e-3)(folder, config)
-    with pytest.raises(CheckpointError, match=r"rms_norm_eps: 1e-06 then, 0.001 now; the chat template"):
+    with pytest.raises(CheckpointError, match=r"another model or tokenizer: rms_norm_eps: 1e-06 then, 0.001"):
         load_run(folder / "half", model=config.model.source)
 
 
@@ -159,7 +159,7 @@ def test_a_base_that_has_moved_is_named_anew(half):
     (folder / "model").rename(folder / "away")
     after = load_run(folder / "half", model=str(folder / "away"))
     jax.tree.map(np.testing.assert_array_equal, before.tuned, after.tuned)
-    with pytest.raises(SpielError, match=r"no model at .*name the place: --model="):
+    with pytest.raises(SpielError, match=r"'away/nowhere/x' is neither .*name the place: --model="):
         load_run(folder / "half", model="away/nowhere/x")
 
 

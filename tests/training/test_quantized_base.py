@@ -12,13 +12,13 @@ from support.run_cases import chat_file, losses, run, tiny_config
 from support.weight_cases import RowScaled
 
 from spiel_jax.adapters.load import load_run
-from spiel_jax.config import ConfigError, check_config, default_config
+from spiel_jax.config import ConfigError, check_config, default_config, flatten
 from spiel_jax.distributed.mesh import make_mesh
 from spiel_jax.models import layer_names, open_model
 from spiel_jax.models.decoder import ADAPTED
 from spiel_jax.ops.stored import as_array, is_stored
 from spiel_jax.planning.run import prepare
-from spiel_jax.training.workdir import check_workdir
+from spiel_jax.training.continuing import check_config_of
 
 UP = "model.layers.mlp.up_proj.weight"
 RULES = (r".*\.up_proj\.weight",)  # one linear: others only take time to compile
@@ -108,15 +108,13 @@ def test_quantization_that_cannot_be_is_refused():
 
 def test_a_run_of_before_there_was_the_key_is_continued(llama_folder, data, tmp_path):
     config = configured(llama_folder, data, quantization="none")
-    check_workdir(tmp_path, config, resume=False)
-    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
-    path = tmp_path / "config.json"
-    stored = json.loads(path.read_text())
+    stored = json.loads(json.dumps(flatten(config)))
     del stored["model.quantization"]
-    path.write_text(json.dumps(stored))
+
+    def check():
+        check_config_of(tmp_path, {"config": stored}, config, extend=False, accept_new_data=False)
+
+    check()
     config.model.quantization = "toy"
     with pytest.raises(ConfigError, match=r"model\.quantization: 'none' there, 'toy' now"):
-        check_workdir(tmp_path, config, resume=True)
-    config.model.quantization = "none"
-    check_workdir(tmp_path, config, resume=True)
-    assert json.loads(path.read_text())["model.quantization"] == "none"
+        check()
