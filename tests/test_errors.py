@@ -19,7 +19,7 @@ def test_every_exception_of_the_library_is_one_that_a_user_can_mend():
         for name, module in list(sys.modules.items())
         if name.startswith("spiel_jax.")
         for thing in vars(module).values()
-        if isinstance(thing, type) and issubclass(thing, BaseException) and "spiel_jax" in thing.__module__
+        if isinstance(thing, type) and issubclass(thing, Exception) and "spiel_jax" in thing.__module__
     }
     assert {"ConfigError", "DataError", "ProcessError", "TopologyError"} <= {one.__name__ for one in found}
     assert [one for one in found if not issubclass(one, SpielError)] == []
