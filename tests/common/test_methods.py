@@ -95,6 +95,7 @@ class TestMethods:
         assert {part for part in held if not part.startswith("_")} == {
             "deltas" if name in CRITERIA else "trainable",
             "optimizer",
+            "metrics",  # the held-out loss
         }
         trained = sum(np.size(leaf) for leaf in jax.tree.leaves(restore_trained(folder / "whole")))
         base = sum(p.size for p in open_model(config.model.source).load("float32", progress=False).values())
