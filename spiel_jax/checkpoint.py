@@ -92,7 +92,9 @@ class Checkpoints:
             )
             policy = policies.AnyPreservationPolicy([policy, best])
         self._heldout = heldout
-        self._saving: tuple[int, set[str]] | None = None  # a step that is not yet read back, and its parts
+        self._saving: tuple[int, set[str], Any] | None = (
+            None  # step, parts, Orbax's response
+        )
         logging.getLogger("absl").addFilter(_is_told_once)
         self._checkpointer = ocp.training.Checkpointer(
             Path(directory).absolute() / FOLDER,
@@ -157,10 +159,10 @@ class Checkpoints:
         metrics = None if heldout_loss is None else {_LOSS: heldout_loss, _HELDOUT: self._heldout}
         parts = set(items)  # Orbax adds the metrics to it
         with self._said_plainly(step):
-            self._checkpointer.save_checkpointables_async(
+            response = self._checkpointer.save_checkpointables_async(
                 step, items, metrics=metrics, custom_metadata={**metadata, "step": step, "targets": stored}
             )
-        self._saving = step, parts
+        self._saving = step, parts, response
 
     def restore(self, like: TrainState, method: Method, step: Step = None) -> TrainState:
         """What was trained and the optimizer's state, in the structure and sharding of ``like``.
@@ -183,8 +185,9 @@ class Checkpoints:
         """
         if self._saving is None:
             return
-        (step, parts), self._saving = self._saving, None
+        (step, parts, response), self._saving = self._saving, None
         with self._said_plainly(step):
+            response.result()  # which also ends its thread: else each save leaves one, and 3 descriptors
             self._checkpointer.wait()
         found = self._checkpointer.checkpointables_metadata(step).metadata
         if unread := sorted(part for part in parts if found.get(part) is None):

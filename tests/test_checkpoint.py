@@ -1,8 +1,10 @@
 """Which checkpoints are kept, and what is said when one cannot be saved."""
 
 import logging
+import os
 import resource
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +66,16 @@ class TestBest:
         save(tmp_path, method, {1: None})
         with pytest.raises(CheckpointError, match=r"was evaluated.*checkpoint_keep_best"):
             read_metadata(tmp_path, "best")
+
+
+def test_saves_leave_no_thread_and_no_descriptor_behind(tmp_path, method):
+    def held():
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    save(tmp_path, method, {1: None, 2: None})
+    before = held()
+    save(tmp_path, method, dict.fromkeys(range(3, 23)))
+    assert held() == before
 
 
 def test_what_cannot_be_read_back_is_an_error(tmp_path, method):
