@@ -92,9 +92,7 @@ class Checkpoints:
             )
             policy = policies.AnyPreservationPolicy([policy, best])
         self._heldout = heldout
-        self._saving: tuple[int, set[str], Any] | None = (
-            None  # step, parts, Orbax's response
-        )
+        self._saving: tuple[int, set[str], Any] | None = None  # step, parts, Orbax's response
         logging.getLogger("absl").addFilter(_is_told_once)
         self._checkpointer = ocp.training.Checkpointer(
             Path(directory).absolute() / FOLDER,
