@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 
-from spiel_jax.errors import NotFoundError
+from spiel_jax.errors import NotFoundError, SpielError
 from spiel_jax.models.io import hub
 from spiel_jax.models.io.hub import HubId, hub_id
 from spiel_jax.models.io.loading import model_shape, open_model
@@ -89,7 +89,7 @@ def test_shapes_of_parts_and_revisions(cache, monkeypatch, llama_folder):
             for name in ("name", "/a/b", "./a/b", "../a/b", "a/b/", "a/b@", "a/b@c@d", "a/b.gguf")
         ],
         *[(name, None) for name in ("a/b/../c", "a/b/./c", "a/b@../c", "~/a/b", "a b/c", "a//b", "a/b\n")],
-        *[(name, None) for name in ("\ud800/b", "x" * 5000, "a/b\0")],
+        *[(name, None) for name in ("\ud800/b", "x" * 5000)],
     ],
 )
 def test_what_an_id_is(source, found):
@@ -99,6 +99,12 @@ def test_what_an_id_is(source, found):
             open_model(source)
     else:
         assert str(found) == source
+
+
+def test_a_null_character_is_in_no_path():
+    assert hub_id("a/b\0") is None
+    with pytest.raises(SpielError, match=r"the model 'a/b.x00' can be no path"):
+        open_model("a/b\0")
 
 
 def test_a_path_below_a_folder_that_is_here_is_no_id(tmp_path, monkeypatch):
