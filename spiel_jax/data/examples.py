@@ -93,6 +93,8 @@ def _check_columns(path: str, format: str | None, columns: object):
             f"columns of {path}: no format{f' {format!r}' if format else ''} has a key {unknown[0]!r}: give "
             f"{{key: its name in the rows}}, with keys from {', '.join(sorted(known))}"
         )
+    if len(set(columns.values())) < len(columns):
+        raise SpielError(f"columns of {path}: two keys have the same name in the rows: {dict(columns)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +260,7 @@ class _Reader:
             self._write()
 
     def finish(self) -> None:
-        if self._unseen:
+        if self._unseen and not self.full:  # else the rest of the rows may have it
             raise DataError(
                 f"{self._source.path}: no row has the key {min(self._unseen)!r} that columns names: "
                 "correct it, or remove it from columns"
@@ -366,6 +368,10 @@ class _Reader:
 
 def _shorten(example: Example, characters: int) -> Example:
     """Ends a conversation with the assistant's turn that brings it to so many characters."""
+    if example.plain is not None and not example.messages:
+        # A text ends anywhere: what is left must be longer than a row for certain, so that it is cut again.
+        text = example.plain[1][: 8 * characters]
+        return example if text == example.plain[1] else Example([], ("", text))
     total = 0
     for number, message in enumerate(example.messages[:-1], start=1):
         total += len(message["content"])

@@ -3,6 +3,7 @@
 A field that is null (or NaN, which pandas writes for it) is an absent one.
 """
 
+import functools
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -66,6 +67,14 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
+@functools.lru_cache(maxsize=4096)
+def is_note(key: Any) -> bool:
+    """Whether a field says where its row comes from or how it was judged, which is nothing to learn."""
+    return isinstance(key, str) and (
+        not key or key.lower() in _IS_NOTE or key.endswith(_ENDS_NOTE) or key.startswith(_BEGINS_NOTE)
+    )
+
+
 def unread(fields: Mapping[str, Any], known: Collection[str], said: Collection[str]) -> Iterator[str]:
     """The keys of fields that hold something which nobody reads.
 
@@ -77,8 +86,9 @@ def unread(fields: Mapping[str, Any], known: Collection[str], said: Collection[s
     Raises:
       ValueError: a field changes what is to be learnt, and it is not known how.
     """
-    for key in fields.keys() - known:
-        value = fields[key]
+    for key, value in fields.items():
+        if key in known:
+            continue
         if not isinstance(key, str):
             raise ValueError(f"a key must be a string, not {key!r}")
         if value is None or value != value or (value in ("", [], {}) and value is not False):
@@ -94,7 +104,7 @@ def unread(fields: Mapping[str, Any], known: Collection[str], said: Collection[s
                     "supported; remove such rows, or skip malformed ones"
                 )
             continue
-        if not key or key.lower() in _IS_NOTE or key.endswith(_ENDS_NOTE) or key.startswith(_BEGINS_NOTE):
+        if is_note(key):
             continue
         if isinstance(value, str) and any(value.strip() == text.strip() for text in said):
             continue

@@ -222,7 +222,9 @@ def _jsonl_rows(file: pathlib.Path) -> Iterator[Row]:
                     yield Row(where, parse_json(line.decode()))
                 except ValueError as error:
                     is_text = not isinstance(error, UnicodeDecodeError)
-                    yield Row(where, None, str(error) if is_text else f"not valid UTF-8: {error.reason}")
+                    reason = str(error) if is_text else f"not valid UTF-8: {error.reason}"
+                    hint = "; a list of rows belongs in .json" if line.strip() == b"[" else ""
+                    yield Row(where, None, reason + hint)
 
 
 def _json_rows(file: pathlib.Path) -> Iterator[Row]:

@@ -102,7 +102,8 @@ def parse_row(row: Row, format: str | None = None, columns: Mapping[str, str] | 
             raise ValueError(f"expected an object, not {fields.kind(row.value)}")
         return _example(fields.present(row.value), format, columns or {})
     except ValueError as error:
-        raise MalformedRow(row.location, str(error)) from None
+        named = f"; columns = {dict(columns)}" if columns and row.problem is None else ""
+        raise MalformedRow(row.location, f"{error}{named}") from None
     except RecursionError:
         raise MalformedRow(row.location, "is nested too deeply") from None
 
@@ -116,22 +117,34 @@ def _example(row: dict[str, Any], format: str | None, columns: Mapping[str, str]
         row = {key: value for key, value in row.items() if key not in sources and key not in columns} | named
     chosen = FORMATS[format or _detect(row)]
     example = chosen.read(row)
-    if row.keys() & _ANY_ROW:
+    if not _ANY_ROW.isdisjoint(row):
         example = _marked(example, row)
-    if shadowed or not row.keys() <= chosen.reads:
-        said = [message["content"] for message in example.messages] + list(example.plain or ())
-        unread = set(fields.unread(row, chosen.reads, said))
-        if "text" in unread and all(
-            text in row["text"] for text in said[-2:] if isinstance(row["text"], str)
-        ):
-            unread.remove("text")  # the conversation again, written out
+    left = {key: row[key] for key in row if key not in chosen.reads and not fields.is_note(key)}
+    if left or shadowed:
+        unread = _unread(left, example)
         example = dataclasses.replace(example, ignored=example.ignored | unread | shadowed)
-    size = sum([len(message["content"]) for message in example.messages])
-    if example.plain is not None:
-        size = max(size, len(example.plain[0]) + len(example.plain[1]))
+    size = _size(example)
     if size > MAX_CHARACTERS:
         raise ValueError(f"has {size:,} characters, and a row at most {MAX_CHARACTERS:,}: divide it")
     return example
+
+
+def _unread(left: Mapping[str, Any], example: Example) -> frozenset[str]:
+    """The keys of the fields that are left over which say something new."""
+    said = [message["content"] for message in example.messages]
+    plain = list(example.plain or ())
+    unread = frozenset(fields.unread(left, (), said + plain))
+    whole = left.get("text")
+    if isinstance(whole, str) and any(t and all(one.strip() in whole for one in t) for t in (said, plain)):
+        unread -= {"text"}  # the same again, written out
+    return unread
+
+
+def _size(example: Example) -> int:
+    size = sum([len(message["content"]) for message in example.messages])
+    more = [message for message in example.messages if len(message) > 2] + (example.tools or [])
+    size += sum(len(str(one)) for one in more)
+    return size if example.plain is None else max(size, sum(map(len, example.plain)))
 
 
 _ROW_FLAGS = ("weight", "train", "trainable")

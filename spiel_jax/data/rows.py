@@ -3,6 +3,7 @@
 import glob
 import importlib.util
 import itertools
+import os
 import pathlib
 import re
 from collections.abc import Iterator
@@ -73,7 +74,7 @@ def read_rows(path: str, *, split: str = "train", name: str | None = None) -> It
         raise DataError(f"{path} is an address, and sources are local files or ids of hub datasets: fetch it")
     place = _place(path)
     if _exists(place):
-        if place.is_dir():
+        if os.path.isdir(place):  # False, too, where that cannot be found out
             _check_whole(path, "train", name)
             return _folder_rows(place, split)
         _check_whole(path, split, name)

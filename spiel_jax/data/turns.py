@@ -24,6 +24,7 @@ ROLES = {
     "observation": "tool",
     "tool_response": "tool",
 }
+_INSTRUCTING = ("system", "developer")
 _CALLERS = ("function_call", "tool_call")  # whose text is the calls, in JSON
 _PLAIN = {role: ROLES[role] for role in ("system", "user", "human", "assistant", "gpt")}
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -37,7 +38,8 @@ _TURN = frozenset(
 def read_turns(turns: Any) -> tuple[list[Message], tuple[bool, ...] | None, set[str]]:
     """Reads a list of turns, ``{"role", "content"}`` or ShareGPT's ``{"from", "value"}``.
 
-    Empty system messages are dropped.
+    Empty system messages are dropped. A turn with ``weight`` 0, or ``train``, ``trainable`` or ``loss``
+    false, is not learnt; thoughts, calls of tools and names stay beside the text.
 
     Returns:
       The messages; which of them are learnt (``None`` for all that the assistant says); and keys of
@@ -51,39 +53,46 @@ def read_turns(turns: Any) -> tuple[list[Message], tuple[bool, ...] | None, set[
     if not isinstance(turns, list):
         raise ValueError(f"the messages must be a list, not {fields.kind(turns)}")
     messages: list[Message] = []
-    learnt: list[bool] = []
+    unlearnt: set[int] = set()
     ignored: set[str] = set()
     for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, Mapping):
-            raise ValueError(f"message {number} must be an object, not {fields.kind(turn)}")
-        try:
-            message = _plain_message(turn) or _message(fields.present(turn), ignored)
-            said = message["role"] == "assistant"
-            if said or message["content"].strip() or message["role"] == "tool":
-                messages.append(message)
-                learnt.append(said and (len(turn) == 2 or fields.flag(fields.present(turn))))
-        except ValueError as error:
-            raise ValueError(f"message {number}: {error}") from None
+        message = _plain_message(turn)
+        if message is None:
+            if not isinstance(turn, Mapping):
+                raise ValueError(f"message {number} must be an object, not {fields.kind(turn)}")
+            turn = fields.present(turn)
+            try:
+                message, learn = _message(turn, ignored), fields.flag(turn)
+            except ValueError as error:
+                raise ValueError(f"message {number}: {error}") from None
+            if message["role"] in _INSTRUCTING and not message["content"].strip():
+                continue
+            if not learn and message["role"] == "assistant":
+                unlearnt.add(len(messages))
+        messages.append(message)
     if not messages:
         raise ValueError("the conversation is empty")
-    whole = all(m["role"] != "assistant" or learn for m, learn in zip(messages, learnt, strict=True))
-    return messages, None if whole else tuple(learnt), ignored
+    learnt = None
+    if unlearnt:
+        learnt = tuple(m["role"] == "assistant" and i not in unlearnt for i, m in enumerate(messages))
+    return messages, learnt, ignored
 
 
-def _plain_message(turn: Mapping[str, Any]) -> Message | None:
+def _plain_message(turn: Any) -> Message | None:
     """The message of a turn that is no more than a speaker and a text, as most are."""
-    if len(turn) != 2:
+    if type(turn) is not dict or len(turn) != 2:
         return None
     name, text = turn.get("role"), turn.get("content")
     if name is None:
         name, text = turn.get("from"), turn.get("value")
-    if isinstance(name, str) and name in _PLAIN and isinstance(text, str) and text.strip():
+    if type(name) is str and name in _PLAIN and type(text) is str and text and not text.isspace():
         return {"role": _PLAIN[name], "content": text}
     return None
 
 
 def _message(turn: Mapping[str, Any], ignored: set[str]) -> Message:
-    role_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
+    shared = "from" in turn and ("value" in turn or "role" not in turn)
+    role_key, text_key = ("from", "value") if shared else ("role", "content")
     name = fields.string(turn, role_key)
     if name not in ROLES:
         raise ValueError(f"unknown role {name!r}: expected one of {', '.join(ROLES)}")
@@ -93,13 +102,12 @@ def _message(turn: Mapping[str, Any], ignored: set[str]) -> Message:
         message["tool_calls"] = calls
     if name not in _CALLERS and (text_key in turn or not calls):
         message["content"] = _content(turn, text_key)
-        if not message["content"].strip() and not calls and role not in ("system", "tool"):
+        if not message["content"].strip() and not calls and role not in (*_INSTRUCTING, "tool"):
             raise ValueError(f"{text_key!r} is empty")
     if thoughts := reasoning(turn):
         message[REASONING[0]] = thoughts
     message.update((key, fields.string(turn, key)) for key in ("name", "tool_call_id") if key in turn)
 
-    fields.flag(turn)
     if role != "assistant":
         ignored.update(f"{key} of {role} turns" for key in fields.FLAGS & turn.keys() if turn[key])
     other = {"from", "value", "role", "content"} - {role_key, text_key}
@@ -218,7 +226,7 @@ def with_system(messages: Sequence[Message], system: str) -> list[Message]:
     """
     if not system.strip():
         return list(messages)
-    if messages and messages[0]["role"] in ("system", "developer"):
+    if messages and messages[0]["role"] in _INSTRUCTING:
         if messages[0]["content"].strip() == system.strip():
             return list(messages)
         raise ValueError(

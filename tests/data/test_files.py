@@ -30,8 +30,9 @@ def problems(path, content):
         ("\0\0", "not valid JSON"),
         (b'{"a": "caf\xe9"}', "not valid UTF-8"),
         ("{", "not valid JSON"),
+        ("[", "; a list of rows belongs in .json"),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_a_broken_line_is_one_malformed_row(tmp_path, line, problem):
     line = line if isinstance(line, bytes) else line.encode()

@@ -168,6 +168,24 @@ def test_conversational_prompt_and_completion():
     assert parse({**row, "prompt": "q"}).learnt == (False, True)
 
 
+def test_a_row_written_out_says_nothing_new():
+    row = {"instruction": "do", "input": "this", "output": "a"}
+    written = "".join(parse(row).plain or ())
+    assert not parse({**row, "text": written}).ignored
+    assert parse({**row, "text": "another"}).ignored == {"text"}
+    assert parse({**row, "text": ["another"]}).ignored == {"text"}
+
+
+def test_a_row_is_not_longer_than_its_limit_by_what_is_beside_the_texts():
+    thoughts = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a", "thinking": "x" * 10**7},
+    ]
+    for row in ({"messages": thoughts}, {"messages": said("q", "a"), "tools": [{"name": "x" * 10**7}]}):
+        with pytest.raises(MalformedRow, match=r"has 10,000,\d\d\d characters, and a row at most 5,000,000"):
+            parse(row)
+
+
 def test_text():
     assert parse({"text": "once"}).plain == ("", "once")
     assert parse({"text": "once"}).messages == []
@@ -191,6 +209,8 @@ def test_named_columns():
     example = parse(row, columns={"instruction": "frage", "output": "antwort"})
     assert example.messages == said("q", "a")
     assert example.ignored == {"instruction"}
+    with pytest.raises(MalformedRow, match=r"no key 'output' among .*; columns = {'instruction': 'frage'}"):
+        parse(row, "instruction", {"instruction": "frage"})
     chosen = {"prompt": "q", "chosen": "a", "rejected": "b"}
     assert parse(chosen, columns={"completion": "chosen"}).ignored == {"rejected"}
 
@@ -199,7 +219,14 @@ def test_named_columns():
     "row",
     [
         {"hint": "?", "source": "web", "id": 3, "num_turns": 2, "quality_score": 0.5, "lang": "en"},
-        {"hint": "?", "text": "qa", "labels": ["x"], "created_at": "now", "empty": [], "label": True},
+        {
+            "hint": "?",
+            "text": "### q ### a",
+            "labels": ["x"],
+            "created_at": "now",
+            "empty": [],
+            "label": True,
+        },
     ],
 )
 def test_keys_that_nobody_reads(row):

@@ -282,6 +282,12 @@ def test_long_conversations_are_shortened_before_tokenizing(chatml, jsonl):
     same([next(data.train_iterator(1, epochs=1))], [expected])
 
 
+def test_long_texts_are_cut_before_tokenizing_and_do_not_end(load, make_tokenizer):
+    data = load([{"text": "xy" * 10_000}], sequence_length=8)
+    assert data.report.sources[0].truncated == 1
+    assert texts(data, data.train_iterator(1, epochs=1), make_tokenizer) == ["yxyxyxyx"]
+
+
 def test_only_what_no_row_can_hold_is_cut_before_tokenizing(chatml, jsonl):
     def load(text, turns, sequence_length):
         row = {"messages": [{"role": r, "content": text} for r in ("user", "assistant")] * turns}
@@ -403,6 +409,12 @@ def test_named_columns(load, make_tokenizer):
         SourceSpec("a.jsonl", format="text", columns={"prompt": "frage"})
     with pytest.raises(SpielError, match="must say what rows call keys"):
         SourceSpec("a.jsonl", columns={"prompt": 3})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="two keys have the same name in the rows"):
+        SourceSpec("a.jsonl", columns={"prompt": "frage", "completion": "frage"})
+    # of rows that are not read none is said to lack a key
+    columns = {"prompt": "frage", "completion": "antwort", "system": "rat"}
+    late = [rows[0], {**rows[0], "rat": "kurz"}]
+    assert load(late, options=[{"columns": columns, "max_examples": 1}]).report.examples == 1
 
 
 def test_what_truncation_took_is_told(load, caplog):

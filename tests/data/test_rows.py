@@ -190,6 +190,8 @@ def test_parts_and_revisions_of_hub_ids(monkeypatch, path, expected):
 
 
 def test_places_that_are_none():
+    with pytest.raises(DataError, match="cannot be read: File name too long"):
+        read_rows("n" * 5000)
     with pytest.raises(DataError, match="is an address, and sources are local files"):
         read_rows("https://example.com/a.jsonl")
     with pytest.raises(DataError, match="no such home directory"):

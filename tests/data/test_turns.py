@@ -22,6 +22,18 @@ def test_turns_that_are_not_learnt(flag):
     assert not ignored
 
 
+def test_an_empty_instruction_is_dropped_and_counts_for_nothing():
+    turns = [turn("system", " ", weight=0), turn("developer", ""), turn("user"), turn("assistant", weight=1)]
+    assert read_turns(turns) == ([turn("user"), turn("assistant")], None, set())
+
+
+def test_turns_with_keys_of_two_kinds():
+    both = {"from": "human", "value": "x", "role": "user", "content": "x"}
+    name = {"from": "Ann", "role": "user", "content": "x"}  # as some call the one who speaks
+    assert read_turns([both]) == ([turn("user")], None, set())
+    assert read_turns([name]) == ([turn("user")], None, {"from of turns"})
+
+
 def test_turns_are_learnt_where_nothing_is_said():
     assert read_turns([turn("user"), turn("assistant", weight=None)])[1] is None
 
