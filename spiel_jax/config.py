@@ -29,7 +29,7 @@ LINEAR_LAYERS = (r"model\.layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj\.weight",)
 
 ADJUSTABLE = (
     *("log_every", "checkpoint_every", "checkpoint_keep", "mesh.*", "profile", "sample.*"),
-    *("checkpoint_keep_best", "on_nonfinite", "skip_limit"),
+    *("checkpoint_keep_best", "on_nonfinite", "skip_limit", "data.on_mismatch"),
 )
 """Keys that may differ when a run is continued: they change nothing that was trained."""
 

@@ -327,6 +327,7 @@ class _Reader:
 
     def _check(self, location: str, rendered: Rendered, encoded: Encoded) -> None:
         """Notes what generation will not find as it was taught."""
+        self._counts["plain"] += rendered.framed and rendered.spans[0][0] > 0  # it has a prompt
         if rendered.mismatch is not None:
             self._note("mismatched", location, rendered.mismatch)
         stops, learnt = self._encoder.stops, encoded.tokens[encoded.supervised]
@@ -358,6 +359,12 @@ class _Reader:
             _log.warning("%s", report)
         warn_of_losses(report)
         warn_of_unread(report.path, self._unread)
+        if counts["plain"]:  # as good a way to learn as any
+            _log.info(
+                "%s: %d of %d examples are learnt as plain text, and `generate` asks in a conversation: "
+                "data.style=chat teaches what it asks",
+                *(report.path, counts["plain"], report.examples),
+            )
         for kind, first in self._first.items():
             _log.warning(
                 "%s: %d of %d examples %s. The first, %s. %s=error refuses",

@@ -20,7 +20,7 @@ from spiel_jax.training.metrics import METRICS, TIMING
 
 CONFIG = "config.json"
 
-PLACES = ("model.source", "model.tokenizer", "data.sources", "data.heldout")
+PLACES = ("model.source", "model.tokenizer", "data.sources", "data.heldout", "data.chat_template")
 """Keys that name a place, which may be another when a run is continued: digests tell what lies there."""
 
 _FILES = (CONFIG, METRICS, TIMING, LOCK)

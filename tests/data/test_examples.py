@@ -67,6 +67,16 @@ def test_what_is_fine_is_not_spoken_of(chatml, jsonl, caplog):
     assert all("cut at their end" in record.getMessage() for record in caplog.records)
 
 
+def test_plain_text_is_not_what_generation_asks_for(make_tokenizer, jsonl, caplog):
+    tokenizer, file = make_tokenizer(), jsonl([{"prompt": "2+2=", "completion": "4"}, talk("a", "b")])
+    with caplog.at_level(logging.INFO, "spiel_jax"):
+        read(tokenizer, file)
+        assert "1 of 2 examples are learnt as plain text" in caplog.text
+        caplog.clear()
+        read(tokenizer, jsonl([{"text": "a story"}]))
+        assert not caplog.records
+
+
 def test_turns_split_off_are_counted(make_tokenizer, jsonl):
     tokenizer = make_tokenizer(MOVES)
     file = jsonl([talk("a", "1", "b", "2"), talk("c", "3"), talk("d", "4", "e", "5", "f", "6")])

@@ -33,25 +33,35 @@ def on(monkeypatch):
     return start
 
 
-def test_date_and_template_are_kept(llama_folder, tmp_path, on):
-    (template := tmp_path / "dated.jinja").write_text(DATED)
+@pytest.fixture
+def config(llama_folder, tmp_path):
+    (tmp_path / "dated.jinja").write_text(DATED)
     config = run_cases.tiny_config(llama_folder, run_cases.chat_file(tmp_path), "spiel_ma")
-    config.data.chat_template = str(template)
+    config.data.chat_template = str(tmp_path / "dated.jinja")
     config.steps, config.checkpoint_every = 3, 1
+    return config
+
+
+def test_date_and_template_are_kept(config, tmp_path, on):
+    on("2024-02-29")
+    run_cases.run(config, tmp_path / "run", until=1)
+    metadata = read_metadata(tmp_path / "run")
+    assert metadata["date"] == "2024-02-29T00:00:00"
+    assert metadata["chat_template"] == DATED
+    (tmp_path / "dated.jinja").unlink()
+    run = load_run(tmp_path / "run")
+    asked = ChatTemplate(run.tokenizer, run.date).write([{"role": "user", "content": "a"}], prompt=True)
+    assert asked == "29 Feb 2024<|im_start|>user\na<|im_end|><|im_start|>assistant\n"
+
+
+@pytest.mark.slow
+def test_a_run_that_is_continued_keeps_its_day(config, tmp_path, on):
     on("2024-02-29")
     run_cases.run(config, tmp_path / "whole")
     run_cases.run(config, tmp_path / "parts", until=1)
     on("2025-12-31")
     run_cases.run(config, tmp_path / "parts")
     assert run_cases.losses(tmp_path / "parts") == run_cases.losses(tmp_path / "whole")
-
-    metadata = read_metadata(tmp_path / "parts")
-    assert metadata["date"] == "2024-02-29T00:00:00"
-    assert metadata["chat_template"] == DATED
-    template.unlink()
-    run = load_run(tmp_path / "parts")
-    asked = ChatTemplate(run.tokenizer, run.date).write([{"role": "user", "content": "a"}], prompt=True)
-    assert asked == "29 Feb 2024<|im_start|>user\na<|im_end|><|im_start|>assistant\n"
 
 
 def test_a_template_that_is_not_there(llama_folder, tmp_path):
