@@ -21,7 +21,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from spiel_jax.errors import SpielError
-from spiel_jax.interrupts import ended_by_signals
+from spiel_jax.training.interrupts import ended_by_signals
 
 flags.disclaim_key_flags()  # what is defined here is the command's own, for --help
 
@@ -92,16 +92,16 @@ def read_config(options: flags.FlagValues) -> Any:
     """The config that ``--config`` and ``--config.KEY`` describe, checked.
 
     Raises:
-        ConfigError: See ``config_file.load``.
+        ConfigError: See ``config.file.load``.
     """
-    from spiel_jax.config_file import load
+    from spiel_jax.config.file import load
 
     names = [name for name in options if name.startswith("config.") and options[name].present]
     return load(options.config, {name.removeprefix("config."): options[name].value or [] for name in names})
 
 
 def _define_keys(values: flags.FlagValues) -> None:
-    from spiel_jax.bounds import KEYS
+    from spiel_jax.config.bounds import KEYS
 
     parser, serializer = flags.ArgumentParser(), flags.ArgumentSerializer()
     for key, kind in KEYS.items():
@@ -142,7 +142,7 @@ def _unknown(error: flags.UnrecognizedFlagError, options: flags.FlagValues) -> s
     key = re.fullmatch(r"(no)?config\.(.+)", error.flagname)
     if key is None or "config" not in options:
         return str(error)
-    from spiel_jax.config import no_key
+    from spiel_jax.config.checks import no_key
 
     if key[1] and f"config.{key[2]}" in options:
         return f"--{error.flagname}: config.{key[2]} is no switch (=None unsets what can be unset)"

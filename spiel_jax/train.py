@@ -23,7 +23,7 @@ from pathlib import Path
 from absl import flags
 
 from spiel_jax import cli
-from spiel_jax.interrupts import STOPPED
+from spiel_jax.training.interrupts import STOPPED
 
 
 def define_flags(values: flags.FlagValues) -> None:

@@ -75,7 +75,8 @@ def test_saves_leave_no_thread_and_no_descriptor_behind(tmp_path, method):
     save(tmp_path, method, {1: None, 2: None})
     before = held()
     save(tmp_path, method, dict.fromkeys(range(3, 23)))
-    assert held() == before
+    # threads of other tests may have ended
+    assert all(now <= then for now, then in zip(held(), before, strict=True))
 
 
 def test_what_cannot_be_read_back_is_an_error(tmp_path, method):

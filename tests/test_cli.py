@@ -90,7 +90,7 @@ def test_help_shows_the_commands_own_flags_first(name):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_imports_its_room_when_it_runs(name):
     """So that --help is quick, and what is not installed can be named."""
-    light = {"absl", "spiel_jax", "spiel_jax.interrupts", "spiel_jax.planning.topology"}
+    light = {"absl", "spiel_jax", "spiel_jax.training.interrupts", "spiel_jax.planning.topology"}
     light |= sys.stdlib_module_names
     for node in ast.parse((FOLDER / f"{name}.py").read_text()).body:
         if isinstance(node, ast.Import):

@@ -24,7 +24,8 @@ from spiel_jax.checkpoint import (
     restore_deltas,
     restore_trainable,
 )
-from spiel_jax.config import ConfigError, default_config, set_key
+from spiel_jax.config import ConfigError, data_config, default_config, set_key
+from spiel_jax.data import load_data
 from spiel_jax.errors import SpielError
 from spiel_jax.losses.next_token import Objective
 from spiel_jax.models import open_model
@@ -81,11 +82,11 @@ def stopping_after(monkeypatch, steps):
     calls = []
 
     @contextlib.contextmanager
-    def stop_on_signal():
+    def stop_on_signal(several):
         yield lambda: calls.append(0) or len(calls) == steps
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_stop_on_signal", stop_on_signal)
+        patch.setattr(training, "stop_on_signal", stop_on_signal)
         yield
 
 
@@ -184,7 +185,7 @@ def test_deltas_are_restored_alone_and_sorted(config, tmp_path):
     changed = sum(int((tuned[name] != base[name]).sum()) for name in base)
     assert 0.8 * 1000 < changed <= 1000
     # the restored model has the held-out loss of the run
-    batches = training.load_data(training.data_config(config), source.tokenizer()).heldout_batches(2)
+    batches = load_data(data_config(config), source.tokenizer()).heldout_batches(2)
     objective = Objective(source.config, "none", 64)
     loss = sum(objective(tuned, batch) for batch in batches) / sum(b["weights"].sum() for b in batches)
     assert float(loss) == pytest.approx(summary.heldout[-1][1], rel=1e-5)
@@ -260,7 +261,7 @@ def test_another_base_model_is_refused(config, tmp_path, monkeypatch, llama_fold
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_asks_to_stop_and_the_second_means_it(number):
     before = signal.getsignal(number)
-    with training._stop_on_signal() as asked:
+    with training.stop_on_signal(several=False) as asked:
         assert not asked()
         signal.raise_signal(number)
         assert asked()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 _log = logging.getLogger(__name__)
 
@@ -97,3 +97,14 @@ def warn_of_unread(path: str, rows: Mapping[str, int]) -> None:
         "source; else remove it",
         *(path, shown, more),
     )
+
+
+def taken(sources: Sequence[SourceReport]) -> str:
+    """What filtering and truncation took of sources, for a table.
+
+    >>> taken([SourceReport("a", read=1000, examples=998, malformed=2, truncated=5)])
+    '2 / 5 of 1,000'
+    """
+    read = sum(source.read + source.split for source in sources)
+    dropped, cut = (sum(getattr(source, name) for source in sources) for name in ("dropped", "truncated"))
+    return f"{dropped:,} / {cut:,} of {read:,}"

@@ -2,12 +2,9 @@
 
 import datetime
 import logging
-import os
 import resource
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,16 +19,15 @@ from spiel_jax.config import (
     Config,
     check_config,
     check_micro_batch,
-    data_config,
     flatten,
     micro_batch_size,
     unflatten,
     with_grid,
 )
-from spiel_jax.data import Data, SourceReport, chat_template, load_data
-from spiel_jax.data.templates import read_template, use_template
+from spiel_jax.data import chat_template
+from spiel_jax.data.reports import taken
 from spiel_jax.distributed import processes
-from spiel_jax.distributed.mesh import local_rows, make_mesh, shard_batch
+from spiel_jax.distributed.mesh import make_mesh, shard_batch
 from spiel_jax.inference.chat import reply
 from spiel_jax.methods.configured import check_layout, learning_rate
 from spiel_jax.methods.method import Method, TrainState, compiler_options
@@ -42,14 +38,11 @@ from spiel_jax.models.io.loading import ModelSource, open_model
 from spiel_jax.models.storage import storage_for
 from spiel_jax.places import local_path
 from spiel_jax.training.continuing import (
-    Course,
     check_config_of,
-    check_identity,
-    course,
     tell_of_cut_phase,
-    tell_of_new_data,
 )
-from spiel_jax.training.identity import identity
+from spiel_jax.training.inputs import Claim, Inputs, read_inputs, step_tokens, training_batches
+from spiel_jax.training.interrupts import stop_on_signal
 from spiel_jax.training.loop import Loop
 from spiel_jax.training.metrics import Recorder, table
 from spiel_jax.training.nonfinite import check_base
@@ -87,58 +80,6 @@ class Summary:
     seconds: float
     rows: list[tuple[str, str]]
     finished: bool
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the current step.
-
-    With several processes SIGTERM is for JAX, which tells all of them (see ``processes.stop_agreed``).
-    """
-    asked = []
-    several = jax.process_count() > 1
-
-    def ask(number: int, frame: Any) -> None:
-        asked.append(number)
-        os.write(2, b"\nstopping after this step, to save; a second signal ends at once\n")
-        for name, handler in before.items():
-            signal.signal(name, handler)  # a second signal means it
-        if several:
-            signal.raise_signal(signal.SIGTERM)
-
-    before = {}
-    try:
-        for name in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
-            before[name] = signal.signal(name, ask)
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
-        pass
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-
-@dataclass(frozen=True)
-class _Claim:
-    """A run's folder and what is in it."""
-
-    workdir: Path
-    places: dict[str, Any]  # as the config gives them
-    known: dict[str, Any] | None  # metadata of the checkpoint that is continued
-    accept_new_data: bool
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What a run reads beside the model's weights."""
-
-    tokenizer: Any
-    data: Data
-    identity: dict[str, Any]  # digests of model, tokenizer and data
-    course: Course
-    rows: list[int]  # of a micro-batch, those that this process makes
-    heldout: list[dict]  # this process's rows of the batches
 
 
 def run(
@@ -187,7 +128,7 @@ def run(
         processes.together(lambda: stack.enter_context(held(workdir)) if first else None)
         known = newest_metadata(workdir)  # before any process makes the folder of checkpoints
         processes.check_same({"newest checkpoint in --workdir": None if known is None else known["step"]})
-        claim = _Claim(workdir, as_given(config), known, accept_new_data)
+        claim = Claim(workdir, as_given(config), known, accept_new_data)
         config = with_known_places(config, known)
         config = with_grid(config, mesh.shape, {} if known is None else known["config"])
         if known is None:
@@ -210,14 +151,14 @@ def _check_folder(workdir: Path, flag: str | None) -> None:
         raise CheckpointError(f"{flag}: {workdir} holds no run to continue")
 
 
-def _run(config: Config, claim: _Claim, source: ModelSource, mesh: Mesh, progress: bool) -> Summary:
+def _run(config: Config, claim: Claim, source: ModelSource, mesh: Mesh, progress: bool) -> Summary:
     began, first = time.perf_counter(), processes.is_first()
     workdir, known = claim.workdir, claim.known
     if known is None:  # what does not fit the model is refused before data are read
         build(config, source.config, config.steps or 1)
     now = datetime.datetime.now().isoformat(timespec="seconds")
     date = processes.of_first((known or {}).get("date", now))  # earlier versions kept none
-    inputs = processes.together(lambda: _read(config, claim, source, mesh, date, progress))
+    inputs = processes.together(lambda: read_inputs(config, claim, source, mesh, date, progress))
     if known is not None:  # not before it is known to be the same run
         processes.together(lambda: write_config(workdir, config) if first else None)
     steps = inputs.course.steps
@@ -247,7 +188,7 @@ def _run(config: Config, claim: _Claim, source: ModelSource, mesh: Mesh, progres
             keep_best=config.checkpoint_keep_best,
             heldout=inputs.data.fingerprint["heldout"]["tokens"],
         ) as checkpoints,
-        _stop_on_signal() as stop_asked,
+        stop_on_signal(jax.process_count() > 1) as stop_asked,
     ):
         state, start = _first_state(method, params, mesh, checkpoints, known)
         del params
@@ -255,7 +196,7 @@ def _run(config: Config, claim: _Claim, source: ModelSource, mesh: Mesh, progres
         _log.info("%d tunable of %d parameters (%.2f%%)", tunable, size, 100 * tunable / size)
         if start:
             _log.info("continuing after step %d of %d", start, steps)
-        batches = _batches(config, inputs, known)
+        batches = training_batches(config, inputs, known)
 
         def save(step: int, state: TrainState, heldout_loss: float | None) -> None:
             metadata = {
@@ -279,7 +220,7 @@ def _run(config: Config, claim: _Claim, source: ModelSource, mesh: Mesh, progres
                 method=method,
                 rate=learning_rate(config, steps),
                 place=partial(shard_batch, mesh=mesh, rows=micro_batch_size(config)),
-                tokens=_tokens(config, inputs),
+                tokens=step_tokens(config, inputs),
                 heldout=inputs.heldout,
                 recorder=recorder,
                 save=save,
@@ -297,59 +238,6 @@ def _run(config: Config, claim: _Claim, source: ModelSource, mesh: Mesh, progres
     if config.sample.prompt and step == steps:
         _show_sample(config, source.config, method, state, inputs.tokenizer, date)
     return summary
-
-
-def _read(
-    config: Config, claim: _Claim, source: ModelSource, mesh: Mesh, date: str, progress: bool
-) -> _Inputs:
-    """Reads tokenizer and data.
-
-    Raises:
-        ConfigError: If the run cannot be extended so.
-        DataError: If the data cannot be used: among others, if a token is beyond the model's.
-        CheckpointError: If the run that is continued had others.
-    """
-    named = source if config.model.tokenizer is None else open_model(config.model.tokenizer)
-    tokenizer = named.tokenizer()
-    if config.data.chat_template is not None:
-        use_template(tokenizer, read_template(config.data.chat_template))
-    data = load_data(
-        data_config(config),
-        tokenizer,
-        date=datetime.datetime.fromisoformat(date),
-        vocab_size=source.config.vocab_size,
-        progress=progress,
-    )
-    for reported in data.report.sources + data.report.heldout_sources:
-        _log.info("%s", reported)
-    _warn_of_positions(config.data.sequence_length, source.config.max_positions)
-
-    found, known, changed = identity(source.config, tokenizer, data), claim.known, []
-    if known is not None:
-        changed = check_identity(claim.workdir, known, found, accept_new_data=claim.accept_new_data)
-
-    def length() -> int:
-        if config.steps is not None:
-            return config.steps
-        return len(data.train_dataset(config.batch_size, epochs=config.epochs))
-
-    way = course(config, known, length, changed)
-    if known is not None and changed:
-        tell_of_new_data(way, changed, known, data)
-    micro = micro_batch_size(config)
-    rows = local_rows(micro, mesh)
-    heldout = data.heldout_batches(micro, rows)[: config.eval_batches]
-    return _Inputs(tokenizer, data, found, way, rows, heldout)
-
-
-def _warn_of_positions(sequence_length: int, known: int) -> None:
-    """Says that rows are longer than what the model was made for."""
-    if sequence_length > known:
-        _log.warning(
-            "data.sequence_length is %d, and the model knows %d positions: examples that are longer teach it "
-            "positions that it has never seen; lower data.sequence_length to %d",
-            *(sequence_length, known, known),
-        )
 
 
 def _checked_fingerprint(params: Any, known: dict[str, Any] | None, workdir: Path) -> dict[str, str]:
@@ -379,25 +267,8 @@ def _first_state(
     return attach(state.params, restored.trainable, restored.opt_state), known["step"]
 
 
-def _batches(config: Config, inputs: _Inputs, known: dict[str, Any] | None) -> Any:
-    """This process's rows of each step's batch, from the first or from where a run was left."""
-    starts, course = range(0, config.batch_size, micro_batch_size(config)), inputs.course
-    rows = [start + row for start in starts for row in inputs.rows]
-    batches = inputs.data.train_iterator(config.batch_size, steps=course.steps - course.since, rows=rows)
-    if known is not None and not course.new_data:
-        batches.set_state(known["data"])
-    return batches
-
-
-def _tokens(config: Config, inputs: _Inputs) -> list[int]:
-    """Of each step, in the rows of all processes; those of earlier data are not known."""
-    course = inputs.course
-    known = inputs.data.batch_tokens(config.batch_size, steps=course.steps - course.since).tolist()
-    return [0] * course.since + known
-
-
 def _summary(
-    loop: Loop, inputs: _Inputs, step: int, seconds: float, sizes: tuple[int, int], workdir: Path
+    loop: Loop, inputs: Inputs, step: int, seconds: float, sizes: tuple[int, int], workdir: Path
 ) -> Summary:
     (tunable, size), report = sizes, inputs.data.report
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -405,7 +276,7 @@ def _summary(
         ("steps", f"{step} of {inputs.course.steps}"),
         ("tunable parameters", f"{tunable:,} ({100 * tunable / size:.2f}% of {size:,})"),
         ("train examples", f"{report.examples:,} ({report.fill:.0%} of row slots filled)"),
-        ("rows left out / cut", _taken(report.sources)),
+        ("rows left out / cut", taken(report.sources)),
         *[(f"held-out loss, step {s}", f"{loss:.4f}") for s, loss in loop.heldout_losses],
         ("skipped steps", str(loop.skipped)),
         ("seconds, all / training", f"{seconds:.0f} / {loop.seconds:.0f}"),
@@ -414,13 +285,6 @@ def _summary(
     ]
     finished = step == inputs.course.steps
     return Summary(step, loop.heldout_losses, loop.skipped, seconds, rows, finished)
-
-
-def _taken(sources: Sequence[SourceReport]) -> str:
-    """What filtering and truncation took of the training sources."""
-    read = sum(source.read + source.split for source in sources)
-    dropped, cut = (sum(getattr(source, name) for source in sources) for name in ("dropped", "truncated"))
-    return f"{dropped:,} / {cut:,} of {read:,}"
 
 
 def _show_sample(

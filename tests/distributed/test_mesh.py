@@ -41,12 +41,19 @@ def on_one_device(growth, rules):
     return mesh_cases.run(method(adapted(rules=rules), growth), mesh_of(1, 1, 1))
 
 
-@pytest.mark.parametrize("growth", [AccumulatedGradients(), MomentApproximation()], ids=["ag", "ma"])
+AG, MA = AccumulatedGradients(), MomentApproximation()  # AG on a mesh by default: test_mesh_restore.py
+
+
 @pytest.mark.parametrize(
-    ("sizes", "rules"),
+    ("sizes", "rules", "growth"),
     [
-        ((2, 2, 2), TWO),
-        *(pytest.param(sizes, LINEAR_LAYERS, marks=slow) for sizes in [(2, 2, 2), *SLOW]),
+        pytest.param((2, 2, 2), TWO, MA, id="ma"),
+        pytest.param((2, 2, 2), TWO, AG, id="ag", marks=slow),
+        *(
+            pytest.param(sizes, LINEAR_LAYERS, growth, marks=slow)
+            for sizes in [(2, 2, 2), *SLOW]
+            for growth in (AG, MA)
+        ),
     ],
 )
 def test_any_mesh_gives_the_same_numbers(growth, sizes, rules):

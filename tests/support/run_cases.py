@@ -57,16 +57,16 @@ def run(config, workdir, *, until=None, extend=False, accept_new_data=False, **m
     calls = []
 
     @contextlib.contextmanager
-    def stop_on_signal():
+    def stop_on_signal(several):
         yield lambda: calls.append(0) or len(calls) == until
 
-    original = training._stop_on_signal
-    training._stop_on_signal = stop_on_signal
+    original = training.stop_on_signal
+    training.stop_on_signal = stop_on_signal
     try:
         options = {"extend": extend, "accept_new_data": accept_new_data}
         return training.run(config, workdir, progress=False, **options)
     finally:
-        training._stop_on_signal = original
+        training.stop_on_signal = original
 
 
 def losses(workdir):

@@ -230,7 +230,9 @@ class TestExtend:
         config.steps = 2
         return config
 
-    @pytest.mark.parametrize("method", ["spiel_ag", pytest.param("lora", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize(
+        "method", ["spiel_ma", *(pytest.param(name, marks=pytest.mark.slow) for name in ("spiel_ag", "lora"))]
+    )
     def test_where_schedules_do_not_depend_on_the_length_it_is_the_long_run(self, config, tmp_path, method):
         config.method = method
         run(config, tmp_path / "parts")

@@ -68,7 +68,7 @@ def refused_before_anything_is_loaded(workdir, problem, monkeypatch):
         raise AssertionError("something was loaded")
 
     monkeypatch.setattr(training, "open_model", never)
-    monkeypatch.setattr(training, "load_data", never)
+    monkeypatch.setattr("spiel_jax.training.inputs.load_data", never)
     with pytest.raises(ConfigError, match=f"--workdir .*{problem}") as error:
         run(tiny_config("model", "data.jsonl"), workdir)
     assert "\n" not in str(error.value)

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from spiel_jax.bounds import (
+from spiel_jax.config import default_config, flatten
+from spiel_jax.config.bounds import (
     KEYS,
     HeldOut,
     Number,
@@ -17,7 +18,6 @@ from spiel_jax.bounds import (
     Text,
     Whole,
 )
-from spiel_jax.config import default_config, flatten
 
 UNSET = ("model.source", "data.sources")  # what every config has to set
 

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from spiel_jax.bounds import KEYS, HeldOut, Number, OneOf, OrNone, Rules, Sources, Switch, Text, Whole
 from spiel_jax.config import ConfigError, default_config, flatten
-from spiel_jax.config_file import load, read
+from spiel_jax.config.bounds import KEYS, HeldOut, Number, OneOf, OrNone, Rules, Sources, Switch, Text, Whole
+from spiel_jax.config.file import load, read
 
 HEAD = "from spiel_jax.config import default_config\n\n\ndef get_config():\n    config = default_config()\n"
 BODY = """    config.model.source = "here"
@@ -74,7 +74,8 @@ def test_every_key_takes_what_it_may_be_whatever_the_file_has(key, write, monkey
     """Through the real parsing of flags; the file's own value is of each type in turn."""
     from absl import flags
 
-    from spiel_jax import cli, config_file
+    from spiel_jax import cli
+    from spiel_jax.config import file as config_file
 
     # what the keys may not be beside each other is tested elsewhere
     monkeypatch.setattr(config_file, "check_config", lambda config: None)

@@ -4,9 +4,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 STOPPED = 75
 """Exit status of a run that was stopped after a step, and saved: the same command continues it.
@@ -64,3 +65,37 @@ def _end_on_second(heard: int) -> None:
             os.write(2, f"ended at once by a second signal, {signal.Signals(number).name}\n".encode())
             os._exit(128 + number)
         asked = True
+
+
+@contextmanager
+def stop_on_signal(several: bool) -> Iterator[Callable[[], bool]]:
+    """Turns the first SIGINT or SIGTERM into a request to stop after the current step.
+
+    Args:
+        several: Whether there are several processes: SIGTERM is then for JAX, which tells all of them (see
+            ``processes.stop_agreed``).
+
+    Yields:
+        Whether a stop was asked for.
+    """
+    asked = []
+
+    def ask(number: int, frame: Any) -> None:
+        asked.append(number)
+        os.write(2, b"\nstopping after this step, to save; a second signal ends at once\n")
+        for name, handler in before.items():
+            signal.signal(name, handler)  # a second signal means it
+        if several:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = {}
+    try:
+        for name in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
+            before[name] = signal.signal(name, ask)
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        pass
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

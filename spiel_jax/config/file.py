@@ -10,17 +10,10 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from spiel_jax.bounds import KEYS
-from spiel_jax.config import (
-    Config,
-    ConfigError,
-    check_config,
-    default_config,
-    no_key,
-    set_key,
-    shown,
-    without_effect,
-)
+from spiel_jax.config.bounds import KEYS
+from spiel_jax.config.checks import ConfigError, check_config, no_key, shown, without_effect
+from spiel_jax.config.defaults import Config, default_config
+from spiel_jax.config.flat import set_key
 
 _MODULE = "spiel_jax_config_file"
 """What the module of a config file is called: classes in it look for it by name."""

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from spiel_jax import interrupts
+from spiel_jax.training import interrupts
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_the_second_ends_at_once(monkeypatch, capfd):
 
 BUSY = """
 import hashlib, signal
-from spiel_jax.interrupts import ended_by_signals
+from spiel_jax.training.interrupts import ended_by_signals
 with ended_by_signals():
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes, in which Python handles no signal

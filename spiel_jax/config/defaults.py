@@ -1,0 +1,134 @@
+"""Every key of a run's configuration with its default."""
+
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+Config = Any
+"""An ``ml_collections.ConfigDict``; its keys are known at run time only."""
+
+LINEAR_LAYERS = (r"model\.layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj\.weight",)
+"""Default rules: every linear layer inside the transformer blocks."""
+
+
+def default_config() -> Config:
+    """All keys. The defaults are the paper's recipe where it has one; a config sets model and data.
+
+    What each may be is in ``bounds.KEYS``. No key can be added.
+
+    Example:
+        >>> config = default_config()
+        >>> config.optimizer.learning_rate = 3e-4
+        >>> config.is_locked
+        True
+    """
+    optional = config_dict.placeholder  # one call per key: a placeholder object is one value
+    config = ml_collections.ConfigDict(
+        {
+            "seed": 0,  # of the initial positions, the order of the data, random weights
+            # spiel_ag | spiel_ma: entries evolve by accumulated gradients, by approximated moments
+            # random: they evolve at random (SET); with spiel.rate=0, a static random mask (SHiRA, SpaRTA)
+            # magnitude: static, largest or smallest pretrained weights (Super-Tuning)
+            # gradient: static, largest gradients at the start (SIFT); the entries are chosen at the end of
+            # step spiel.accumulation
+            # lora: matrices of low rank beside the weights; ia3: scaled keys, values and MLP activations
+            # full: AdamW on every weight
+            "method": "spiel_ag",
+            "model": {
+                # a folder with safetensors, a .gguf file, package:NAME, a hub id (org/name, org/name/folder,
+                # org/name@revision), or random
+                "source": "",
+                "preset": optional(str),  # shape of a random model, such as llama2_7b
+                "tokenizer": optional(str),  # another source to take the tokenizer from
+                "dtype": "bfloat16",  # of the base weights: bfloat16 | float32
+                # how the frozen weights of the blocks' linears are held: none (as they are)
+                "quantization": "none",
+                "remat": "full",  # stored for the backward pass: none | dots | full
+                "loss_chunk": 512,  # tokens whose logits are in memory at a time
+            },
+            "targets": {
+                "rules": LINEAR_LAYERS,  # regular expressions on names, first match wins; of adapters too
+                "density": optional(float),  # of sparse methods: tunable entries as a share of all parameters
+                "num_tunable": optional(int),  # or their number
+                # blocks of each weight along the mesh axes, each with its own share of the entries; a run's
+                # mesh must divide them. Default: as the mesh at the start; 1 and 1 is the paper's algorithm
+                "grid": {"fsdp": optional(int), "tensor": optional(int)},
+            },
+            # devices along each axis; -1: the rest of them
+            "mesh": {
+                "data": -1,  # each has its own sequences and all weights
+                "fsdp": 1,  # its own sequences and a part of the weights
+                "tensor": 1,  # the same sequences and a part of every layer's heads and hidden units
+            },
+            "spiel": {
+                "every": 20,  # steps between reselections
+                "accumulation": 5,  # steps of the estimation phase before one
+                "schedule": "linear",  # of the replacement rate: linear | cosine | constant
+                "rate": 0.2,  # initial replacement rate
+                # rate of the first reselection; negative: as the schedule says; default: 1 for SpIEL, whose
+                # entries start at random, and as the schedule says for random
+                "first": optional(float),
+                "candidate_ratio": 1.0,  # spiel_ag, gradient: candidates per active entry
+                "score": "product",  # spiel_ma: of a row's and a column's accumulator: product | minimum
+                "magnitude": "largest",  # magnitude: largest | smallest
+                "merge": "resident",  # resident | per_use
+                # corrected | reference: every quirk of the original implementation
+                "parity": "corrected",
+            },
+            "lora": {
+                "rank": 64,
+                "alpha": 16.0,
+                "dropout": 0.1,
+                "rslora": False,  # scale by alpha / sqrt(rank), not alpha / rank
+            },
+            "optimizer": {
+                # The paper tries, with AdamW for all but spiel_ma: spiel_ag and lora 1e-4, 3e-5, 1e-5, 3e-6;
+                # spiel_ma 2e-3, 1e-3, 7e-4, 4e-4; ia3 from 3e-4 to 1e-5
+                "learning_rate": 1e-4,
+                "schedule": "linear",  # after the warm-up: linear | cosine | constant
+                "warmup": 0.03,  # share of the steps
+                "weight_decay": 0.0,
+                "b1": 0.9,
+                "b2": 0.999,
+                "eps": optional(float),  # default: the method's
+                "clip_norm": optional(float),
+            },
+            "data": {
+                # tuple of paths, package:NAME, hub ids; or dicts of the fields of SourceSpec
+                "sources": (),
+                # a share below 1, a number of examples, or a tuple of sources
+                "heldout": config_dict.FieldReference(0.02, field_type=object),
+                "sequence_length": 2048,
+                "packing": True,
+                "truncate": "end",  # end | skip
+                "on_malformed": "error",  # error | skip
+                # a file with another chat template (Jinja) than the tokenizer's; the run keeps its text
+                "chat_template": optional(str),
+                # generation asks otherwise than an example teaches, or it teaches no stop: warn | error
+                "on_mismatch": "warn",
+                "style": "auto",  # of prompt/completion rows: chat | plain | auto
+            },
+            "batch_size": 128,  # sequences per optimizer step
+            "micro_batch_size": optional(int),  # of these at a time; default: all
+            "epochs": 2,
+            "steps": optional(int),  # instead of epochs
+            "eval_every": 50,  # steps between evaluations of the held-out loss; 0: only at the ends
+            "eval_batches": optional(int),  # at most so many held-out batches; default: all
+            "log_every": 1,
+            "checkpoint_every": 100,  # 0: only at the end
+            "checkpoint_keep": 2,  # the newest
+            # the one of lowest held-out loss beside them: an evaluation that is the best so far is saved
+            "checkpoint_keep_best": False,
+            # trace so many steps, from the third of this process on, into the run's folder "profile": XProf,
+            # TensorBoard or ui.perfetto.dev show it
+            "profile": 0,
+            "on_nonfinite": "stop",  # a loss or gradient that is not finite: stop | skip that step
+            "skip_limit": 10,  # so many steps in a row are skipped, and not one more
+            "sample": {
+                "prompt": optional(str),  # shown to the base and the tuned model at the end
+                "max_new_tokens": 64,
+            },
+        }
+    )
+    return config.lock()
