@@ -10,6 +10,7 @@ and what is not installed can be named.
 """
 
 import importlib.util
+import os
 import re
 import sys
 import traceback
@@ -40,6 +41,7 @@ def run(
         failure: Exit status after an error that is shown plainly. After a signal it is 128 + its number.
     """
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch is no news
     options = flags.FLAGS
     flags.DEFINE_bool("traceback", False, "Show of every error where it was raised.", flag_values=options)
 

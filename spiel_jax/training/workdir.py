@@ -162,12 +162,14 @@ def with_known_places(config: Config, known: Mapping[str, Any] | None) -> Config
         config: As it is now.
         known: The checkpoint's metadata; None for a new run.
     """
+    if known is None:
+        return config
     given, meant = as_given(config), settings(config)
-    then = {} if known is None else known.get("places", {})
+    then = known.get("places", {})  # earlier versions stored none
     config = config.copy_and_resolve_references()
     with config.ignore_type():
-        for key in PLACES:
-            if then.get(key) == given[key] == meant[key] and known is not None:
+        for key in then.keys() & set(PLACES):
+            if then[key] == given[key] == meant[key]:
                 value = known["config"][key]
                 config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
     return config

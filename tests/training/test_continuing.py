@@ -195,18 +195,31 @@ def test_the_length_in_epochs_stays_what_it_was(half, caplog):
     assert run(config, folder / "half", accept_new_data=True).step == steps
 
 
-def forget(folder, *keys):
-    """As a checkpoint of an earlier version."""
+def forget(folder, keys, config_keys):
+    """As a checkpoint of an earlier version, which knew less."""
     for path in (folder / "checkpoints").glob("*/_CHECKPOINT_METADATA"):
         stored = json.loads(path.read_text())
         for key in keys:
             del stored["custom_metadata"][key]
+        for key in config_keys:
+            del stored["custom_metadata"]["config"][key]
         path.write_text(json.dumps(stored))
+    known = json.loads((folder / "config.json").read_text())
+    known = {key: value for key, value in known.items() if key not in config_keys}
+    (folder / "config.json").write_text(json.dumps(known))
 
 
 def test_a_checkpoint_without_digests_is_continued_and_says_so(half, caplog):
     folder, config = half
-    forget(folder / "half", "identity", "steps", "data_since", "places")
+    keys = ("identity", "steps", "data_since", "places", "date", "chat_template")
+    new = (
+        "data.chat_template",
+        "data.on_mismatch",
+        "checkpoint_keep_best",
+        "skip_limit",
+        "model.quantization",
+    )
+    forget(folder / "half", keys, new)
     config.data.sources = (str(folder / "moved.jsonl"),)
     with pytest.raises(ConfigError, match=r"data\.sources"):  # nothing tells what lies there
         run(config, folder / "half")
