@@ -19,7 +19,8 @@ from spiel_jax.errors import SpielError
 Message = Mapping[str, Any]
 Answer = list[Written | TemplateRefusal]
 
-_CHECKED = 8  # turns from each end of a conversation whose prompts are rendered, which bounds the work
+# Characters of a conversation's prompts that are rendered, or so: each turn's is as long as what precedes it.
+_PROMPTS = 20_000_000
 # What a prompt may open and close again before the reply: an empty block of thoughts.
 _CLOSED = re.compile(r"\s*<(\w+)>\s*</\1>\s*")
 
@@ -102,7 +103,7 @@ class Writer:
         """All turns in one text, if they can be located; and how those differ that are not asked for so."""
         said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         partly = self._template.marks_turns and len(turns) < len(said)
-        asked = said if partly else _ends_of(turns)
+        asked = said if partly else _asked(messages, turns)
         asked = [i for i in asked if i]  # nothing is asked before the first message
         marks = (
             [] if self._template.marks_turns else [Wanted(len(messages), contents=dict.fromkeys(said, MARK))]
@@ -246,8 +247,11 @@ class Writer:
         return rendered if problem is None else dataclasses.replace(rendered, mismatch=problem)
 
 
-def _ends_of(turns: Sequence[int]) -> Sequence[int]:
-    return turns if len(turns) <= 2 * _CHECKED else [*turns[:_CHECKED], *turns[-_CHECKED:]]
+def _asked(messages: Sequence[Message], turns: Sequence[int]) -> Sequence[int]:
+    """The turns whose prompts are rendered: all, but of a very long conversation those from each end."""
+    size = sum(len(message["content"]) for message in messages)
+    half = max(1, _PROMPTS // max(size, 1) // 2)
+    return turns if len(turns) <= 2 * half else [*turns[:half], *turns[-half:]]
 
 
 def _unlike(prompt: Written | TemplateRefusal, text: str) -> str:

@@ -190,6 +190,15 @@ def test_what_differs_is_said(make_tokenizer, template, system, problem):
     assert problem in text.mismatch
 
 
+MIDDLE = QWEN25 + "{% if add_generation_prompt and messages | length == 31 %}{{ '<think>' }}{% endif %}"
+
+
+@pytest.mark.parametrize(("length", "seen"), [(1, True), (60_000, False)])
+def test_each_of_many_turns_is_checked_unless_they_are_very_long(make_tokenizer, length, seen):
+    texts = Encoder(make_tokenizer(MIDDLE)).render(Example(said(*["a" * length] * 80)))
+    assert [text.mismatch is not None for text in texts] == [seen]
+
+
 def test_many_turns_cost_no_more_than_their_number(make_tokenizer):
     encoder = Encoder(make_tokenizer(QWEN25))
     (text,) = encoder.render(Example(said(*map(str, range(400)))))
