@@ -7,9 +7,10 @@ Example::
     for batch in data.heldout_batches(batch_size=8): ...
 """
 
-from spiel_jax.data.examples import SourceReport, SourceSpec
+from spiel_jax.data.examples import SourceReport
 from spiel_jax.data.pipeline import Batch, Data, DataConfig, Report, load_data
 from spiel_jax.data.rows import DataError, EmptyDataset, MalformedRow
+from spiel_jax.data.sources import SourceSpec
 from spiel_jax.data.templates import chat_template
 
 __all__ = [

@@ -4,19 +4,19 @@ import collections
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 import tqdm
 
 from spiel_jax.data.chat import Encoded, Encoder
 from spiel_jax.data.files import DataError, MalformedRow, Row
-from spiel_jax.data.formats import FORMATS, Example, parse_row
+from spiel_jax.data.formats import Example, parse_row
 from spiel_jax.data.reports import SourceReport, warn_of_losses, warn_of_unread
 from spiel_jax.data.rows import read_rows
+from spiel_jax.data.sources import SourceSpec
 from spiel_jax.data.writing import Rendered, TemplateMismatch
-from spiel_jax.errors import SpielError
-from spiel_jax.places import refuse_remote
 
 _log = logging.getLogger(__name__)
 
@@ -31,70 +31,6 @@ _PROBLEMS = {  # of several examples, of one
     "endless": ("do not teach to stop", "does not teach to stop"),
 }
 _REMEDY = "Give a chat template that fits (data.chat_template=FILE); data.on_mismatch"
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceSpec:
-    """One source of examples.
-
-    Attributes:
-      path: a local file or folder, several by wildcards, ``package:NAME``, or a hub dataset id: see
-        `rows.read_rows`.
-      weight: the share of an epoch's examples drawn from this source, relative to the other
-        sources' weights. ``None``, for all sources or for none: every example once per epoch.
-      format: what the rows look like (see `formats.parse_row`); ``None`` detects it row by row.
-      split: the split of a hub dataset, or of a folder whose files have splits.
-      name: the configuration name of a hub dataset.
-      columns: what the rows call keys of their format, ``{"instruction": "question", "output": "reply"}``.
-      max_examples: keep the first so many examples of the source (rows that are skipped do not
-        count); ``None`` keeps all.
-
-    Raises:
-      SpielError: an option is not one of those allowed.
-    """
-
-    path: str
-    weight: float | None = None
-    format: str | None = None
-    split: str = "train"
-    name: str | None = None
-    max_examples: int | None = None
-    columns: Mapping[str, str] | None = None
-
-    def __post_init__(self):
-        if not isinstance(self.path, str) or not self.path:
-            raise SpielError(f"path must be a non-empty string, not {self.path!r}")
-        refuse_remote(self.path, "the data source")
-        if self.weight is not None and not 0 < self.weight < float("inf"):
-            raise SpielError(f"weight of {self.path} must be a positive number, not {self.weight}")
-        if self.format is not None and self.format not in FORMATS:
-            raise SpielError(
-                f"unknown format {self.format!r} for {self.path}: expected one of "
-                f"{', '.join(FORMATS)}, or None to detect it"
-            )
-        limit = self.max_examples
-        if limit is not None and (not isinstance(limit, int) or limit < 1):
-            raise SpielError(f"max_examples of {self.path} must be an int from 1, not {limit!r}")
-        if self.columns is not None:
-            _check_columns(self.path, self.format, self.columns)
-
-
-def _check_columns(path: str, format: str | None, columns: object):
-    if not isinstance(columns, Mapping) or not all(
-        isinstance(word, str) and word for pair in columns.items() for word in pair
-    ):
-        raise SpielError(
-            f'columns of {path} must say what rows call keys, as {{"instruction": "question"}}, '
-            f"not {columns!r}"
-        )
-    known = set[str]().union(*(FORMATS[name].reads for name in ([format] if format else FORMATS)))
-    if unknown := sorted(columns.keys() - known):
-        raise SpielError(
-            f"columns of {path}: no format{f' {format!r}' if format else ''} has a key {unknown[0]!r}: give "
-            f"{{key: its name in the rows}}, with keys from {', '.join(sorted(known))}"
-        )
-    if len(set(columns.values())) < len(columns):
-        raise SpielError(f"columns of {path}: two keys have the same name in the rows: {dict(columns)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,15 +111,16 @@ def read_examples(
       DataError: the source cannot be read, or an example is refused by ``on_mismatch``.
       TemplateError: the chat template cannot be used.
     """
-    reader = _Reader(source, encoder, max_tokens, truncate, on_malformed, on_mismatch, vocab_size)
     rows = read_rows(source.path, split=source.split, name=source.name)
-    for row in tqdm.tqdm(
-        rows, f"tokenizing {source.path}", unit=" rows", delay=1, disable=None if progress else True
-    ):
-        reader.take(row)
-        if reader.full:
-            break
-    reader.finish()
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        reader = _Reader(source, encoder, max_tokens, truncate, on_malformed, on_mismatch, vocab_size, beside)
+        for row in tqdm.tqdm(
+            rows, f"tokenizing {source.path}", unit=" rows", delay=1, disable=None if progress else True
+        ):
+            reader.take(row)
+            if reader.full:
+                break
+        reader.finish()
     return reader.result()
 
 
@@ -215,8 +152,10 @@ class _Reader:
         on_malformed: str,
         on_mismatch: str,
         vocab_size: int | None,
+        beside: Executor,
     ):
         self._source = source
+        self._beside = beside
         self._encoder = encoder
         self._max_tokens = max_tokens
         self._truncate = truncate
@@ -228,6 +167,7 @@ class _Reader:
         self._unseen = set((source.columns or {}).values())
         self._first: dict[str, str] = {}  # location and problem of the first example of a kind
         self._read: list[_Read | MalformedRow] = []
+        self._writing: tuple[list[_Read | MalformedRow], Future[Any]] | None = None
         self._characters = 0  # in what has been read
         self._texts: list[_Text] = []
         self._kept: list[Encoded] = []
@@ -267,12 +207,25 @@ class _Reader:
             )
         if not self.full:
             self._write()
+            self._take_texts()
             self._encode()
 
     def _write(self) -> None:
-        """Makes texts of the rows that have been read."""
+        """Has texts made of the rows that have been read, while those of earlier ones are tokenized."""
         read, self._read, self._characters = self._read, [], 0
-        written = iter(self._encoder.render_all([one.example for one in read if isinstance(one, _Read)]))
+        examples = [one.example for one in read if isinstance(one, _Read)]
+        writing = read, self._beside.submit(self._encoder.render_all, examples)
+        self._take_texts()
+        self._writing = writing
+        if self._source.max_examples is not None:  # no row is read that may not be wanted
+            self._take_texts()
+
+    def _take_texts(self) -> None:
+        """Takes the texts that have been made."""
+        if self._writing is None:
+            return
+        (read, texts_of), self._writing = self._writing, None
+        written = iter(texts_of.result())
         for one in read:
             self._counts["read"] += 1
             if isinstance(one, MalformedRow):

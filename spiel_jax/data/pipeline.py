@@ -13,10 +13,11 @@ import numpy as np
 
 from spiel_jax.data import mixture
 from spiel_jax.data.chat import Encoder
-from spiel_jax.data.examples import Examples, SourceReport, SourceSpec, read_examples
+from spiel_jax.data.examples import Examples, SourceReport, read_examples
 from spiel_jax.data.fingerprint import data_fingerprint, examples_fingerprint
 from spiel_jax.data.packing import Plan, empty_row, fill_row, plan_rows
 from spiel_jax.data.rows import EmptyDataset
+from spiel_jax.data.sources import SourceSpec
 from spiel_jax.errors import SpielError
 
 if TYPE_CHECKING:
