@@ -221,7 +221,7 @@ def test_the_core_works_in_an_environment_with_jax_and_optax_alone(tmp_path):
     assert run(python, "-c", CRITERION) == (0, "20\n", "")
     needs = "error: this needs flax, which is not installed: pip install spiel_jax\n"
     assert run(python, "-m", "spiel_jax.train", "--config=x.py") == (1, "", needs)
-    assert run(python, "-m", "spiel_jax.plan", "--config=x.py") == (2, "", needs)
+    assert run(python, "-m", "spiel_jax.plan", "--topology=cpu:1", "--config=x.py") == (2, "", needs)
     status, shown, problem = run(python, "-m", "spiel_jax.generate", "--model=random", "--prompt=Hi")
     assert (status, shown, problem.count("\n")) == (1, "", 1)
     assert problem.endswith("which is not installed: pip install spiel_jax\n")
