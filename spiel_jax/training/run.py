@@ -162,23 +162,8 @@ def _run(config: Config, claim: Claim, source: ModelSource, mesh: Mesh, progress
     if known is not None:  # not before it is known to be the same run
         processes.together(lambda: write_config(workdir, config) if first else None)
     steps = inputs.course.steps
-    # a run that was regridded has other numbers of entries than its budget would give
-    targets = None if known is None else stored_targets(known)
-    method = build(config, source.config, steps, targets)
-    if known is not None and known.get("steps", steps) < steps:
-        tell_of_cut_phase(
-            known["step"], build(unflatten(known["config"]), source.config, known["steps"]), method
-        )
-    dtype = jnp.dtype(config.model.dtype)
-    params = source.load(
-        dtype,
-        sharding=lambda name, shape: param_sharding(name, shape, mesh),
-        seed=config.seed,
-        storage=storage_for(config.model.quantization, dtype) if method.keeps_base else None,
-        progress=progress,
-    )
-    base_print = _checked_fingerprint(params, known, workdir)
-    check_base(params, config.model.source)
+    method = _method(config, known, source, steps)
+    params, base_print = _base(config, claim, source, mesh, method, progress)
     size = sum(param.size for param in params.values())
 
     with (
@@ -238,6 +223,35 @@ def _run(config: Config, claim: Claim, source: ModelSource, mesh: Mesh, progress
     if config.sample.prompt and step == steps:
         _show_sample(config, source.config, method, state, inputs.tokenizer, date)
     return summary
+
+
+def _method(config: Config, known: dict[str, Any] | None, source: ModelSource, steps: int) -> Method:
+    """What the run trains with, new or as it was."""
+    if known is None:
+        return build(config, source.config, steps)
+    targets = stored_targets(known)  # of a run that was regridded the budget would give others
+    method = build(config, source.config, steps, targets)
+    if known.get("steps", steps) < steps:
+        before = build(unflatten(known["config"]), source.config, known["steps"], targets)
+        tell_of_cut_phase(known["step"], before, method)
+    return method
+
+
+def _base(
+    config: Config, claim: Claim, source: ModelSource, mesh: Mesh, method: Method, progress: bool
+) -> tuple[Any, dict[str, str]]:
+    """The model's parameters, and the fingerprint of them."""
+    dtype = jnp.dtype(config.model.dtype)
+    params = source.load(
+        dtype,
+        sharding=lambda name, shape: param_sharding(name, shape, mesh),
+        seed=config.seed,
+        storage=storage_for(config.model.quantization, dtype) if method.keeps_base else None,
+        progress=progress,
+    )
+    found = _checked_fingerprint(params, claim.known, claim.workdir)
+    check_base(params, config.model.source)
+    return params, found
 
 
 def _checked_fingerprint(params: Any, known: dict[str, Any] | None, workdir: Path) -> dict[str, str]:
