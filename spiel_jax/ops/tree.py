@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spiel_jax.ops.stored import as_array, is_stored
 
@@ -31,19 +32,31 @@ def all_finite(tree: Any) -> jax.Array:
     >>> bool(all_finite({"a": jnp.ones(3), "b": jnp.arange(2)})), bool(all_finite([jnp.array(jnp.nan)]))
     (True, False)
     """
-    floats = (leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating))
-    return functools.reduce(jnp.logical_and, (jnp.isfinite(leaf).all() for leaf in floats), jnp.array(True))
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    # a sum of zeros, and not `isfinite(leaf).all()`, which XLA writes out on a CPU, nor the largest
+    # magnitude, which is not NaN there where one is
+    zeros = [(leaf.astype(jnp.float32) * 0).sum() for leaf in floats]
+    return functools.reduce(jnp.logical_and, (zero == 0 for zero in zeros), jnp.array(True))
+
+
+@functools.partial(jax.jit, static_argnames="stacked")
+def _held_finite(leaf: Any, layer: Any, stacked: bool) -> jax.Array:
+    if stacked:  # a layer at a time: 16-bit floats become 32-bit ones
+        leaf = jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False), leaf)
+    # floats that are held as bits, else the floats that hold others
+    floats = any(jnp.issubdtype(part.dtype, jnp.floating) for part in jax.tree.leaves(leaf))
+    return all_finite(leaf if floats else as_array(leaf))
 
 
 def not_finite(tree: Any) -> list[str]:
     """The names of the leaves of a pytree that hold a float that is infinite or not a number."""
 
-    def held(leaf: Any) -> Any:  # floats that are held as bits, else the floats that hold others
-        floats = any(jnp.issubdtype(part.dtype, jnp.floating) for part in jax.tree.leaves(leaf))
-        return leaf if floats else as_array(leaf)
+    def finite(leaf: Any) -> bool:
+        stacked = leaf.ndim > 2  # [LAYERS, ...]
+        layers = range(leaf.shape[0] if stacked else 1)
+        return all([bool(_held_finite(leaf, np.int32(layer), stacked)) for layer in layers])
 
-    flags = jax.jit(lambda leaves: {name: all_finite(held(leaf)) for name, leaf in leaves.items()})
-    return [name for name, finite in jax.device_get(flags(named_leaves(tree))).items() if not finite]
+    return [name for name, leaf in named_leaves(tree).items() if not finite(leaf)]
 
 
 def edit(params: Any, edits: Mapping[str, Callable[[Any], Any]]) -> Any:
