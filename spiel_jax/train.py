@@ -38,6 +38,14 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "resume", False, "Continue the run in --workdir; refuse to start a new one.", flag_values=values
     )
+    flags.DEFINE_integer(
+        "resume_from",
+        None,
+        "Continue from the checkpoint of this step instead of the newest; later ones are moved to the folder "
+        "set_aside of --workdir.",
+        lower_bound=1,
+        flag_values=values,
+    )
     flags.DEFINE_bool(
         "extend",
         False,
@@ -82,6 +90,7 @@ def main(options: flags.FlagValues) -> None:
             config,
             options.workdir or Path("runs", name),
             resume=options.resume,
+            resume_from=options.resume_from,
             extend=options.extend,
             accept_new_data=options.accept_new_data,
         )

@@ -191,7 +191,7 @@ def test_deltas_are_restored_alone_and_sorted(config, tmp_path):
     assert float(loss) == pytest.approx(summary.heldout[-1][1], rel=1e-5)
     with pytest.raises(CheckpointError, match="sparse deltas"):
         restore_trainable(tmp_path)
-    with pytest.raises(CheckpointError, match=r"no checkpoint 3 .* there are \[6, 10\]"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint 3 .* there are 6, 10"):
         restore_deltas(tmp_path, step=3)
 
 

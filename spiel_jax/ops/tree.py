@@ -54,7 +54,7 @@ def not_finite(tree: Any) -> list[str]:
     def finite(leaf: Any) -> bool:
         stacked = leaf.ndim > 2  # [LAYERS, ...]
         layers = range(leaf.shape[0] if stacked else 1)
-        return all([bool(_held_finite(leaf, np.int32(layer), stacked)) for layer in layers])
+        return all(bool(_held_finite(leaf, np.int32(layer), stacked)) for layer in layers)
 
     return [name for name, leaf in named_leaves(tree).items() if not finite(leaf)]
 

@@ -14,7 +14,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from spiel_jax.checkpoint import CheckpointError, Checkpoints, newest_metadata, stored_targets
+from spiel_jax.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    newest_metadata,
+    read_metadata,
+    restore_state,
+    set_aside,
+    stored_targets,
+)
 from spiel_jax.config import (
     Config,
     check_config,
@@ -87,6 +95,7 @@ def run(
     workdir: str | Path,
     *,
     resume: bool = False,
+    resume_from: int | None = None,
     extend: bool = False,
     accept_new_data: bool = False,
     progress: bool = True,
@@ -100,6 +109,8 @@ def run(
         config: See ``default_config``.
         workdir: The run's folder: config, checkpoints, metrics.
         resume: Refuse to start a new run.
+        resume_from: Step of the checkpoint to continue from, if not the newest; later ones are moved to the
+            folder's "set_aside".
         extend: Let the config ask for more steps than the run had, and for other schedules over them.
         accept_new_data: Continue although data, tokenizer or chat template have changed.
         progress: Whether to show progress bars.
@@ -109,24 +120,29 @@ def run(
 
     Raises:
         ConfigError: If a key has a bad value, the folder is of another configuration or cannot be used.
-        CheckpointError: If a checkpoint does not fit the run, is of another base model or of other data, or
-            cannot be saved.
+        CheckpointError: If a checkpoint is damaged, does not fit the run, is of another base model or of
+            other data, or cannot be saved.
         InUse: If another process trains in the folder.
         NonFiniteError: If a step is not finite and ``on_nonfinite`` is "stop".
         ProcessError: If several processes do not agree, or one of them failed to prepare the run.
     """
     workdir, first = local_path(workdir, "--workdir"), processes.is_first()
-    options = {"--resume": resume, "--extend": extend, "--accept_new_data": accept_new_data}
+    options = {
+        "--resume": resume,
+        "--resume_from": resume_from,
+        "--extend": extend,
+        "--accept_new_data": accept_new_data,
+    }
     processes.check_same({**flatten(config), "--workdir": str(workdir.absolute()), **options})
     check_config(config)
     mesh = make_mesh(config.mesh)
     processes.check_devices(mesh)
     check_micro_batch(config, mesh.shape)
-    flag = "--extend" if extend else "--resume" if resume else None
+    flag = next((name for name in ("--extend", "--resume_from", "--resume") if options[name]), None)
     processes.together(lambda: _check_folder(workdir, flag) if first else None)
     with ExitStack() as stack:
         processes.together(lambda: stack.enter_context(held(workdir)) if first else None)
-        known = newest_metadata(workdir)  # before any process makes the folder of checkpoints
+        known = _known(workdir, resume_from)  # before any process makes the folder of checkpoints
         processes.check_same({"newest checkpoint in --workdir": None if known is None else known["step"]})
         claim = Claim(workdir, as_given(config), known, accept_new_data)
         config = with_known_places(config, known)
@@ -142,6 +158,11 @@ def run(
             summary = _run(config, claim, source, mesh, progress and first)
             processes.wait_for_all("the end of the run")
     return summary
+
+
+def _known(workdir: Path, resume_from: int | None) -> dict[str, Any] | None:
+    """Metadata of the checkpoint that is continued; None for a new run."""
+    return newest_metadata(workdir) if resume_from is None else read_metadata(workdir, resume_from)
 
 
 def _check_folder(workdir: Path, flag: str | None) -> None:
@@ -166,6 +187,8 @@ def _run(config: Config, claim: Claim, source: ModelSource, mesh: Mesh, progress
     params, base_print = _base(config, claim, source, mesh, method, progress)
     size = sum(param.size for param in params.values())
 
+    if known is not None:
+        processes.together(lambda: _clear_way(workdir, known["step"]) if first else None)
     with (
         Checkpoints(
             workdir,
@@ -175,7 +198,7 @@ def _run(config: Config, claim: Claim, source: ModelSource, mesh: Mesh, progress
         ) as checkpoints,
         stop_on_signal(jax.process_count() > 1) as stop_asked,
     ):
-        state, start = _first_state(method, params, mesh, checkpoints, known)
+        state, start = _first_state(method, params, mesh, workdir, known)
         del params
         tunable = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
         _log.info("%d tunable of %d parameters (%.2f%%)", tunable, size, 100 * tunable / size)
@@ -254,6 +277,12 @@ def _base(
     return params, found
 
 
+def _clear_way(workdir: Path, step: int) -> None:
+    """Moves checkpoints of later steps away; none of them is the one that is continued."""
+    for place in set_aside(workdir, step):
+        _log.warning("a checkpoint of a later step than %d, which is continued, is now %s", step, place)
+
+
 def _checked_fingerprint(params: Any, known: dict[str, Any] | None, workdir: Path) -> dict[str, str]:
     """The fingerprint of the base weights, which must be that of the run that is continued."""
     found = fingerprint(params)
@@ -265,7 +294,7 @@ def _checked_fingerprint(params: Any, known: dict[str, Any] | None, workdir: Pat
 
 
 def _first_state(
-    method: Method, params: Any, mesh: Mesh, checkpoints: Checkpoints, known: dict[str, Any] | None
+    method: Method, params: Any, mesh: Mesh, workdir: Path, known: dict[str, Any] | None
 ) -> tuple[TrainState, int]:
     """The state to start from, new or of a checkpoint, and its step; reuses the memory of ``params``."""
     shardings = method.shardings(jax.eval_shape(method.init, params), mesh)
@@ -276,7 +305,7 @@ def _first_state(
     state = begin(params)
     if known is None:
         return state, 0
-    restored = checkpoints.restore(state, method, known["step"])
+    restored = restore_state(workdir, state, method, known["step"])
     attach = compiled(lambda *parts: method.attach(*parts))
     return attach(state.params, restored.trainable, restored.opt_state), known["step"]
 

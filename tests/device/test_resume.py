@@ -8,7 +8,7 @@ import numpy as np
 
 from device.test_steps import CONFIG, batch, method_named
 from experiments.bench.methods import kinds_of_step
-from spiel_jax.checkpoint import Checkpoints
+from spiel_jax.checkpoint import Checkpoints, restore_state
 from spiel_jax.models import init_params
 
 
@@ -30,7 +30,7 @@ def resume(name):
     with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
         checkpoints.save(half, middle, method, {})
         checkpoints.wait()
-        restored = checkpoints.restore(start(params), method, half)
+        restored = restore_state(folder, start(params), method, half)
     again = jax.jit(method.attach)(params, restored.trainable, restored.opt_state)
     ends = [jax.device_get(run(state, range(half, len(kinds)))) for state in (middle, again)]
     jax.tree.map(np.testing.assert_array_equal, *ends)

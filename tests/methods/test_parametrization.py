@@ -16,7 +16,7 @@ from support.adapter_cases import jitted, logits, make_batch, perturbed, twins
 from support.programs import AS_USERS
 
 from spiel_jax.adapters.load import load_run
-from spiel_jax.checkpoint import CheckpointError, Checkpoints, restore_deltas
+from spiel_jax.checkpoint import CheckpointError, Checkpoints, restore_deltas, restore_state
 from spiel_jax.config import LINEAR_LAYERS, default_config, flatten, unflatten
 from spiel_jax.losses.next_token import Objective
 from spiel_jax.methods.ia3 import IA3
@@ -292,8 +292,7 @@ def save_run(folder, source, name):
 @pytest.mark.parametrize("name", ["lora", "ia3"])
 def test_a_checkpoint_gives_the_state_and_the_tuned_model_back(name, llama_folder, tmp_path):
     training, base, state = save_run(tmp_path / "run", llama_folder, name)
-    with Checkpoints(tmp_path / "run") as checkpoints:
-        restored = checkpoints.restore(training.init(base), training)
+    restored = restore_state(tmp_path / "run", training.init(base), training)
     assert_equal(training.attach(base, restored.trainable, restored.opt_state), state)
     tuned = training.tuned(state)
     for keep_base in (False, True):

@@ -50,7 +50,7 @@ def tiny_config(model, data, method="spiel_ag"):
     return config
 
 
-def run(config, workdir, *, until=None, extend=False, accept_new_data=False, **mesh):
+def run(config, workdir, *, until=None, extend=False, accept_new_data=False, resume_from=None, **mesh):
     """Trains on a mesh of these sizes, as if a signal came during the ``until``-th step of this call."""
     config = config.copy_and_resolve_references()
     config.mesh.update(mesh)
@@ -63,7 +63,7 @@ def run(config, workdir, *, until=None, extend=False, accept_new_data=False, **m
     original = training.stop_on_signal
     training.stop_on_signal = stop_on_signal
     try:
-        options = {"extend": extend, "accept_new_data": accept_new_data}
+        options = {"extend": extend, "accept_new_data": accept_new_data, "resume_from": resume_from}
         return training.run(config, workdir, progress=False, **options)
     finally:
         training.stop_on_signal = original

@@ -209,9 +209,34 @@ def forget(folder, keys, config_keys):
     (folder / "config.json").write_text(json.dumps(known))
 
 
+def test_a_damaged_newest_checkpoint_is_gone_round(half):
+    folder, config = half
+    shutil.copytree(folder / "whole", folder / "damaged")
+    metadata = folder / "damaged" / "checkpoints" / "6" / "_CHECKPOINT_METADATA"
+    metadata.write_bytes(metadata.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"checkpoint 6 .*damaged.*whole one is 4: --resume_from=4"):
+        run(config, folder / "damaged")
+    with pytest.raises(CheckpointError, match=r"no checkpoint 5 in .*: there are 4, 6"):
+        run(config, folder / "damaged", resume_from=5)
+    run(config, folder / "damaged", resume_from=4)
+    assert_same_run(folder / "damaged", folder / "whole")
+    assert (folder / "damaged" / "set_aside" / "6").is_dir()
+
+
+def test_an_earlier_checkpoint_can_be_continued(half):
+    folder, config = half
+    shutil.copytree(folder / "whole", folder / "again")
+    run(config, folder / "again", resume_from=4, until=1)
+    assert read_metadata(folder / "again")["step"] == 5
+    run(config, folder / "again")
+    assert_same_run(folder / "again", folder / "whole")
+    with pytest.raises(CheckpointError, match=r"--resume_from: .* holds no run to continue"):
+        run(config, folder / "empty", resume_from=4)
+
+
 def test_a_checkpoint_without_digests_is_continued_and_says_so(half, caplog):
     folder, config = half
-    keys = ("identity", "steps", "data_since", "places", "date", "chat_template")
+    keys = ("identity", "steps", "data_since", "places", "date", "chat_template", "digests", "seal")
     new = (
         "data.chat_template",
         "data.on_mismatch",
@@ -227,7 +252,8 @@ def test_a_checkpoint_without_digests_is_continued_and_says_so(half, caplog):
     config.data.sources = tuple(metadata["data.sources"])
     with caplog.at_level(logging.WARNING, "spiel_jax"):
         run(config, folder / "half")
-    assert caplog.text.count("earlier version, without digests") == 1
+    assert caplog.text.count("earlier version, without digests of its data") == 1
+    assert "earlier version, without digests of its arrays" in caplog.text
     assert_same_run(folder / "half", folder / "whole")
     load_run(folder / "half")
 

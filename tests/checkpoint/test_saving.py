@@ -68,20 +68,31 @@ class TestBest:
             read_metadata(tmp_path, "best")
 
 
-def test_saves_leave_no_thread_and_no_descriptor_behind(tmp_path, method):
+@pytest.mark.parametrize("saves", [20, pytest.param(300, marks=pytest.mark.slow)])
+def test_saves_leave_no_thread_and_no_descriptor_behind(tmp_path, method, saves):
     def held():
         return len(os.listdir("/proc/self/fd")), threading.active_count()
 
     save(tmp_path, method, {1: None, 2: None})
     before = held()
-    save(tmp_path, method, dict.fromkeys(range(3, 23)))
-    # threads of other tests may have ended
-    assert all(now <= then for now, then in zip(held(), before, strict=True))
+    save(tmp_path, method, dict.fromkeys(range(3, 3 + saves)))
+    # pools may have grown by a few; each save once left three descriptors and a thread
+    assert all(now <= then + 5 for now, then in zip(held(), before, strict=True)), (before, held())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_not_saved(tmp_path, method, bad):
+    save(tmp_path, method, {1: None})
+    with Checkpoints(tmp_path) as checkpoints:
+        state = method.init({"w": jnp.ones(4), "noise": jnp.ones(3).at[1].set(bad)})
+        with pytest.raises(CheckpointError, match=r"checkpoint 2 is not written .*: trainable\.noise hold"):
+            checkpoints.save(2, state, method, {})
+    assert read_metadata(tmp_path)["step"] == 1
 
 
 def test_what_cannot_be_read_back_is_an_error(tmp_path, method):
     """Orbax itself saves without a word under such a name."""
-    with pytest.raises(CheckpointError, match=r"checkpoint 1 in .* cannot be read back: trainable"):
+    with pytest.raises(CheckpointError, match=r"checkpoint 1 in .* cannot be read back: "):
         save(tmp_path / "a[b]", method, {1: None})
 
 
