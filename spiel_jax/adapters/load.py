@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
+from spiel_jax.adapters.identity import identity, other_model, other_tokenizer
 from spiel_jax.checkpoint import CheckpointError, Step, read_metadata, restore_trained, stored_targets
 from spiel_jax.config import unflatten
 from spiel_jax.data.templates import use_template
 from spiel_jax.errors import NotFoundError
-from spiel_jax.adapters.identity import identity, other_model, other_tokenizer
 from spiel_jax.methods.registry import build
 from spiel_jax.models import ModelConfig
 from spiel_jax.models.io.fingerprint import differing, fingerprint

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spiel_jax.adapters.identity import other_data, other_model, other_tokenizer
 from spiel_jax.checkpoint import CheckpointError
 from spiel_jax.config import Config, ConfigError, differences, flatten
-from spiel_jax.adapters.identity import other_data, other_model, other_tokenizer
 from spiel_jax.methods.method import Method
 from spiel_jax.optim.schedules import Phase
 from spiel_jax.training.workdir import PLACES, settings
