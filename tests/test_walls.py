@@ -24,7 +24,6 @@ FLOORS = (
     "places",
     "data",
     "models",
-    "identity",
     "losses",
     "distributed",
     "methods",
