@@ -69,9 +69,9 @@ class Base:
             name: Its Hugging Face name.
         """
         slot = self.tensors[name]
-        array = jnp.asarray(self._read(name, slot))
-        if slot.layer is not None:
-            array = array[None]
+        read = self._read(name, slot)
+        array = jnp.asarray(read if slot.layer is None else read[None])
+        del read
         held = _held(array, self.kind) if self.kind and slot.parameter in ADAPTED else array
         if name not in self._read_names:
             self._read_names.add(name)
@@ -113,7 +113,7 @@ class Base:
         (array,) = checkpoint.read(self._stored_names[name], [whole])
         if array.dtype == np.float64:  # as JAX takes it
             array = array.astype(np.float32)
-        return array.astype(self.dtype)
+        return array.astype(self.dtype, copy=False)
 
     @cached_property
     def _stored_names(self) -> dict[str, str]:

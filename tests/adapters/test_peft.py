@@ -63,6 +63,7 @@ def test_peft_computes_the_same(name, kind, llama_folder, tmp_path):
     check(llama_folder, adapter_of_kind(kind, model, origin_of(llama_folder)), tmp_path / "out", name)
 
 
+@pytest.mark.slow
 def test_a_model_with_biases_and_rank_stabilised(tmp_path):
     folder = tmp_path / "qwen"
     torch.manual_seed(0)
@@ -155,7 +156,9 @@ def test_a_pickle_is_not_run(what, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("kind", ["sparse", "lora", "ia3"])
+@pytest.mark.parametrize(
+    "kind", ["sparse", *(pytest.param(k, marks=pytest.mark.slow) for k in ("lora", "ia3"))]
+)
 def test_merged_in_transformers(kind, llama_folder, tmp_path):
     source = open_model(str(llama_folder))
     origin = origin_of(llama_folder)
@@ -195,8 +198,11 @@ def test_another_base_is_refused_unless_forced(llama_folder, tmp_path):
         write_adapter(adapter, tmp_path / name, name, base=base, check=False)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("kind", ["sparse", "lora", "ia3"])
+@pytest.mark.parametrize(
+    ("kind", "transposed"),
+    [("sparse", True), ("ia3", False)]
+    + [pytest.param("lora", t, marks=pytest.mark.slow) for t in (False, True)],
+)
 def test_merge_into_any_dict_of_arrays(kind, transposed, llama_folder):
     source = open_model(str(llama_folder))
     adapter = adapter_of_kind(kind, source.config)

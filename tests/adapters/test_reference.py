@@ -12,7 +12,7 @@ from spiel_jax.models import bind, open_model
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-@pytest.mark.parametrize("name", ["rigl_linear", "sm3_linear"])
+@pytest.mark.parametrize("name", ["rigl_linear", pytest.param("sm3_linear", marks=pytest.mark.slow)])
 def test_golden_adapters(name):
     source = open_model(str(GOLDEN))
     adapter = read_adapter(GOLDEN / f"{name}_adapter", source.config)

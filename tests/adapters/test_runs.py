@@ -1,4 +1,4 @@
-"""From runs to adapters and back: gridded, on a mesh, some layers only; updates from step to step; starts."""
+"""From runs to adapters and back: gridded, on a mesh, some layers only; updates from step to step."""
 
 import dataclasses
 
@@ -7,22 +7,23 @@ import numpy as np
 import pytest
 from absl import app, flags
 from safetensors.numpy import load_file
-from support.exports import assert_same, lora_adapter, origin_of, sparse_adapter
+from support.exports import assert_same, origin_of
 from support.run_cases import chat_file, run, tiny_config
 
 from spiel_jax import export, generate
 from spiel_jax.adapters import (
     AdapterError,
+    Export,
     adapter_of_run,
     apply_patches,
     base_of_run,
     read_adapter,
     read_patches,
+    weight_patches,
     write_adapter,
 )
 from spiel_jax.adapters.load import load_run
 from spiel_jax.checkpoint import restore_deltas
-from spiel_jax.config import ConfigError, check_config
 from spiel_jax.models import open_model
 from spiel_jax.sparse.delta import merge
 
@@ -34,12 +35,12 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(llama_folder, data, tmp_path_factory):
-    """A run on a mesh of four devices: a grid of blocks, one weight in one of its layers only."""
-    config = tiny_config(llama_folder, data)
+    """A run on a mesh of two devices: a grid of blocks, one weight in one of its layers only."""
+    config = tiny_config(llama_folder, data, "random")
     config.targets.rules = (r".*\.1\.mlp\.up_proj\.weight", r".*\.o_proj\.weight")
-    config.checkpoint_every = 3
+    config.checkpoint_every, config.spiel.every, config.spiel.accumulation = 3, 1, 1
     folder = tmp_path_factory.mktemp("run") / "run"
-    run(config, folder, fsdp=2, tensor=2)
+    run(config, folder, fsdp=2)
     return folder
 
 
@@ -66,12 +67,31 @@ def test_a_gridded_run_on_a_mesh_there_and_back(trained, llama_folder, tmp_path)
     for name in ("native", "peft_supertuning", "reference"):
         found = read_adapter(write_adapter(adapter, tmp_path / name, name), source.config)
         assert_same(found, adapter)
-        merged = found.merge(params, source.config)
-        for parameter in params:
-            np.testing.assert_array_equal(np.asarray(merged[parameter]), np.asarray(expected[parameter]))
+    merged = found.merge(params, source.config)
+    for parameter in params:
+        np.testing.assert_array_equal(np.asarray(merged[parameter]), np.asarray(expected[parameter]))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def load_as_vllm_does(served, patches):
+    """What vLLM's ``load_checkpoint_weight_patches`` asks of patches, and how it puts them in.
+
+    That is through a tensor that is NaN wherever the old weight stays.
+    """
+    for patch in patches:
+        tensor = served[patch.name]
+        assert patch.shape == tensor.shape
+        assert patch.values.dtype == tensor.dtype
+        assert patch.positions.dtype == np.int32
+        assert patch.positions.shape == patch.values.shape == (np.unique(patch.positions).size,)
+        assert 0 <= patch.positions.min() <= patch.positions.max() < tensor.size
+        assert not np.isnan(patch.values.astype(np.float32)).any()
+        staged = np.full(tensor.size, np.nan, tensor.dtype)
+        staged[patch.positions] = patch.values
+        staged = staged.reshape(tensor.shape)
+        np.copyto(tensor, staged, where=~np.isnan(staged.astype(np.float32)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_patches_from_step_to_step_give_the_merged_model_bit_for_bit(trained, dtype, tmp_path):
     base = base_of_run(trained)
     shapes = {name: slot.shape for name, slot in base.tensors.items()}
@@ -94,8 +114,28 @@ def test_patches_from_step_to_step_give_the_merged_model_bit_for_bit(trained, dt
     for name, tensor in merged[6].items():
         assert found[name].tobytes() == tensor.tobytes(), name
     assert sum(patch.positions.size for patch in patches) <= adapter.count + sum(p.size for p in dropped)
+    export = Export(adapter, base, np.dtype(dtype), before)
+    served = {name: tensor.copy() for name, tensor in merged[3].items()}
+    load_as_vllm_does(served, weight_patches(export))
+    for name, tensor in merged[6].items():
+        assert served[name].tobytes() == tensor.tobytes(), name
     with pytest.raises(AdapterError, match="do not fit a tensor"):
         list(read_patches(out, {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "ia3", "full"])
+def test_other_methods_export_merged(method, llama_folder, data, tmp_path):
+    """The merged model is the tuned one of the run, bit for bit; a full run's needs no base."""
+    config = tiny_config(llama_folder, data, method)
+    config.targets.num_tunable, config.targets.rules = None, (r".*_proj\.weight",)
+    config.steps, config.optimizer.learning_rate = 2, 1e-3
+    run(config, tmp_path / "run")
+    out = tmp_path / "merged"
+    command(export, f"--checkpoint={tmp_path / 'run'}", "--format=merged", f"--out={out}")
+    tuned = load_run(tmp_path / "run").tuned
+    for name, param in open_model(str(out)).load("float32", progress=False).items():
+        np.testing.assert_array_equal(np.asarray(param), np.asarray(tuned[name]), err_msg=name)
 
 
 class TestCommand:
@@ -139,6 +179,7 @@ class TestCommand:
         with pytest.raises(app.UsageError):
             command(export, f"--out={tmp_path / 'x'}", *arguments)
 
+    @pytest.mark.slow
     def test_generate_with_an_adapter(self, trained, llama_folder, tmp_path, capsys):
         out = write_adapter(adapter_of_run(trained), tmp_path / "a", "reference")
         command(generate, f"--checkpoint={trained}", "--prompt=Hi", "--max_new_tokens=6")
@@ -151,67 +192,6 @@ class TestCommand:
         write_adapter(other, tmp_path / "b")
         with pytest.raises(AdapterError, match="another base model"):
             command(generate, f"--model={llama_folder}", f"--adapter={tmp_path / 'b'}", "--prompt=Hi")
-
-
-def starting(llama_folder, data, path, **changes):
-    """A run of one step that hardly learns, from an adapter."""
-    config = tiny_config(llama_folder, data, "random")
-    config.targets.num_tunable = None
-    config.steps, config.spiel.rate = 1, 0.0
-    config.optimizer.learning_rate = 1e-30
-    config.init_from.adapter = str(path)
-    config.update_from_flattened_dict(changes)
-    return config
-
-
-class TestInitFrom:
-    @pytest.mark.parametrize("what", ["entries", "positions"])
-    def test_a_sparse_run_begins_with_the_entries(self, what, llama_folder, data, tmp_path):
-        model = open_model(str(llama_folder)).config
-        adapter = sparse_adapter(
-            model, origin_of(llama_folder), names=lambda name: "o_proj" in name or ".1.mlp.up" in name
-        )
-        write_adapter(adapter, tmp_path / "a")
-        config = starting(llama_folder, data, tmp_path / "a", **{"init_from.what": what})
-        run(config, tmp_path / "run", fsdp=2)
-        found = adapter_of_run(tmp_path / "run")
-        assert found.shapes == adapter.shapes
-        for name, entries in adapter.entries.items():
-            np.testing.assert_array_equal(found.entries[name].positions, entries.positions)
-            expected = entries.values if what == "entries" else 0 * entries.values
-            np.testing.assert_allclose(found.entries[name].values, expected, rtol=0, atol=1e-29)
-
-    def test_lora_continues_lora(self, llama_folder, data, tmp_path):
-        model = open_model(str(llama_folder)).config
-        adapter = lora_adapter(model, origin_of(llama_folder), uneven=False)
-        write_adapter(adapter, tmp_path / "a", "peft")
-        changes = {
-            "method": "lora",
-            "lora.rank": 2,
-            "lora.alpha": 4.0,
-            "targets.rules": (r".*_proj\.weight",),
-        }
-        config = starting(llama_folder, data, tmp_path / "a", **changes)
-        run(config, tmp_path / "run")
-        found = adapter_of_run(tmp_path / "run")
-        assert_same(dataclasses.replace(found, origin=adapter.origin), adapter)
-        config.lora.rank = 3
-        with pytest.raises(AdapterError, match=r"rank 2 and scale 2.* gives 3"):
-            run(config, tmp_path / "other")
-
-    def test_what_cannot_be(self, llama_folder, data, tmp_path):
-        for method in ("magnitude", "gradient"):
-            config = starting(llama_folder, data, tmp_path, method=method)
-            with pytest.raises(ConfigError, match=rf"init_from.adapter.*{method} chooses its own"):
-                check_config(config)
-        config = starting(llama_folder, data, tmp_path, **{"init_from.what": "all"})
-        with pytest.raises(ConfigError, match=r"init_from.what = 'all': expected one of entries, positions"):
-            check_config(config)
-        origin = origin_of(llama_folder)
-        wrong = dataclasses.replace(origin, fingerprint=dict.fromkeys(origin.fingerprint, "float32[1]:0"))
-        write_adapter(sparse_adapter(open_model(str(llama_folder)).config, wrong), tmp_path / "a")
-        with pytest.raises(AdapterError, match="another base model"):
-            run(starting(llama_folder, data, tmp_path / "a"), tmp_path / "run")
 
 
 def test_matrices_with_more_entries_than_int32_counts():

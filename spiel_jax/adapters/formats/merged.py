@@ -73,7 +73,7 @@ def merged_tensor(export: Export, base: Base, name: str, dtype: np.dtype) -> np.
     if adapter.whole:
         return adapter.merged(name, None, dtype)
     tensor = base.tensor(name)
-    found = adapter.merged(name, tensor, dtype) if adapter.changes(name) else tensor.astype(dtype)
+    found = adapter.merged(name, tensor, dtype) if adapter.changes(name) else tensor.astype(dtype, copy=False)
     if not np.isfinite(found).all():
         raise AdapterError(f"{name} is not finite as {dtype.name}: choose another dtype")
     return found
