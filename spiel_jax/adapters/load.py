@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
+from spiel_jax.adapters.identity import identity, other_model, other_tokenizer
 from spiel_jax.checkpoint import CheckpointError, Step, read_metadata, restore_trained, stored_targets
 from spiel_jax.config import unflatten
 from spiel_jax.data.templates import use_template
@@ -20,7 +21,6 @@ from spiel_jax.models.io.fingerprint import differing, fingerprint
 from spiel_jax.models.io.loading import ModelSource, open_model
 from spiel_jax.models.storage import kind_named
 from spiel_jax.ops.stored import is_writable
-from spiel_jax.training.identity import identity, other_model, other_tokenizer
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,15 @@ def default_config() -> Config:
                 # mesh must divide them. Default: as the mesh at the start; 1 and 1 is the paper's algorithm
                 "grid": {"fsdp": optional(int), "tensor": optional(int)},
             },
+            # what a new run starts from
+            "init_from": {
+                # folder of an adapter, ours or another program's. A sparse run has its entries: their number
+                # in each matrix too, and rules, density and num_tunable are not read; by default its first
+                # reselection is no other than the rest. LoRA and (IA)^3 continue their own kind
+                "adapter": optional(str),
+                "what": "entries",  # of a sparse one: entries (positions and values) | positions
+                "any_base": False,  # take it even if it is of another base model
+            },
             # devices along each axis; -1: the rest of them
             "mesh": {
                 "data": -1,  # each has its own sequences and all weights

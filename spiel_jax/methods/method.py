@@ -145,6 +145,15 @@ class Method:
         """What a checkpoint holds, as named parts."""
         return {"trainable": state.trainable, "optimizer": state.opt_state}
 
+    def begun(self, like: TrainState, trained: Any) -> TrainState:
+        """A state before the first step with what was trained before; the rest is that of ``like``.
+
+        Args:
+            like: From ``init``.
+            trained: What ``merge`` takes.
+        """
+        return replace(like, trainable=trained)
+
     def restored(self, items: Mapping[str, Any], like: TrainState) -> TrainState:
         """A state with what a checkpoint holds; the rest is that of ``like``."""
         return replace(like, trainable=items["trainable"], opt_state=items["optimizer"])

@@ -64,7 +64,7 @@ class SparseMethod(Method):
     def complaints(cls, config: Any) -> Iterator[Complaint]:
         """See ``Method``: those of the criterion, and of the budget."""
         density, number = config.targets.density, config.targets.num_tunable
-        if density is None and number is None:
+        if density is None and number is None and config.init_from.adapter is None:
             yield "targets.density", density, "density or num_tunable, one of them, and both are None"
         if density is not None and number is not None:
             expected = f"None where num_tunable = {number}: density or num_tunable, one of them"
@@ -187,6 +187,13 @@ class SparseMethod(Method):
             for name, delta in deltas(state.trainable, state.opt_state).items()
         }
         return {"deltas": zipped, "optimizer": optax.tree.set(state.opt_state, active={})}
+
+    def begun(self, like: TrainState, trained: Mapping[str, SparseDelta]) -> TrainState:
+        """See ``Method``: target name to delta, in the blocks of the targets."""
+        active = active_positions(like.opt_state)
+        positions = {name: replace(delta, indices=trained[name].indices) for name, delta in active.items()}
+        values = {name: trained[name].values for name in like.trainable}
+        return replace(like, trainable=values, opt_state=place(like.opt_state, positions))
 
     def restored(self, items: Mapping[str, Any], like: TrainState) -> TrainState:
         """See ``Method``."""

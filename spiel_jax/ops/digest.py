@@ -24,7 +24,7 @@ def _digests(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: digest(leaf) for name, leaf in leaves.items()}
 
 
-def digest(array: jax.Array) -> jax.Array:
+def digest(array: jax.Array, first: jax.Array | int = 0) -> jax.Array:
     """A 32-bit digest of an array's bits, each with its place: the sum of their hashes.
 
     Formed where the array is, and the same however it is spread over devices. Any change of one word changes
@@ -32,6 +32,8 @@ def digest(array: jax.Array) -> jax.Array:
 
     Args:
         array: Of numbers of any dtype and rank.
+        first: Number of its first matrix (of its first row, if it has no more than two axes): the digest of a
+            stack is the sum of those of its parts, modulo 2^32.
 
     Returns:
         [] uint32.
@@ -42,24 +44,24 @@ def digest(array: jax.Array) -> jax.Array:
     if array.dtype == jnp.bool:
         array = array.astype(jnp.uint8)
     array = jnp.atleast_1d(array)
-    matrices = (
-        array.reshape(-1, *array.shape[-2:]) if array.ndim > 2 else array.reshape(1, -1, array.shape[-1])
-    )
+    stacked, first = array.ndim > 2, jnp.asarray(first, jnp.uint32)
+    matrices = array.reshape(-1, *array.shape[-2:]) if stacked else array.reshape(1, -1, array.shape[-1])
+    first_matrix, first_row = (first, 0) if stacked else (0, first)
 
     def one(item: tuple[jax.Array, jax.Array]) -> jax.Array:
         number, matrix = item
         words = _words(matrix)
         place = number * jnp.uint32(0x9E3779B1)
         for axis, factor in enumerate((0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)[: words.ndim]):
-            place = place + lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(factor)
+            index = lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+            place = place + (index + first_row if axis == 0 else index) * jnp.uint32(factor)
         # over the rows first: XLA adds whole vectors then on a CPU, in a tenth of the time
         columns = jnp.sum(mixed(words ^ mixed(place)), axis=0, dtype=jnp.uint32)
         return jnp.sum(lax.optimization_barrier(columns), dtype=jnp.uint32)
 
     # matrix by matrix: the hashes of a whole stack would be larger than the model
-    return jnp.sum(
-        lax.map(one, (jnp.arange(matrices.shape[0], dtype=jnp.uint32), matrices)), dtype=jnp.uint32
-    )
+    numbers = first_matrix + jnp.arange(matrices.shape[0], dtype=jnp.uint32)
+    return jnp.sum(lax.map(one, (numbers, matrices)), dtype=jnp.uint32)
 
 
 def _words(x: jax.Array) -> jax.Array:

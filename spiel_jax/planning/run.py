@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from spiel_jax.adapters.start import read_start
 from spiel_jax.config import Config, ConfigError, micro_batch_size, with_grid
 from spiel_jax.distributed.mesh import batch_sharding
 from spiel_jax.methods.configured import check_layout
@@ -87,7 +88,8 @@ def prepare(config: Config, model: ModelConfig, mesh: Mesh) -> PlannedRun:
     check_layout(config, model, mesh)
     steps = config.steps or _STEPS
     with jax.set_mesh(mesh):
-        method = build(config, model, steps)
+        start = read_start(config, model)
+        method = build(config, model, steps, None if start is None else start.targets)
         dtype = jnp.dtype(config.model.dtype)
         storage = storage_for(config.model.quantization, dtype) if method.keeps_base else None
         params = abstract_params(model, dtype, storage=storage)

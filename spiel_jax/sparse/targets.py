@@ -281,8 +281,9 @@ def find_targets(
             else:
                 if len(stack) != 1:
                     raise ValueError(f"{name}: only one stack axis can be adapted in part")
-                key = f"{name}@{_ranges(numbers)}"
-                targets[key] = Target(shape, entries, (len(numbers),), grids[name], tuple(numbers))
+                targets[target_name(name, numbers)] = Target(
+                    shape, entries, (len(numbers),), grids[name], tuple(numbers)
+                )
     if not targets:
         raise SpielError("no weight is adapted: every matrix is left out by the rules")
     return targets
@@ -303,6 +304,15 @@ def _budget(density: float | None, num_tunable: int | None, total: int, sharing:
             f"{num_tunable} tunable entries: expected 1 to {sharing}, the entries of the matched weights"
         )
     return num_tunable
+
+
+def target_name(parameter: str, layers: Sequence[int] | None) -> str:
+    """Name of a target on some layers of a stacked parameter; None: on all.
+
+    >>> target_name("w", [0, 1, 2, 5])
+    'w@0-2,5'
+    """
+    return parameter if layers is None else f"{parameter}@{_ranges(layers)}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

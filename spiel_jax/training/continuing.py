@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spiel_jax.adapters.identity import other_data, other_model, other_tokenizer
 from spiel_jax.checkpoint import CheckpointError
 from spiel_jax.config import Config, ConfigError, differences, flatten
 from spiel_jax.methods.method import Method
 from spiel_jax.optim.schedules import Phase
-from spiel_jax.training.identity import other_data, other_model, other_tokenizer
-from spiel_jax.training.workdir import PLACES, settings
+from spiel_jax.training.workdir import PLACES, TOLD, settings
 
 _log = logging.getLogger(__name__)
 
@@ -64,8 +64,8 @@ def check_config_of(
     may_be_elsewhere = _digests_tell(known) or accept_new_data
     now = settings(config)
     for key in PLACES:
-        moved = key == "model.source" or may_be_elsewhere or known["config"].get(key) == now[key]
-        if key in changed and moved:
+        told = key == "model.source" or (key in TOLD and may_be_elsewhere)
+        if key in changed and (told or known["config"].get(key) == now[key]):
             del changed[key]
     if extend:
         changed = {key: pair for key, pair in changed.items() if key not in EXTENDABLE}

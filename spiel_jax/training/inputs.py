@@ -8,13 +8,13 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from spiel_jax.adapters.identity import identity
 from spiel_jax.config import Config, data_config, micro_batch_size
 from spiel_jax.data import Data, load_data
 from spiel_jax.data.templates import read_template, use_template
 from spiel_jax.distributed.mesh import local_rows
 from spiel_jax.models.io.loading import ModelSource, open_model
 from spiel_jax.training.continuing import Course, check_identity, course, tell_of_new_data
-from spiel_jax.training.identity import identity
 
 _log = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from spiel_jax.adapters.start import Start, read_start
 from spiel_jax.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -175,16 +176,21 @@ def _check_folder(workdir: Path, flag: str | None) -> None:
 def _run(config: Config, claim: Claim, source: ModelSource, mesh: Mesh, progress: bool) -> Summary:
     began, first = time.perf_counter(), processes.is_first()
     workdir, known = claim.workdir, claim.known
+    begin = None
     if known is None:  # what does not fit the model is refused before data are read
-        build(config, source.config, config.steps or 1)
+        begin = processes.together(lambda: read_start(config, source.config))
+        build(config, source.config, config.steps or 1, begin and begin.targets)
     now = datetime.datetime.now().isoformat(timespec="seconds")
     date = processes.of_first((known or {}).get("date", now))  # earlier versions kept none
     inputs = processes.together(lambda: read_inputs(config, claim, source, mesh, date, progress))
     if known is not None:  # not before it is known to be the same run
         processes.together(lambda: write_config(workdir, config) if first else None)
     steps = inputs.course.steps
-    method = _method(config, known, source, steps)
+    method = _method(config, known, source, steps, begin)
+    trained = begin and begin.trainable(method)
     params, base_print = _base(config, claim, source, mesh, method, progress)
+    if begin:
+        begin.check(base_print, config.model.source)
     size = sum(param.size for param in params.values())
 
     if known is not None:
@@ -198,7 +204,7 @@ def _run(config: Config, claim: Claim, source: ModelSource, mesh: Mesh, progress
         ) as checkpoints,
         stop_on_signal(jax.process_count() > 1) as stop_asked,
     ):
-        state, start = _first_state(method, params, mesh, workdir, known)
+        state, start = _first_state(method, params, mesh, workdir, known, trained)
         del params
         tunable = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
         _log.info("%d tunable of %d parameters (%.2f%%)", tunable, size, 100 * tunable / size)
@@ -248,10 +254,12 @@ def _run(config: Config, claim: Claim, source: ModelSource, mesh: Mesh, progress
     return summary
 
 
-def _method(config: Config, known: dict[str, Any] | None, source: ModelSource, steps: int) -> Method:
+def _method(
+    config: Config, known: dict[str, Any] | None, source: ModelSource, steps: int, begin: Start | None
+) -> Method:
     """What the run trains with, new or as it was."""
     if known is None:
-        return build(config, source.config, steps)
+        return build(config, source.config, steps, begin and begin.targets)
     targets = stored_targets(known)  # of a run that was regridded the budget would give others
     method = build(config, source.config, steps, targets)
     if known.get("steps", steps) < steps:
@@ -294,20 +302,32 @@ def _checked_fingerprint(params: Any, known: dict[str, Any] | None, workdir: Pat
 
 
 def _first_state(
-    method: Method, params: Any, mesh: Mesh, workdir: Path, known: dict[str, Any] | None
+    method: Method,
+    params: Any,
+    mesh: Mesh,
+    workdir: Path,
+    known: dict[str, Any] | None,
+    trained: Any,
 ) -> tuple[TrainState, int]:
-    """The state to start from, new or of a checkpoint, and its step; reuses the memory of ``params``."""
+    """The state to start from and its step; reuses the memory of ``params``.
+
+    It is that of the checkpoint ``known``, or a new one, with what an adapter has ``trained``.
+    """
     shardings = method.shardings(jax.eval_shape(method.init, params), mesh)
     compiled = partial(
         jax.jit, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options()
     )
     begin = compiled(lambda params: method.init(params))
     state = begin(params)
-    if known is None:
+    if known is None and trained is None:
         return state, 0
-    restored = restore_state(workdir, state, method, known["step"])
+    if known is None:
+        first = method.begun(state, trained)
+        first = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), first, state)
+    else:
+        first = restore_state(workdir, state, method, known["step"])
     attach = compiled(lambda *parts: method.attach(*parts))
-    return attach(state.params, restored.trainable, restored.opt_state), known["step"]
+    return attach(state.params, first.trainable, first.opt_state), known["step"] if known else 0
 
 
 def _summary(

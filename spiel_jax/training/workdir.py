@@ -20,8 +20,10 @@ from spiel_jax.training.metrics import METRICS, TIMING
 
 CONFIG = "config.json"
 
-PLACES = ("model.source", "model.tokenizer", "data.sources", "data.heldout", "data.chat_template")
+TOLD = ("model.source", "model.tokenizer", "data.sources", "data.heldout", "data.chat_template")
 """Keys that name a place, which may be another when a run is continued: digests tell what lies there."""
+PLACES = (*TOLD, "init_from.adapter")
+"""All keys that name a place. A continued run does not read the adapter that it began with."""
 
 _FILES = (CONFIG, METRICS, TIMING, LOCK)
 _FOLDERS = (FOLDER, "tensorboard", "profile")

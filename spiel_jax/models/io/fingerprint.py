@@ -32,9 +32,7 @@ def fingerprint(params: Mapping[str, Any]) -> dict[str, str]:
     """
     found = {}
     for name in sorted(params):
-        digest = _digest(params[name])
-        shape = ",".join(map(str, params[name].shape))
-        found[name] = f"{params[name].dtype}[{shape}]:{int(np.asarray(digest)):08x}"
+        found[name] = _text(params[name], _digest(params[name]))
     return found
 
 
@@ -75,9 +73,61 @@ def differing_arithmetic(one: Mapping[str, Any], other: Mapping[str, Any]) -> li
     ]
 
 
+class Fingerprinter:
+    """The fingerprint of parameters whose layers come one by one, in any order.
+
+    Example:
+        >>> whole = jnp.arange(12.0).reshape(2, 2, 3)
+        >>> one = Fingerprinter()
+        >>> for layer in range(2):
+        ...     one.add("w", whole[layer : layer + 1], layer)
+        >>> one.found({"w": jax.ShapeDtypeStruct((2, 2, 3), "float32")}) == fingerprint({"w": whole})
+        True
+    """
+
+    def __init__(self):
+        self._sums: dict[str, list[int]] = {}
+
+    def add(self, parameter: str, weight: Any, layer: int = 0) -> None:
+        """Takes in a parameter that is not stacked, or a layer [1, ...] of one that is.
+
+        Args:
+            parameter: Its name.
+            weight: An array or a stored weight.
+            layer: Number of the layer.
+        """
+        sums = [int(np.asarray(part)) for part in _sums(weight, jnp.uint32(layer))]
+        before = self._sums.get(parameter, [0] * len(sums))
+        self._sums[parameter] = [(a + b) % 2**32 for a, b in zip(before, sums, strict=True)]
+
+    def found(self, specs: Mapping[str, Any]) -> dict[str, str]:
+        """The fingerprint of what was taken in, whole.
+
+        Args:
+            specs: Parameter name to what has its dtype and shape, layers stacked.
+        """
+        digests = {name: _joined([jnp.uint32(part) for part in sums]) for name, sums in self._sums.items()}
+        return {name: _text(specs[name], digests[name]) for name in sorted(digests)}
+
+
+def _text(weight: Any, digest: jax.Array) -> str:
+    return f"{weight.dtype}[{','.join(map(str, weight.shape))}]:{int(np.asarray(digest)):08x}"
+
+
 @jax.jit
 def _digest(weight: Any) -> jax.Array:
     """[] uint32, of an array or a stored weight."""
+    return _joined(_sums(weight, jnp.uint32(0)))
+
+
+@jax.jit
+def _sums(weight: Any, start: jax.Array) -> list[jax.Array]:
+    """[] uint32 of each array that holds a weight, whose first matrix, or row of vectors, has a number."""
     leaves = jax.tree.leaves(weight if is_stored(weight) else packed(weight))
-    first, *others = map(digest, leaves)
+    return [digest(leaf, start) for leaf in leaves]
+
+
+def _joined(sums: list[jax.Array]) -> jax.Array:
+    """[] uint32, of those of the arrays that hold a weight."""
+    first, *others = sums
     return sum((mixed(other + jnp.uint32(i)) for i, other in enumerate(others)), start=first)

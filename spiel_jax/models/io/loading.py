@@ -132,6 +132,30 @@ class ModelSource:
             )
         return self.checkpoint.tokenizer()
 
+    def draw(
+        self,
+        name: str,
+        dtype: DTypeLike,
+        seed: int,
+        *,
+        storage: type[Weight] | None = None,
+        place: Any = None,
+    ) -> Any:
+        """One parameter of the random model of this shape, as ``load`` gives it.
+
+        Args:
+            name: The parameter.
+            dtype: Its dtype.
+            seed: Of the model.
+            storage: See ``load``.
+            place: Sharding of each array of it; None: the default device.
+        """
+        # one program per parameter: what the others need is removed as dead code
+        one = jax.jit(
+            lambda key: init_params(self.config, key, dtype, storage=storage)[name], out_shardings=place
+        )
+        return one(jax.random.key(seed))
+
     def _draw(
         self,
         dtype: jnp.dtype,
@@ -143,12 +167,8 @@ class ModelSource:
     ) -> dict[str, Any]:
         params = {}
         for name, spec in specs.items():
-            # one program per parameter: what the others need is removed as dead code
-            draw = jax.jit(
-                lambda key, name=name: init_params(self.config, key, dtype, storage=storage)[name],
-                out_shardings=_place(sharding, name, spec),
-            )
-            params[name] = jax.block_until_ready(draw(jax.random.key(seed)))
+            place = _place(sharding, name, spec)
+            params[name] = jax.block_until_ready(self.draw(name, dtype, seed, storage=storage, place=place))
             bar.update(nbytes(spec))
         return params
 

@@ -197,6 +197,9 @@ class Criterion:
         reference = settings.parity == "reference"
         if not (accumulation <= every or reference or cls.reselects_once):
             yield "spiel.accumulation", accumulation, f"1 to spiel.every = {every}"
+        adapter = config.init_from.adapter
+        if adapter is not None and (cls.reselects_once or cls.start(config) is not None):
+            yield "init_from.adapter", adapter, f"unset: {config.method} chooses its own entries"
         if reference and not cls.in_original:
             yield "method", config.method, f"a method of SpIEL: {ORIGINAL}"
         if reference and first is not None:
@@ -208,8 +211,12 @@ class Criterion:
 
     @classmethod
     def schedule(cls, config: Any, steps: int) -> Reselection:
-        """When a run of so many steps reselects; by default everything is replaced first, as in SpIEL."""
-        return configured_schedule(config.spiel, steps, first=1.0)
+        """When a run of so many steps reselects; by default everything is replaced first, as in SpIEL.
+
+        Entries that come from an adapter (``init_from``) are not random, and are not all replaced.
+        """
+        first = 1.0 if config.init_from.adapter is None else None
+        return configured_schedule(config.spiel, steps, first)
 
     @classmethod
     def optimizer(
