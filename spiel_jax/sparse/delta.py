@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from spiel_jax.ops.sharded import on_blocks
-from spiel_jax.ops.stored import Stored, as_array, entries_at, is_stored, is_writable, with_entries
+from spiel_jax.ops.stored import Stored, as_array, entries_at, is_stored, is_writable, one_stack, with_entries
 from spiel_jax.ops.tree import edit
 
 _static = partial(field, metadata={"static": True})
@@ -234,7 +234,7 @@ def gather(weight: jax.Array | Stored, delta: SparseDelta, *, transposed: bool =
 
 def _matrices(weight: Any, delta: SparseDelta) -> tuple[Any, jax.Array, jax.Array]:
     """The weight as [M, rows, columns], which of these are adapted [A], and their positions [A, ...]."""
-    matrices = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[-2:]), weight)
+    matrices = one_stack(weight)
     numbers = jnp.arange(matrices.shape[0]) if delta.layers is None else jnp.array(delta.layers)
     return matrices, numbers, delta.indices.reshape(-1, *delta.indices.shape[delta.stack_axes :])
 

@@ -16,7 +16,8 @@ class Weight(ABC):
 
     A kind is a frozen dataclass that is registered as a pytree. Each of its arrays has the rank of the
     weight: a loop over layers slices it as it does the weight, and a mesh cuts its axes as those of the
-    weight, where they can be cut. An array is a weight too, held as it is; what works on both asks with the
+    weight, where they can be cut. What belongs to a matrix as a whole has one axis after those of the stack,
+    and is never cut. An array is a weight too, held as it is; what works on both asks with the
     functions of ``ops.stored``.
 
     Example:
@@ -61,6 +62,20 @@ class Weight(ABC):
     @abstractmethod
     def dequantize(self) -> jax.Array:
         """The array that it stands for, of ``shape`` and ``dtype``."""
+
+    def divisible(self) -> Self:
+        """The same with nothing that belongs to a matrix as a whole: parts of its arrays are parts of it."""
+        return self
+
+    @classmethod
+    def grain(cls, shape: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns whose multiples a part of a matrix can have.
+
+        Args:
+            shape: Of the matrix.
+        """
+        del shape
+        return 1, 1
 
     def gather(self, place: Place) -> jax.Array:
         """Entries of that array; 0 for a row that is not there.
