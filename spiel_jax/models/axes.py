@@ -64,8 +64,12 @@ def param_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding
     An array of another rank than the parameter's belongs to all of it, and lies whole on every device.
     """
     axes = [MESH_AXIS.get(axis or "") for axis in logical_axes(name) or ()]
-    kept = [
-        axis if axis is not None and size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(axes, shape, strict=True)
-    ] if len(axes) == len(shape) else []
+    kept = (
+        [
+            axis if axis is not None and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(axes, shape, strict=True)
+        ]
+        if len(axes) == len(shape)
+        else []
+    )
     return NamedSharding(mesh, PartitionSpec(*kept))

@@ -1,5 +1,7 @@
 """bitsandbytes' quantisation, one entry after another and in NumPy: slow, and plain to read."""
 
+from itertools import pairwise
+
 import ml_dtypes
 import numpy as np
 
@@ -17,7 +19,7 @@ def blocks_of(entries, size):
 def nearest(x, table):
     """The code of the nearest level; bounds are the rounded midpoints, and belong to the level below."""
     order = sorted(range(len(table)), key=lambda code: table[code])
-    for low, high in zip(order, order[1:], strict=False):
+    for low, high in pairwise(order):
         if x <= F(table[low] + table[high]) / F(2):
             return low
     return order[-1]
@@ -43,7 +45,7 @@ def quantize(matrix, kind, block=64):
 def compress(scales, offset):
     """uint8 codes of the scales, and the scales of these."""
     levels = DYNAMIC.tolist()
-    bounds = [F(low + high) / F(2) for low, high in zip(DYNAMIC, DYNAMIC[1:], strict=False)]
+    bounds = [F(low + high) / F(2) for low, high in pairwise(DYNAMIC)]
     assert levels == sorted(levels)
     codes, nested = [], []
     for group in blocks_of(scales - offset, 256):
@@ -82,7 +84,10 @@ def quantize_rows(matrix):
     """LLM.int8(): integers and the largest magnitude of each row."""
     wide = matrix.astype(F)
     largest = np.abs(wide).max(axis=1)
-    codes = [[int(np.rint(x * (F(1) / m * F(127)))) if m else 0 for x in row] for row, m in zip(wide, largest, strict=True)]
+    codes = [
+        [int(np.rint(x * (F(1) / m * F(127)))) if m else 0 for x in row]
+        for row, m in zip(wide, largest, strict=True)
+    ]
     return np.array(codes, np.int8), largest
 
 

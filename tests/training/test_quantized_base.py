@@ -99,7 +99,9 @@ def test_quantization_that_cannot_be_is_refused():
     config.model.source = "random"
     config.data.sources = ("a.jsonl",)
     config.model.quantization = "nf3"
-    with pytest.raises(ConfigError, match=r"model.quantization = 'nf3': expected one of none, nf4, fp4, int8, toy"):
+    with pytest.raises(
+        ConfigError, match=r"model.quantization = 'nf3': expected one of none, nf4, fp4, int8, toy"
+    ):
         check_config(config)
     config.method, config.model.quantization = "full", "toy"
     with pytest.raises(ConfigError, match=r"model.quantization = 'toy': expected none: method = 'full'"):

@@ -1,13 +1,11 @@
-"""NF4, FP4 and int8 against bitsandbytes and against the plain computation, bit for bit, as users compile it."""
-
-import platform
+"""NF4, FP4 and int8 against bitsandbytes and against the plain computation, bit for bit."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import bitsandbytes_numpy as slow
-from support.programs import AS_USERS
+from support.programs import AS_USERS, run_as_users
 
 from spiel_jax.models import ModelConfig, abstract_params
 from spiel_jax.models.decoder import ADAPTED
@@ -20,14 +18,10 @@ from spiel_jax.ops.matmul import linear
 torch = pytest.importorskip("torch")
 FOUR_BIT = {"nf4": NF4, "fp4": FP4}
 DTYPES = ("float32", "bfloat16", "float16")
-# all instructions that this machine has, products and sums fused, optimised
-FASTEST = AS_USERS | {"xla_backend_optimization_level": 3}
-if platform.machine() in ("x86_64", "AMD64"):
-    FASTEST["xla_cpu_max_isa"] = "AVX512"
 
 
 def as_users(function, *arguments):
-    return jax.jit(function).lower(*arguments).compile(FASTEST)(*arguments)
+    return jax.jit(function).lower(*arguments).compile(AS_USERS)(*arguments)
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +170,13 @@ def test_kinds_are_told_apart_by_caches():
     array = jnp.array(weights(4, 64, "float32"))
     structures = [jax.tree.structure(kind.hold(array)) for kind in (NF4, FP4, Int8)]
     assert all(a != b for i, a in enumerate(structures) for b in structures[:i])
+
+
+def test_fused_instructions_round_nothing_otherwise():
+    """The tests' programs have none (conftest.py)."""
+    run_as_users(__file__, "plain_computation and nf4 and 128 or sealed or products and NF4")
+
+
+@pytest.mark.slow
+def test_fused_instructions_round_nothing_otherwise_in_any_of_this():
+    run_as_users(__file__, "not otherwise")
