@@ -89,7 +89,8 @@ def load_run(
     changed, base = method.changed(trained), None
     if changed is not None or keep_base:
         storage = kind_named(config.model.quantization)
-        base = source.load(dtype, seed=settings["seed"], storage=storage)
+        requantize = config.model.requantize
+        base = source.load(dtype, seed=settings["seed"], storage=storage, requantize=requantize)
         _check_base(
             f"{directory} was trained on another base model than {name}", metadata["fingerprint"], base
         )

@@ -310,6 +310,7 @@ KEYS: dict[str, Kind] = {
     "model.tokenizer": OrNone(Text("a model")),
     "model.dtype": _one_of("bfloat16", "float32"),
     "model.quantization": OneOf(lambda: KINDS),
+    "model.requantize": Switch(),
     "model.remat": OneOf(lambda: get_args(Remat)),
     "model.loss_chunk": Whole(1),
     "targets.rules": Rules("regular expressions"),

@@ -42,8 +42,10 @@ def default_config() -> Config:
                 "preset": optional(str),  # shape of a random model, such as llama2_7b
                 "tokenizer": optional(str),  # another source to take the tokenizer from
                 "dtype": "bfloat16",  # of the base weights: bfloat16 | float32
-                # how the frozen weights of the blocks' linears are held: none (as they are)
+                # how the frozen weights of the blocks' linears are held: none (arrays), nf4 (4 bits, as in
+                # QLoRA), fp4, int8 (as in LLM.int8()). A model that is quantised so already keeps its codes
                 "quantization": "none",
+                "requantize": False,  # whether what is quantised otherwise may be quantised once more
                 "remat": "full",  # stored for the backward pass: none | dots | full
                 "loss_chunk": 512,  # tokens whose logits are in memory at a time
             },

@@ -85,6 +85,36 @@ class FourBit(Weight):
             compress = jax.vmap(compress)
         return cls(codes, *compress(absmax), array.dtype, array.dtype)
 
+    def hold_alike(self, array: jax.Array) -> Self:
+        """See ``Weight``; scales are quantised."""
+        return replace(self.hold(array.astype(self.through)), dtype=self.dtype)
+
+    @classmethod
+    def described(
+        cls, shape: tuple[int, ...], dtype: Any, through: Any, block: int = BLOCK, nested: bool = True
+    ) -> Self:
+        """A weight of ``jax.ShapeDtypeStruct``.
+
+        Args:
+            shape: [*stack, out, in].
+            dtype: Of the weight.
+            through: See above.
+            block: Entries that have a scale together.
+            nested: Whether scales are quantised.
+        """
+        *stack, rows, columns = shape
+        blocks = -(-rows * columns // block)
+        absmax = (*stack, blocks) if columns % block else (*stack, rows, columns // block)
+
+        def array(shape: Any, dtype: Any) -> Any:
+            return jax.ShapeDtypeStruct(tuple(shape), dtype)
+
+        groups = array((*stack, -(-blocks // NESTED)), jnp.float32) if nested else None
+        offset = array((*stack, 1), jnp.float32) if nested else None
+        codes = array((*stack, rows, columns // 2), jnp.uint8)
+        scales = array(absmax, jnp.uint8 if nested else jnp.float32)
+        return cls(codes, scales, groups, offset, jnp.dtype(dtype), jnp.dtype(through), block)
+
     @classmethod
     def _quantized(cls, matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Codes and scales, float32, of one matrix."""
@@ -93,24 +123,31 @@ class FourBit(Weight):
             blocks = jnp.pad(matrix.reshape(-1), (0, -matrix.size % BLOCK)).reshape(-1, BLOCK)
         else:
             blocks = matrix.reshape(rows, -1, BLOCK)
-        blocks = blocks.astype(jnp.float32)
-        absmax = jnp.max(jnp.abs(blocks), axis=-1)
-        share = blocks * reciprocal(absmax)[..., None]
-        if matrix.size % BLOCK:  # bitsandbytes divides in the last block, if it is short
-            short = blocks[-1] / jnp.where(absmax[-1] > 0, absmax[-1], 1)
-            share = share.at[-1].set(short)
-        codes = codebooks.nearest(jnp.clip(share, -1, 1), cls.table)
-        codes = codes.reshape(-1)[: matrix.size].reshape(rows, -1, 2) if columns % BLOCK else codes
-        pairs = codes.reshape(rows, -1, 2)
-        return (pairs[..., 0] << 4) | pairs[..., 1], absmax
+        absmax = jnp.max(jnp.abs(blocks.astype(jnp.float32)), axis=-1)
+        # or a float32 copy of the whole matrix serves this and what follows
+        blocks, absmax = lax.optimization_barrier((blocks, absmax))
+        inverse = reciprocal(absmax)[..., None]
+
+        def codes(entries: jax.Array) -> jax.Array:
+            entries = entries.astype(jnp.float32)
+            share = entries * inverse
+            if matrix.size % BLOCK:  # bitsandbytes divides in the last block, if it is short
+                share = share.at[-1].set(entries[-1] / jnp.where(absmax[-1] > 0, absmax[-1], 1))
+            return codebooks.nearest(jnp.clip(share, -1, 1), cls.table)
+
+        pairs = (codes(blocks[..., 0::2]) << 4) | codes(blocks[..., 1::2])
+        if columns % BLOCK:
+            pairs = pairs.reshape(-1)[: matrix.size // 2]
+        return pairs.reshape(rows, -1), absmax
 
     def dequantize(self) -> jax.Array:
         """See ``Weight``: level times scale in float32, rounded to ``through``."""
-        pairs = jnp.stack([self.codes >> 4, self.codes & 15], axis=-1)
-        levels = codebooks.looked_up(pairs, self.table)
+        twice = jnp.repeat(self.codes, 2, axis=-1)
+        is_first = lax.broadcasted_iota(jnp.uint8, twice.shape, twice.ndim - 1) % 2 == 0
+        levels = codebooks.looked_up(jnp.where(is_first, twice >> 4, twice & 15), self.table)
         scales = self._scales()
         if self._blocks_run_on:
-            levels = levels.reshape(*levels.shape[:-3], -1)
+            levels = levels.reshape(*levels.shape[:-2], -1)
             scales = jnp.repeat(scales, self.block, axis=-1)[..., : levels.shape[-1]]
             product = levels * scales
         else:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from spiel_jax.models.storage.rounding import reciprocal, rounded, sealed
 from spiel_jax.models.storage.weight import Weight, register
@@ -37,10 +38,11 @@ class Int8(Weight):
     @classmethod
     def hold(cls, array: jax.Array) -> "Int8":
         """See ``Weight``."""
-        wide = array.astype(jnp.float32)
-        absmax = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+        absmax = jnp.max(jnp.abs(array.astype(jnp.float32)), axis=-1, keepdims=True)
+        # or a float32 copy of the whole array serves this and what follows
+        array, absmax = lax.optimization_barrier((array, absmax))
         scale = sealed(reciprocal(absmax)) * 127  # rounded twice
-        return cls(jnp.round(wide * scale).astype(jnp.int8), absmax, array.dtype)
+        return cls(jnp.round(array.astype(jnp.float32) * scale).astype(jnp.int8), absmax, array.dtype)
 
     def dequantize(self) -> jax.Array:
         """See ``Weight``: two products in float32, rounded to the dtype."""

@@ -26,7 +26,7 @@ def sealed(x: jax.Array) -> jax.Array:
 
 
 def rounded(x: jax.Array, dtype: Any) -> jax.Array:
-    """Float32 to the nearest number of a dtype, still float32: a conversion of it changes nothing, if left out.
+    """Float32 to the nearest number of a dtype, still float32: converting it changes nothing.
 
     Args:
         x: float32.

@@ -59,6 +59,10 @@ class Weight(ABC):
     def hold(cls, array: jax.Array) -> Self:
         """Holds an array, one matrix or a stack of them; works under ``jax.jit``."""
 
+    def hold_alike(self, array: jax.Array) -> Self:
+        """Holds another array as this weight is held."""
+        return self.hold(array.astype(self.dtype))
+
     @abstractmethod
     def dequantize(self) -> jax.Array:
         """The array that it stands for, of ``shape`` and ``dtype``."""
@@ -144,6 +148,11 @@ def kind_named(quantization: str) -> type[Weight] | None:
     if quantization not in KINDS:
         raise SpielError(f"quantization = {quantization!r}: expected one of {', '.join(KINDS)}")
     return KINDS[quantization]
+
+
+def kind_name(kind: Any) -> str | None:
+    """The name of a kind in configurations; None: it has none, and is no quantisation."""
+    return next((name for name, known in KINDS.items() if known is kind and known is not None), None)
 
 
 def register(name: str) -> Callable[[type[W]], type[W]]:
