@@ -330,6 +330,7 @@ KEYS: dict[str, Kind] = {
     "spiel.score": OneOf(lambda: get_args(Score)),
     "spiel.magnitude": _one_of("largest", "smallest"),
     "spiel.merge": _one_of("resident", "per_use"),
+    "spiel.delta_dtype": _one_of("float32", "bfloat16"),
     "spiel.parity": OneOf(lambda: get_args(Parity)),
     "lora.rank": Whole(1, 2**16),
     "lora.alpha": Number(above=0),

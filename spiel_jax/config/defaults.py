@@ -75,6 +75,9 @@ def default_config() -> Config:
                 "score": "product",  # spiel_ma: of a row's and a column's accumulator: product | minimum
                 "magnitude": "largest",  # magnitude: largest | smallest
                 "merge": "resident",  # resident | per_use
+                # of the deltas: float32 | bfloat16, as in the paper's runs on a quantised base. Gradients and
+                # the optimizer's statistics are float32
+                "delta_dtype": "float32",
                 # corrected | reference: every quirk of the original implementation
                 "parity": "corrected",
             },

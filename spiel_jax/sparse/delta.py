@@ -297,8 +297,9 @@ def _set_matrix_by_matrix(weight: Any, delta: SparseDelta, entries: jax.Array) -
 
 
 def merged_entries(base: jax.Array, values: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """``base + values`` rounded once, to the dtype of the weight."""
-    return (base.astype(values.dtype) + values).astype(dtype)
+    """``base + values`` in float32 or better, rounded once, to the dtype of the weight."""
+    wide = jnp.promote_types(jnp.promote_types(base.dtype, values.dtype), jnp.float32)
+    return (base.astype(wide) + values.astype(wide)).astype(dtype)
 
 
 def merge(params: Any, deltas: Mapping[str, SparseDelta]) -> Any:
@@ -309,7 +310,7 @@ def merge(params: Any, deltas: Mapping[str, SparseDelta]) -> Any:
     $$
 
     Differentiable in the deltas' values (a gather of the weight's cotangent) and in ``params``. The sum is
-    formed in the dtype of the values and rounded once to the dtype of the weight.
+    formed in float32 or better and rounded once to the dtype of the weight.
 
     Args:
         params: Any pytree of arrays and stored weights, which are not differentiated; weights are

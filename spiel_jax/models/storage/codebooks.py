@@ -1,8 +1,11 @@
 """What the codes of quantised weights stand for: the tables of QLoRA and of bitsandbytes."""
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 NF4 = np.array(
     [
@@ -91,9 +94,19 @@ def nearest(x: jax.Array, table: np.ndarray) -> jax.Array:
 
 
 def looked_up(codes: jax.Array, table: np.ndarray) -> jax.Array:
-    """The levels of codes in a table of 16: by their bits, at the speed of arithmetic everywhere."""
-    levels: list[jax.Array | np.floating] = list(table)
-    for bit in range(4):
-        is_set = (codes & (1 << bit)) != 0
-        levels = [jnp.where(is_set, one, zero) for zero, one in zip(levels[::2], levels[1::2], strict=True)]
-    return jnp.asarray(levels[0])
+    """The levels of codes in a table of 16: by their bits, at the speed of arithmetic everywhere.
+
+    Constants are operands of arithmetic only. Of a choice they would be arrays, which a differentiated loop
+    over layers makes before it begins, and keeps: sixteen times a layer.
+    """
+    bits = [int(word) for word in table.view(np.uint32)]
+    is_odd = -(codes & 1).astype(jnp.uint32)  # all bits of it
+    levels = [(is_odd & jnp.uint32(one ^ zero)) ^ jnp.uint32(zero) for zero, one in _pairs(bits)]
+    for bit in (2, 4, 8):
+        is_set = (codes & bit) != 0
+        levels = [jnp.where(is_set, one, zero) for zero, one in _pairs(levels)]
+    return lax.bitcast_convert_type(levels[0], jnp.float32)
+
+
+def _pairs(items: list) -> Iterator[tuple]:
+    return zip(items[::2], items[1::2], strict=True)

@@ -142,12 +142,11 @@ class FourBit(Weight):
 
     def dequantize(self) -> jax.Array:
         """See ``Weight``: level times scale in float32, rounded to ``through``."""
-        twice = jnp.repeat(self.codes, 2, axis=-1)
-        is_first = lax.broadcasted_iota(jnp.uint8, twice.shape, twice.ndim - 1) % 2 == 0
-        levels = codebooks.looked_up(jnp.where(is_first, twice >> 4, twice & 15), self.table)
+        pairs = jnp.stack([self.codes >> 4, self.codes & 15], axis=-1)
+        levels = codebooks.looked_up(pairs, self.table)
         scales = self._scales()
         if self._blocks_run_on:
-            levels = levels.reshape(*levels.shape[:-2], -1)
+            levels = levels.reshape(*levels.shape[:-3], -1)
             scales = jnp.repeat(scales, self.block, axis=-1)[..., : levels.shape[-1]]
             product = levels * scales
         else:

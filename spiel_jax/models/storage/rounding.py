@@ -22,7 +22,7 @@ def sealed(x: jax.Array) -> jax.Array:
 
     No compiler knows that they are finite, so that this is no part of a sum.
     """
-    return lax.max(x, jnp.full_like(x, _LOWEST))
+    return jnp.maximum(x, _LOWEST)
 
 
 def rounded(x: jax.Array, dtype: Any) -> jax.Array:
