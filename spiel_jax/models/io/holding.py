@@ -63,6 +63,13 @@ def quantized_specs(
     return dict(specs) | {name: checkpoint.described(specs[name], names) for name, names in layers.items()}
 
 
+def held_as_it_is(checkpoint: Any, name: str, like: Any) -> Any | None:
+    """A tensor with the arrays it has in a checkpoint, if it is held there as ``like`` is; None if not."""
+    if not (isinstance(checkpoint, Prequantized) and isinstance(like, Weight)):
+        return None
+    return checkpoint.held(name, like)
+
+
 def check_cut(name: str, weight: Weight, sharding: Any) -> None:
     """Makes sure that the arrays of a weight are cut as the weight is.
 

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Sharding
 
 from spiel_jax.errors import SpielError
-from spiel_jax.models.io.holding import Prequantized, on_devices
+from spiel_jax.models.io.holding import held_as_it_is, on_devices
 from spiel_jax.models.io.names import Placement
 from spiel_jax.models.storage.weight import Weight, kind_name
 
@@ -88,8 +88,8 @@ def with_tensor(
         SpielError: If it is to be quantised and has an entry that is not finite.
     """
     layer = np.int32(slot.layer or 0)
-    ready = isinstance(checkpoint, Prequantized) and isinstance(param, Weight)
-    if ready and (held := checkpoint.held(name, param)) is not None:
+    held = held_as_it_is(checkpoint, name, param)
+    if held is not None:
         param = _putter(*_shardings(param))(param, on_devices(held, param), layer)
         return jax.block_until_ready(param)
     tensor = _tensor(functools.partial(checkpoint.read, name), slot, place)
