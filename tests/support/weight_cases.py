@@ -66,6 +66,9 @@ KINDS = {
 }
 """The kinds that exist. A new one joins here and passes all that is asked of a weight."""
 
+QUICK = ("dense", "packed", "toy", "nf4")
+"""Those that it is asked of by default."""
+
 
 def numbers(*shape, seed=0):
     """Random float32, one row of zeros among them."""

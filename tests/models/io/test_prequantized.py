@@ -1,5 +1,6 @@
 """Folders that are quantised already load as they are, or dequantised, as their writers read them."""
 
+import functools
 import json
 import shutil
 
@@ -97,7 +98,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("nf4", "fp4, one scale")
+slow_of = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", [case if case in QUICK else slow_of(case) for case in CASES])
 def test_four_bits_load_as_they_are_and_dequantized(case, plain, tmp_path):
     options, values = CASES[case], {}
     if (
@@ -134,6 +139,7 @@ def test_codes_and_scales_are_those_of_the_file(plain, tmp_path):
             np.testing.assert_array_equal(weight.nested_absmax, tensors[f"{name}.nested_absmax"].numpy())
 
 
+@pytest.mark.slow
 def test_some_layers_that_are_not_quantized_are_quantized_while_loading(plain, tmp_path):
     values, quantize = {}, four_bits(quant_type="nf4", compress_statistics=True)
 
@@ -148,6 +154,7 @@ def test_some_layers_that_are_not_quantized_are_quantized_while_loading(plain, t
         np.testing.assert_allclose(dense(mixed[name]), dense(whole[name]), rtol=2**-7)
 
 
+@pytest.mark.slow
 def test_other_maps_of_scales_are_kept_by_their_values(plain, tmp_path):
     values, quantize = {}, four_bits(quant_type="nf4", compress_statistics=True)
 
@@ -167,7 +174,7 @@ def test_other_maps_of_scales_are_kept_by_their_values(plain, tmp_path):
     check(load(folder), values)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", slow_of("bfloat16")])
 def test_llm_int8_loads_as_it_is_and_dequantized(dtype, plain, tmp_path):
     values = {}
 
@@ -184,7 +191,7 @@ def test_llm_int8_loads_as_it_is_and_dequantized(dtype, plain, tmp_path):
     check(load(folder, dtype), values, dtype)
 
 
-@pytest.mark.parametrize("scale", ["tensor", "channel", "blocks"])
+@pytest.mark.parametrize("scale", [slow_of("tensor"), slow_of("channel"), "blocks"])
 def test_float8_is_dequantized(scale, plain, tmp_path):
     values = {}
     tall, wide = 48, 40  # neither divides the matrices
@@ -221,7 +228,7 @@ def slow_int8(array):
     return torch.tensor(slow.dequantize_rows(codes, largest))
 
 
-@pytest.mark.parametrize("kind", [NF4, Int8])
+@pytest.mark.parametrize("kind", [NF4, slow_of(Int8)])
 def test_weights_are_quantized_while_they_are_loaded(kind, plain):
     held, arrays = load(plain, "bfloat16", storage=kind), load(plain, "bfloat16")
     for name in ADAPTED:
@@ -229,13 +236,14 @@ def test_weights_are_quantized_while_they_are_loaded(kind, plain):
         jax.tree.map(np.testing.assert_array_equal, held[name], expected)
 
 
-def test_on_a_mesh_the_parts_are_the_same(plain, tmp_path):
-    folder = written(plain, tmp_path / "model", four_bits(quant_type="nf4", compress_statistics=True))
+@pytest.mark.parametrize("quantized", [True, slow_of(False)])
+def test_on_a_mesh_the_parts_are_the_same(quantized, plain, tmp_path):
+    change = four_bits(quant_type="nf4", compress_statistics=True)
+    folder = written(plain, tmp_path / "model", change) if quantized else plain
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 2}, jax.devices()[:2])
-    for source in (plain, folder):
-        spread = load(source, storage=NF4, sharding=lambda name, shape: param_sharding(name, shape, mesh))
-        assert spread[DOWN].codes.addressable_shards[0].data.shape == (2, 64, 32)
-        jax.tree.map(np.testing.assert_array_equal, spread, load(source, storage=NF4))
+    spread = load(folder, storage=NF4, sharding=lambda name, shape: param_sharding(name, shape, mesh))
+    assert spread[DOWN].codes.addressable_shards[0].data.shape == (2, 64, 32)
+    jax.tree.map(np.testing.assert_array_equal, spread, load(folder, storage=NF4))
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 4}, jax.devices()[:4])
     with pytest.raises(SpielError, match=r"down_proj.weight of \[64, 128\] is cut into 1 x 4 parts"):
         load(folder, storage=NF4, sharding=lambda name, shape: param_sharding(name, shape, mesh))
@@ -301,7 +309,7 @@ def test_what_does_not_fit_is_named(change, message, plain, tmp_path):
         load(folder, storage=NF4)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("bad", [np.nan, slow_of(np.inf)])
 def test_entries_that_are_not_finite_are_refused_by_name(bad, plain, tmp_path):
     def change(name, weight):
         if name == "model.layers.1.mlp.up_proj.weight":
@@ -325,6 +333,7 @@ def test_other_quantisations_are_refused_by_their_name(plain, tmp_path):
         open_model(str(folder))
 
 
+@pytest.mark.slow
 def test_quantizing_takes_less_than_half_a_dense_matrix():
     """Beside a model that is being loaded are one tensor, as read and on the device, and this."""
     for kind in (NF4, FP4, Int8):

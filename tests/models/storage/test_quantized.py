@@ -1,5 +1,7 @@
 """NF4, FP4 and int8 against bitsandbytes and against the plain computation, bit for bit."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,15 @@ from spiel_jax.ops.matmul import linear
 torch = pytest.importorskip("torch")
 FOUR_BIT = {"nf4": NF4, "fp4": FP4}
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def mostly_slow(few, *axes):
+    """All combinations as parameters, slow but for a few."""
+    marked = {False: pytest.mark.slow, True: ()}
+    return [pytest.param(*case, marks=marked[case in few]) for case in itertools.product(*axes)]
+
+
+SHAPES = ((10, 128), (37, 512), (7, 90))  # blocks run on over rows of 90
 
 
 def as_users(function, *arguments):
@@ -51,9 +62,13 @@ def same(found, expected):
     np.testing.assert_array_equal(np.asarray(found).reshape(-1), np.asarray(expected).reshape(-1))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(10, 128), (37, 512), (7, 90)])  # blocks run on over rows of 90
-@pytest.mark.parametrize("name", FOUR_BIT)
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype"),
+    mostly_slow(
+        [("nf4", (7, 90), "bfloat16"), ("nf4", (37, 512), "float32"), ("fp4", (10, 128), "float16")],
+        *(FOUR_BIT, SHAPES, DTYPES),
+    ),
+)
 def test_four_bits_are_those_of_bitsandbytes(bnb, name, shape, dtype):
     array = weights(*shape, dtype)
     held = as_users(FOUR_BIT[name].hold, jnp.array(array))
@@ -75,9 +90,10 @@ def test_four_bits_are_those_of_bitsandbytes(bnb, name, shape, dtype):
         same(found, bnb.dequantize_4bit(codes, state))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 128), (3, 90)])
-@pytest.mark.parametrize("name", FOUR_BIT)
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype"),
+    mostly_slow([("nf4", (3, 90), "float16")], FOUR_BIT, [(3, 128), (3, 90)], DTYPES),
+)
 def test_four_bits_are_those_of_the_plain_computation(name, shape, dtype):
     array = weights(*shape, dtype)
     held = as_users(FOUR_BIT[name].hold, jnp.array(array))
@@ -92,7 +108,7 @@ def test_four_bits_are_those_of_the_plain_computation(name, shape, dtype):
     same(as_users(lambda w: w.dequantize(), held), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", mostly_slow([("float16",)], DTYPES))
 def test_integers_are_those_of_bitsandbytes(bnb, dtype):
     array = weights(40, 576, dtype, seed=4)
     held = as_users(Int8.hold, jnp.array(array))
@@ -141,8 +157,9 @@ def test_a_sealed_product_is_rounded_before_it_is_summed():
     same(as_users(lambda x: sealed(x[0] * x[1]) + x[2], x), plain)
 
 
-@pytest.mark.parametrize("kind", [NF4, FP4, Int8])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), mostly_slow([(NF4, "bfloat16")], [NF4, FP4, Int8], ["float32", "bfloat16"])
+)
 def test_products_are_those_with_the_array_in_users_programs_too(kind, dtype):
     held = as_users(kind.hold, jnp.array(weights(64, 192, dtype)))
     x = jnp.array(np.random.default_rng(1).normal(size=(5, 192)), dtype)
@@ -172,11 +189,7 @@ def test_kinds_are_told_apart_by_caches():
     assert all(a != b for i, a in enumerate(structures) for b in structures[:i])
 
 
+@pytest.mark.slow
 def test_fused_instructions_round_nothing_otherwise():
     """The tests' programs have none (conftest.py)."""
-    run_as_users(__file__, "plain_computation and nf4 and 128 or sealed or products and NF4")
-
-
-@pytest.mark.slow
-def test_fused_instructions_round_nothing_otherwise_in_any_of_this():
     run_as_users(__file__, "not otherwise")

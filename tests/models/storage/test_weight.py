@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 from support.sparse_cases import CASES, make
-from support.weight_cases import KINDS, RowScaled, bits, numbers, with_bit_changed
+from support.weight_cases import KINDS, QUICK, RowScaled, bits, numbers, with_bit_changed
 
 import spiel_jax as sj
 from spiel_jax.distributed.mesh import make_mesh
@@ -44,7 +44,9 @@ pytestmark = pytest.mark.filterwarnings("error")
 dense = jax.jit(as_array)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(
+    params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
+)
 def case(request):
     return KINDS[request.param]
 
