@@ -14,6 +14,7 @@ from support.weight_cases import RowScaled
 from spiel_jax.adapters.load import load_run
 from spiel_jax.config import ConfigError, check_config, default_config, flatten
 from spiel_jax.distributed.mesh import make_mesh
+from spiel_jax.errors import SpielError
 from spiel_jax.models import layer_names, open_model
 from spiel_jax.models.decoder import ADAPTED
 from spiel_jax.models.storage import kind_named
@@ -89,6 +90,14 @@ def test_a_run_is_the_run_on_what_the_base_dequantizes_to(method, quantization, 
         np.testing.assert_array_equal(as_array(ours.tuned[name]), theirs.tuned[name], err_msg=name)
     assert np.any(ours.tuned[UP] != as_array(ours.base[UP]))
     np.testing.assert_array_equal(load_run(quantized).tuned[UP], ours.tuned[UP])
+    if (method, quantization) == ("lora", "nf4"):
+        back = load_run(quantized, merge_back=True)
+        assert jax.tree.structure(back.tuned) == jax.tree.structure(ours.base)
+        assert back.lost is not None
+        assert back.lost.error > 0
+        assert back.lost.changed > 0
+        with pytest.raises(SpielError, match="the base is not quantised"):
+            load_run(plain, merge_back=True)
 
 
 def test_a_plan_holds_the_base_as_the_run_does(llama_folder, data):
