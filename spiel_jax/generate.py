@@ -22,6 +22,13 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "base", False, "Show the base model's reply beside the tuned one's.", flag_values=values
     )
+    flags.DEFINE_bool(
+        "merge_back",
+        False,
+        "Hold the tuned weights quantised, as the run's base was: small, but a part of what was trained is "
+        "lost. Says how much.",
+        flag_values=values,
+    )
     flags.DEFINE_string(
         "model",
         None,
@@ -76,8 +83,9 @@ def _models(options: flags.FlagValues) -> tuple[Any, Any, dict[str, Any], Any]:
     if options.adapter is not None and (options.model is None or options.checkpoint is not None):
         raise app.UsageError("--adapter goes with --model=SOURCE, the base model that it is for, alone")
     if options.checkpoint is None:
-        for name, given in (("base", options.base), ("step", options.step is not None)):
-            if given:
+        given = {"base": options.base, "step": options.step is not None, "merge_back": options.merge_back}
+        for name, is_given in given.items():
+            if is_given:
                 raise app.UsageError(f"--{name} is for a run: it goes with --checkpoint")
         from spiel_jax.models.io.loading import open_model
 
@@ -97,9 +105,12 @@ def _models(options: flags.FlagValues) -> tuple[Any, Any, dict[str, Any], Any]:
         options.checkpoint,
         options.step,
         keep_base=options.base,
+        merge_back=options.merge_back,
         model=options.model,
         tokenizer=options.tokenizer,
     )
+    if run.lost is not None:
+        print(f"merged back into quantised weights: {run.lost}", flush=True)
     models = {f"tuned, step {run.step}": run.tuned}
     if run.base is not None:
         models = {"base": run.base} | models

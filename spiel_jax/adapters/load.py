@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
 from spiel_jax.adapters.identity import identity, other_model, other_tokenizer
+from spiel_jax.adapters.requantizing import Loss, requantized
 from spiel_jax.checkpoint import CheckpointError, Step, read_metadata, restore_trained, stored_targets
 from spiel_jax.config import unflatten
 from spiel_jax.data.templates import use_template
@@ -34,6 +35,7 @@ class LoadedRun:
         base: The base model's parameters, quantised as in the run; None where they were not asked for.
         tuned: The fine-tuned ones, merged, which are arrays; those that were not tuned are those of ``base``.
         tokenizer: The one it was trained with, its chat template among it.
+        lost: What merging into quantised weights has lost; None: nothing was, as they are arrays.
         date: The run's, which a chat template that asks for the date is told; None for a run of an earlier
             version, which kept none.
     """
@@ -45,6 +47,7 @@ class LoadedRun:
     tuned: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     date: datetime.datetime | None = None
+    lost: Loss | None = None
 
 
 def load_run(
@@ -52,6 +55,7 @@ def load_run(
     step: Step = None,
     *,
     keep_base: bool = False,
+    merge_back: bool = False,
     model: str | None = None,
     tokenizer: str | None = None,
 ) -> LoadedRun:
@@ -63,6 +67,8 @@ def load_run(
         directory: The run's folder (``--workdir``).
         step: Which checkpoint; None for the newest, "best" for the lowest held-out loss.
         keep_base: Whether to hold the base model beside the tuned one.
+        merge_back: Whether the tuned weights of a run on a quantised base are quantised again. That loses a
+            part of what was trained, which ``lost`` measures; otherwise they are arrays.
         model: Where the base model is now (see ``open_model``); None: where it was.
         tokenizer: Where the tokenizer is now, if not with the model; None: where it was.
 
@@ -70,7 +76,7 @@ def load_run(
         CheckpointError: If there is no such checkpoint, or the base model or the tokenizer is not the one it
             was trained with; what differs is named.
         NotFoundError: If the base model is not there.
-        SpielError: If the base model is damaged.
+        SpielError: If the base model is damaged; if it is to be merged back into, and is not quantised.
     """
     metadata = read_metadata(directory, step)
     settings = metadata["config"]
@@ -87,9 +93,10 @@ def load_run(
     method = build(config, source.config, 1, stored_targets(metadata))  # the length means nothing
     trained = restore_trained(directory, metadata["step"])
     changed, base = method.changed(trained), None
-    if changed is not None or keep_base:
+    if changed is not None or keep_base or merge_back:
         storage = kind_named(config.model.quantization)
-        base = source.load(dtype, seed=settings["seed"], storage=storage)
+        requantize = config.model.requantize
+        base = source.load(dtype, seed=settings["seed"], storage=storage, requantize=requantize)
         _check_base(
             f"{directory} was trained on another base model than {name}", metadata["fingerprint"], base
         )
@@ -98,10 +105,13 @@ def load_run(
     else:
         assert base is not None
         before = {name: base[name] for name in changed & base.keys()}
-        in_place = not keep_base and all(map(is_writable, before.values()))
+        in_place = not (keep_base or merge_back) and all(map(is_writable, before.values()))
         tuned = base | jax.jit(method.merge, donate_argnums=0 if in_place else ())(before, trained)
+    lost = None
+    if merge_back:
+        tuned, lost = requantized(base or {}, tuned)
     kept = base if keep_base else None
-    return LoadedRun(metadata["step"], settings, source.config, kept, tuned, read, date)
+    return LoadedRun(metadata["step"], settings, source.config, kept, tuned, read, date, lost)
 
 
 def _opened(what: str, place: str, **options: Any) -> ModelSource:

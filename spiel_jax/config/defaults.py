@@ -42,8 +42,10 @@ def default_config() -> Config:
                 "preset": optional(str),  # shape of a random model, such as llama2_7b
                 "tokenizer": optional(str),  # another source to take the tokenizer from
                 "dtype": "bfloat16",  # of the base weights: bfloat16 | float32
-                # how the frozen weights of the blocks' linears are held: none (as they are)
+                # how the frozen weights of the blocks' linears are held: none (arrays), nf4 (4 bits, as in
+                # QLoRA), fp4, int8 (as in LLM.int8()). A model that is quantised so already keeps its codes
                 "quantization": "none",
+                "requantize": False,  # whether what is quantised otherwise may be quantised once more
                 "remat": "full",  # stored for the backward pass: none | dots | full
                 "loss_chunk": 512,  # tokens whose logits are in memory at a time
             },
@@ -82,6 +84,9 @@ def default_config() -> Config:
                 "score": "product",  # spiel_ma: of a row's and a column's accumulator: product | minimum
                 "magnitude": "largest",  # magnitude: largest | smallest
                 "merge": "resident",  # resident | per_use
+                # of the deltas: float32 | bfloat16, as in the paper's runs on a quantised base. Gradients and
+                # the optimizer's statistics are float32
+                "delta_dtype": "float32",
                 # corrected | reference: every quirk of the original implementation
                 "parity": "corrected",
             },

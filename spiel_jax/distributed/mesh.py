@@ -17,6 +17,7 @@ from spiel_jax.errors import SpielError
 from spiel_jax.models.axes import weight_axes
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import ADAPTED, abstract_params
+from spiel_jax.models.storage.weight import Weight
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -77,13 +78,16 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         ) from error
 
 
-def check_mesh(model: ModelConfig, mesh: Mesh, blocks: Mapping[str, int]) -> None:
+def check_mesh(
+    model: ModelConfig, mesh: Mesh, blocks: Mapping[str, int], storage: type[Weight] | None = None
+) -> None:
     """Makes sure that a mesh divides a model and the block grid of a run.
 
     Args:
         model: Shape of the model.
         mesh: From ``make_mesh``.
         blocks: Blocks of each weight along the mesh axes "fsdp" and "tensor".
+        storage: How the weights are held; parts of quantised ones are made of whole blocks of entries.
 
     Raises:
         SpielError: If it does not; the sizes that would do are named.
@@ -97,15 +101,26 @@ def check_mesh(model: ModelConfig, mesh: Mesh, blocks: Mapping[str, int]) -> Non
                 f"along {axis}: use a mesh of {axis}={' or '.join(map(str, fits))}, or regrid the run to "
                 f"{fitting} blocks (python -m spiel_jax.regrid)"
             )
-    for name, shape in abstract_params(model).items():
-        if name not in ADAPTED:
+    params = abstract_params(model)
+    cuts = []  # weight, its shape, entries along an axis, those of them that stay together, the mesh axis
+    for name in ADAPTED:
+        shape = params[name].shape[-2:]
+        grain = (1, 1) if storage is None else storage.grain(shape)
+        cuts += [(name, shape, *cut) for cut in zip(shape, grain, weight_axes(name), strict=True) if cut[2]]
+    for name, shape, size, one, axis in cuts:
+        parts = max(mesh.shape[axis], blocks[axis])
+        if size // one % parts == 0:
             continue
-        for size, axis in zip(shape.shape[-2:], weight_axes(name), strict=True):
-            if axis is not None and size % max(mesh.shape[axis], blocks[axis]):
-                raise SpielError(
-                    f"{axis}={max(mesh.shape[axis], blocks[axis])} does not divide {name} of "
-                    f"{shape.shape[-2:]}: expected a divisor of {size}"
-                )
+        if one == 1:
+            raise SpielError(
+                f"{axis}={parts} does not divide {name} of {shape}: expected a divisor of {size}"
+            )
+        common = math.gcd(*(size // one for *_, size, one, other in cuts if other == axis))
+        fits = " or ".join(str(number) for number in range(1, common + 1) if common % number == 0)
+        raise SpielError(
+            f"{axis}={parts} does not divide {name} of {shape}, where {one} entries along that axis are "
+            f"quantised together: {axis}={fits} divides all weights, as a mesh and as a grid"
+        )
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:

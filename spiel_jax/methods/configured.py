@@ -13,6 +13,7 @@ from spiel_jax.errors import SpielError
 from spiel_jax.models.axes import weight_axes, weight_grid
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import abstract_params, layer_names
+from spiel_jax.models.storage import kind_named
 from spiel_jax.ops.tree import parameter_name
 from spiel_jax.optim.criteria.criterion import CRITERIA
 from spiel_jax.sparse.targets import Target, find_targets
@@ -90,4 +91,5 @@ def check_layout(config: Any, model: ModelConfig, mesh: Mesh) -> None:
     Raises:
         SpielError: See ``check_mesh``.
     """
-    check_mesh(model, mesh, config.targets.grid if config.method in CRITERIA else mesh.shape)
+    blocks = config.targets.grid if config.method in CRITERIA else mesh.shape
+    check_mesh(model, mesh, blocks, kind_named(config.model.quantization))

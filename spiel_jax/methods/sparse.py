@@ -49,6 +49,7 @@ class SparseMethod(Method):
             step. Otherwise the deltas are scattered into each weight on each use, and the parameters stay
             the pretrained ones.
         start: Pretrained parameters and targets to the positions to start from; None for random ones.
+        delta_dtype: Of the values. Their gradients, sums and statistics are float32 or better.
         schedule: That of ``tx``; None where the steps' kinds are not asked of the method.
     """
 
@@ -59,6 +60,7 @@ class SparseMethod(Method):
     in_place: bool = True
     start: Callable[..., Mapping[str, SparseDelta]] | None = None
     schedule: Reselection | None = None
+    delta_dtype: Any = jnp.float32
 
     @classmethod
     def complaints(cls, config: Any) -> Iterator[Complaint]:
@@ -95,7 +97,8 @@ class SparseMethod(Method):
         )
         in_place = config.spiel.merge == "resident"
         objective = Objective.from_config(config, model)
-        return cls(objective, tx, targets, growth, in_place, criterion.start(config), schedule)
+        start, dtype = criterion.start(config), jnp.dtype(config.spiel.delta_dtype)
+        return cls(objective, tx, targets, growth, in_place, start, schedule, dtype)
 
     def step_kind(self, step: int) -> tuple[Phase, bool]:
         """See ``Method``: as the schedule says."""
@@ -106,7 +109,7 @@ class SparseMethod(Method):
 
     def init(self, params: Params) -> TrainState:
         """Zero deltas at their first positions."""
-        values = zeros(self.targets)
+        values = zeros(self.targets, self.delta_dtype)
         opt_state = self.tx.init(values)
         if self.start is not None:
             opt_state = place(opt_state, self.start(params, self.targets))
@@ -243,6 +246,7 @@ class SparseMethod(Method):
         gradients are those of the step's mean loss; for a criterion that wants them per micro-batch they
         have a leading axis [G].
         """
+        state = replace(state, trainable=_wide(state.trainable))
         active = deltas(state.trainable, state.opt_state)
         total = supervised(batch)
         growth = self.growth
@@ -383,6 +387,11 @@ class SparseMethod(Method):
                 base[name] = jnp.where(replaced, gather(weight, delta), base[name])
             params[parameter_name(name)] = weight
         return replace(new, params=params, base=base)
+
+
+def _wide(values: Any) -> Any:
+    """In the dtype in which their gradients are summed."""
+    return jax.tree.map(lambda leaf: leaf.astype(state_dtype(leaf.dtype)), values)
 
 
 def _by_parameter(active: Mapping[str, SparseDelta]) -> dict[str, list[str]]:

@@ -52,17 +52,24 @@ def all_gathered(parameter: str, matrix: Any) -> Any:
     """One layer's matrix as a product wants it on a mesh: whole along the axes that spread the examples too.
 
     Said outright, because XLA may otherwise collect it along the others as well, or move activations. Of a
-    stored weight it is what is held that is collected.
+    stored weight it is what is held that is collected; what belongs to it as a whole is there already.
     """
     axes = [None if name in BATCH_AXES else name for name in weight_axes(parameter)]
-    return jax.tree.map(lambda leaf: constrain(leaf, *axes), matrix)
+    return jax.tree.map(lambda leaf: constrain(leaf, *axes) if leaf.ndim == len(axes) else leaf, matrix)
 
 
 def param_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """Where a parameter, or an array that holds it, lies; whole along the mesh axes that do not divide it."""
+    """Where a parameter, or an array that holds it, lies; whole along the mesh axes that do not divide it.
+
+    An array of another rank than the parameter's belongs to all of it, and lies whole on every device.
+    """
     axes = [MESH_AXIS.get(axis or "") for axis in logical_axes(name) or ()]
-    kept = [
-        axis if axis is not None and size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(axes, shape, strict=False)
-    ]
+    kept = (
+        [
+            axis if axis is not None and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(axes, shape, strict=True)
+        ]
+        if len(axes) == len(shape)
+        else []
+    )
     return NamedSharding(mesh, PartitionSpec(*kept))

@@ -17,6 +17,10 @@ _GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _MOST_LAYERS = 10_000  # whatever grows by layers is made before the weights are asked
 
 
+QUANT_METHODS = ("bitsandbytes", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
+"""What ``quantization_config`` of a config.json can name; see ``models.io.prequantized``."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Everything that determines a model's shapes and arithmetic; hashable.
@@ -103,9 +107,13 @@ class ModelConfig:
         model_type = keys.choice("model_type", tuple(_KV_HEADS))
         for key in ("hidden_act", "hidden_activation"):
             keys.choice(key, ("silu", "swish"), "silu")  # two names of one function
-        if quantization := keys.mapping("quantization_config").values:
-            method = shown(quantization.get("quant_method"))
-            raise SpielError(f"quantised checkpoints are not supported: quantization_config {method}")
+        quantization = keys.mapping("quantization_config").values
+        if quantization and quantization.get("quant_method") not in QUANT_METHODS:
+            raise SpielError(
+                f"quantised checkpoints of quant_method {shown(quantization.get('quant_method'))} are not "
+                f"supported: expected one of {', '.join(QUANT_METHODS)} (4 bits, LLM.int8, float8), or a "
+                "model that is not quantised"
+            )
         if keys.flag("mlp_bias", False):
             raise SpielError("mlp_bias is not supported: expected false")
 

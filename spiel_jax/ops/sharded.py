@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from spiel_jax.ops.stored import is_stored
+
 Axes = tuple[str | None, str | None]
 """Names of the mesh axes over which the rows and the columns of a block grid are spread."""
 
@@ -48,6 +50,11 @@ def on_blocks(function: Callable[..., Any], axes: Axes | None, stack: int, *tree
     used = current_axes(axes or ())
     if not any(used):
         return function(*trees)
+
+    trees = tuple(
+        jax.tree.map(lambda leaf: leaf.divisible() if is_stored(leaf) else leaf, tree, is_leaf=is_stored)
+        for tree in trees
+    )
 
     def spec(leaf: jax.Array) -> PartitionSpec:
         sizes = leaf.shape[stack : stack + 2]

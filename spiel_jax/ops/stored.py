@@ -36,6 +36,10 @@ class Stored(Protocol):
         """The array that it stands for."""
         ...
 
+    def divisible(self) -> Self:
+        """The same with nothing that belongs to a matrix as a whole: parts of its arrays are parts of it."""
+        ...
+
     def gather(self, place: Place) -> jax.Array:
         """Entries of that array, shaped like the rows of ``place``; 0 for a row that is not there."""
         ...
@@ -70,3 +74,9 @@ def with_entries(weight: Any, place: Place, entries: jax.Array) -> Any:
     if is_stored(weight):
         return weight.set_entries(place, entries)
     return weight.at[place].set(entries, mode="drop", unique_indices=True)
+
+
+def one_stack(weight: Any) -> Any:
+    """A weight [*stack, rows, columns] as [M, rows, columns]."""
+    stack = len(weight.shape) - 2
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[stack:]), weight)

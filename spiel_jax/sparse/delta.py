@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from spiel_jax.ops.sharded import on_blocks
-from spiel_jax.ops.stored import Stored, as_array, entries_at, is_stored, is_writable, with_entries
+from spiel_jax.ops.stored import Stored, as_array, entries_at, is_stored, is_writable, one_stack, with_entries
 from spiel_jax.ops.tree import edit
 
 _static = partial(field, metadata={"static": True})
@@ -234,7 +234,7 @@ def gather(weight: jax.Array | Stored, delta: SparseDelta, *, transposed: bool =
 
 def _matrices(weight: Any, delta: SparseDelta) -> tuple[Any, jax.Array, jax.Array]:
     """The weight as [M, rows, columns], which of these are adapted [A], and their positions [A, ...]."""
-    matrices = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[-2:]), weight)
+    matrices = one_stack(weight)
     numbers = jnp.arange(matrices.shape[0]) if delta.layers is None else jnp.array(delta.layers)
     return matrices, numbers, delta.indices.reshape(-1, *delta.indices.shape[delta.stack_axes :])
 
@@ -297,8 +297,9 @@ def _set_matrix_by_matrix(weight: Any, delta: SparseDelta, entries: jax.Array) -
 
 
 def merged_entries(base: jax.Array, values: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """``base + values`` rounded once, to the dtype of the weight."""
-    return (base.astype(values.dtype) + values).astype(dtype)
+    """``base + values`` in float32 or better, rounded once, to the dtype of the weight."""
+    wide = jnp.promote_types(jnp.promote_types(base.dtype, values.dtype), jnp.float32)
+    return (base.astype(wide) + values.astype(wide)).astype(dtype)
 
 
 def merge(params: Any, deltas: Mapping[str, SparseDelta]) -> Any:
@@ -309,7 +310,7 @@ def merge(params: Any, deltas: Mapping[str, SparseDelta]) -> Any:
     $$
 
     Differentiable in the deltas' values (a gather of the weight's cotangent) and in ``params``. The sum is
-    formed in the dtype of the values and rounded once to the dtype of the weight.
+    formed in float32 or better and rounded once to the dtype of the weight.
 
     Args:
         params: Any pytree of arrays and stored weights, which are not differentiated; weights are

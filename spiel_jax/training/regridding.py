@@ -23,6 +23,7 @@ from spiel_jax.methods.registry import build
 from spiel_jax.methods.sparse import SparseMethod
 from spiel_jax.models.axes import weight_grid
 from spiel_jax.models.io.loading import open_model
+from spiel_jax.models.storage import kind_named
 from spiel_jax.ops.tree import parameter_name
 from spiel_jax.optim.block_grid import Regridded
 from spiel_jax.places import local_path
@@ -79,12 +80,14 @@ def regrid(
             )
     blocks |= grid
     model = open_model(settings["model.source"], preset=settings["model.preset"]).config
-    check_mesh(model, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}), blocks)
+    storage = kind_named(unflatten(settings).model.quantization)
+    check_mesh(model, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}), blocks, storage)
 
     method = build(unflatten(settings), model, settings["steps"] or 1, targets)
     assert isinstance(method, SparseMethod)
     tx = method.tx
-    like = jax.eval_shape(lambda: TrainState({}, {}, zeros(targets), tx.init(zeros(targets))))
+    values = zeros(targets, method.delta_dtype)
+    like = jax.eval_shape(lambda: TrainState({}, {}, values, tx.init(values)))
     state = restore_state(workdir, like, method, metadata["step"])
     grids = {name: weight_grid(parameter_name(name), blocks) for name in targets}
     method, state, changed = method.regridded(state, grids)

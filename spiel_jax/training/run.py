@@ -278,6 +278,7 @@ def _base(
         sharding=lambda name, shape: param_sharding(name, shape, mesh),
         seed=config.seed,
         storage=storage_for(config.model.quantization, dtype) if method.keeps_base else None,
+        requantize=config.model.requantize,
         progress=progress,
     )
     found = _checked_fingerprint(params, claim.known, claim.workdir)

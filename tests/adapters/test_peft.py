@@ -146,7 +146,9 @@ class Evil:
         return print, ("run",)
 
 
-@pytest.mark.parametrize("what", [Evil(), {"x": Evil()}, [1], {"x": 1}], ids=["object", "object inside", "list", "dict"])
+@pytest.mark.parametrize(
+    "what", [Evil(), {"x": Evil()}, [1], {"x": 1}], ids=["object", "object inside", "list", "dict"]
+)
 def test_a_pickle_is_not_run(what, tmp_path, capsys):
     torch.save(what, tmp_path / "a.bin")
     (tmp_path / "b.bin").write_bytes(pickle.dumps(what))

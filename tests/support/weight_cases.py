@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spiel_jax.models.storage import Packed, Weight, register
+from spiel_jax.models.storage import NF4, Int8, Packed, Weight, register
 
 
 @register("toy")
@@ -38,11 +38,17 @@ class RowScaled(Weight):
 
 @dataclass(frozen=True)
 class Case:
-    """A kind (None: arrays), the dtype of the weights, and its error relative to the largest of a row."""
+    """A kind (None: arrays), the dtype of the weights, and its error relative to the largest of a row.
+
+    Blocks of entries: the error is relative to the largest of a matrix. A mesh cuts matrices of 6 columns, or
+    of so many.
+    """
 
     kind: type[Weight] | None
     dtype: Any
     error: float = 0.0
+    blocks: bool = False
+    columns: int = 6
 
     def hold(self, array):
         array = jnp.array(array, self.dtype)
@@ -54,8 +60,14 @@ KINDS = {
     "packed": Case(Packed, jnp.bfloat16),
     "toy": Case(RowScaled, jnp.float32, 2**-4),
     "toy of bfloat16": Case(RowScaled, jnp.bfloat16, 2**-4 + 2**-8),
+    "nf4": Case(NF4, jnp.float32, 0.16, True, 256),
+    "nf4 of bfloat16": Case(NF4, jnp.bfloat16, 0.16, True, 256),
+    "int8": Case(Int8, jnp.float32, 2**-7),
 }
 """The kinds that exist. A new one joins here and passes all that is asked of a weight."""
+
+QUICK = ("dense", "packed", "toy", "nf4")
+"""Those that it is asked of by default."""
 
 
 def numbers(*shape, seed=0):

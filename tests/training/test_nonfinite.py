@@ -4,12 +4,12 @@ import jax.numpy as jnp
 import pytest
 from support.weight_cases import RowScaled
 
-from spiel_jax.models.storage.packed import Packed
+from spiel_jax.models.storage import NF4, Packed
 from spiel_jax.training.nonfinite import NonFiniteError, check_base
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
-@pytest.mark.parametrize("held", [None, Packed, RowScaled], ids=["array", "packed", "scaled"])
+@pytest.mark.parametrize("held", [None, Packed, RowScaled, NF4], ids=["array", "packed", "scaled", "nf4"])
 def test_base_weights(bad, held):
     def stored(array):
         return array if held is None else held.hold(array)

@@ -1,4 +1,4 @@
-"""Runs of the trainer on a base that is held in a kind that only the tests know."""
+"""Runs of the trainer on a base that is held in NF4, and in a kind that only the tests know."""
 
 import json
 import shutil
@@ -14,8 +14,10 @@ from support.weight_cases import RowScaled
 from spiel_jax.adapters.load import load_run
 from spiel_jax.config import ConfigError, check_config, default_config, flatten
 from spiel_jax.distributed.mesh import make_mesh
+from spiel_jax.errors import SpielError
 from spiel_jax.models import layer_names, open_model
 from spiel_jax.models.decoder import ADAPTED
+from spiel_jax.models.storage import kind_named
 from spiel_jax.ops.stored import as_array, is_stored
 from spiel_jax.planning.run import prepare
 from spiel_jax.training.continuing import check_config_of
@@ -27,7 +29,7 @@ RULES = (r".*\.up_proj\.weight",)  # one linear: others only take time to compil
 def configured(model, data, method="spiel_ag", quantization="toy"):
     config = tiny_config(model, data, method)
     config.targets.rules = RULES
-    config.targets.num_tunable = 300 if method == "spiel_ag" else None
+    config.targets.num_tunable = None if method in ("lora", "ia3") else 300
     config.model.quantization = quantization
     config.steps, config.data.heldout, config.eval_batches = 4, 4, 1
     return config
@@ -38,14 +40,12 @@ def data(tmp_path_factory):
     return chat_file(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture(scope="module")
-def dequantized(llama_folder, tmp_path_factory):
-    """The tiny model with the weights that its quantised ones stand for."""
-    folder = tmp_path_factory.mktemp("dequantized") / "model"
-    shutil.copytree(llama_folder, folder)
+def dequantized(model, quantization, folder):
+    """A copy of the tiny model with the weights that its quantised ones stand for."""
+    shutil.copytree(model, folder)
     tensors = load_file(folder / "model.safetensors")
-    source = open_model(str(llama_folder))
-    for name, param in source.load("float32", storage=RowScaled, progress=False).items():
+    source = open_model(str(model))
+    for name, param in source.load("float32", storage=kind_named(quantization), progress=False).items():
         assert is_stored(param) == (name in ADAPTED)
         if name in ADAPTED:
             for one, layer in zip(layer_names(name, source.config.num_layers), as_array(param), strict=True):
@@ -55,27 +55,49 @@ def dequantized(llama_folder, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["spiel_ag", "lora"])
-def test_a_run_is_the_run_on_what_the_base_dequantizes_to(method, llama_folder, dequantized, data, tmp_path):
-    toy, plain = tmp_path / "toy", tmp_path / "plain"
-    config = configured(llama_folder, data, method)
+OTHERS = [
+    ("spiel_ag", "toy"),
+    ("spiel_ma", "int8"),
+    ("lora", "nf4"),
+    ("ia3", "nf4"),
+    ("magnitude", "fp4"),
+    ("gradient", "nf4"),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "quantization"),
+    [("spiel_ag", "nf4"), ("lora", "toy"), *(pytest.param(*o, marks=pytest.mark.slow) for o in OTHERS)],
+)
+def test_a_run_is_the_run_on_what_the_base_dequantizes_to(method, quantization, llama_folder, data, tmp_path):
+    quantized, plain = tmp_path / "quantized", tmp_path / "plain"
+    config = configured(llama_folder, data, method, quantization)
     if method == "spiel_ag":  # interrupted on the way
-        run(config, toy, until=3)
-    summary = run(config, toy)
-    expected = run(configured(dequantized, data, method, "none"), plain)
-    assert losses(toy) == losses(plain)
+        run(config, quantized, until=3)
+    summary = run(config, quantized)
+    model = dequantized(llama_folder, quantization, tmp_path / "model")
+    expected = run(configured(model, data, method, "none"), plain)
+    assert losses(quantized) == losses(plain)
     assert [step for step, _ in expected.heldout] == [0, 4]
     assert summary.heldout[-1] == expected.heldout[-1]
-    assert losses(toy)[4] < losses(toy)[1]
+    assert losses(quantized)[4] < losses(quantized)[1]
 
-    ours, theirs = load_run(toy, keep_base=True), load_run(plain)
+    ours, theirs = load_run(quantized, keep_base=True), load_run(plain)
     assert ours.base is not None
     for name in theirs.tuned:
         assert is_stored(ours.base[name]) == (name in ADAPTED)
         assert is_stored(ours.tuned[name]) == (name in ADAPTED and name != UP)
         np.testing.assert_array_equal(as_array(ours.tuned[name]), theirs.tuned[name], err_msg=name)
     assert np.any(ours.tuned[UP] != as_array(ours.base[UP]))
-    np.testing.assert_array_equal(load_run(toy).tuned[UP], ours.tuned[UP])
+    np.testing.assert_array_equal(load_run(quantized).tuned[UP], ours.tuned[UP])
+    if (method, quantization) == ("lora", "nf4"):
+        back = load_run(quantized, merge_back=True)
+        assert jax.tree.structure(back.tuned) == jax.tree.structure(ours.base)
+        assert back.lost is not None
+        assert back.lost.error > 0
+        assert back.lost.changed > 0
+        with pytest.raises(SpielError, match="the base is not quantised"):
+            load_run(plain, merge_back=True)
 
 
 def test_a_plan_holds_the_base_as_the_run_does(llama_folder, data):
@@ -99,7 +121,9 @@ def test_quantization_that_cannot_be_is_refused():
     config.model.source = "random"
     config.data.sources = ("a.jsonl",)
     config.model.quantization = "nf3"
-    with pytest.raises(ConfigError, match=r"model.quantization = 'nf3': expected one of none, toy"):
+    with pytest.raises(
+        ConfigError, match=r"model.quantization = 'nf3': expected one of none, nf4, fp4, int8, toy"
+    ):
         check_config(config)
     config.method, config.model.quantization = "full", "toy"
     with pytest.raises(ConfigError, match=r"model.quantization = 'toy': expected none: method = 'full'"):

@@ -65,6 +65,14 @@ class SafetensorsFolder:
             tensor = file.get_slice(spelt)
             return [tensor[part] for part in parts]
 
+    def mapped(self, name: str) -> np.ndarray:
+        """The bytes of one tensor, whatever its type; read as they are looked at, let go with the array."""
+        path, spelt = self._places[name]
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            first, stop = json.loads(file.read(length))[spelt]["data_offsets"]
+        return np.memmap(path, np.uint8, "r", 8 + length + first, (stop - first,))
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The folder's tokenizer.
 

@@ -5,12 +5,10 @@ the stacked parameter on the device, so that beside the parameters the host neve
 one such tensor. Of a tensor that is spread over devices a process reads what its own devices hold.
 """
 
-import functools
 import importlib.util
-import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,29 +16,26 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from spiel_jax.errors import NotFoundError, SpielError
 from spiel_jax.models.config import ModelConfig
-from spiel_jax.models.decoder import ADAPTED, EMBEDDING, abstract_params, init_params
+from spiel_jax.models.decoder import EMBEDDING, abstract_params, init_params
+from spiel_jax.models.io.holding import check_cut, quantized_specs
 from spiel_jax.models.io.messages import told
-from spiel_jax.models.io.names import HEAD, Placement, Stored, check_tensors, expected_tensors
+from spiel_jax.models.io.names import HEAD, Stored, check_tensors, expected_tensors
 from spiel_jax.models.io.parts import first_parts
-from spiel_jax.models.storage.weight import Weight, hold, nbytes
+from spiel_jax.models.io.placing import Index, placed, with_tensor, zeros
+from spiel_jax.models.storage.weight import Weight, kind_name, nbytes
+from spiel_jax.ops.stored import is_stored
 from spiel_jax.places import local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # What reads a format is imported when such a model is opened: a random one takes JAX and Flax only.
-
-Index = tuple[slice, ...]
-"""A part of an array, as a slice of each axis."""
-Bounds = tuple[tuple[int, int], ...]
-"""A part of an array, as start and stop on each axis: slices cannot be keys of a dict."""
 
 _COMPARED = 1 << 24  # entries compared at a time
 
@@ -89,6 +84,7 @@ class ModelSource:
         sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
         seed: int = 0,
         storage: type[Weight] | None = None,
+        requantize: bool = False,
         progress: bool = True,
     ) -> dict[str, Any]:
         """Load every parameter.
@@ -98,7 +94,9 @@ class ModelSource:
             sharding: Gives the sharding of a parameter by name and shape; it must not split the layers.
                 Of a stored weight it is asked for each array. None: everything on the default device.
             seed: Of random weights; otherwise without effect.
-            storage: How the weights in ``ADAPTED`` are held, see ``models.storage``; None: as arrays.
+            storage: How the weights in ``ADAPTED`` are held, see ``models.storage``; None: as arrays. Those
+                that are quantised so already keep their codes and scales.
+            requantize: Whether weights that are quantised in another way may be quantised once more.
             progress: Show a progress bar if loading takes longer than a second.
 
         Returns:
@@ -106,18 +104,24 @@ class ModelSource:
 
         Raises:
             ValueError: If the dtype is not floating.
-            SpielError: If a tied model ships a head that differs from its embedding.
+            SpielError: If a tied model ships a head that differs from its embedding; if a weight cannot be
+                held as ``storage``: it has entries that are not finite, is quantised otherwise, or is cut
+                where that cannot be; it is named.
         """
         dtype = jnp.dtype(dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"parameters must be floating point, got dtype {dtype}")
         specs = abstract_params(self.config, dtype, storage=storage)
+        if self.checkpoint is not None and kind_name(storage) is not None:
+            checkpoint = self.checkpoint
+            places = expected_tensors(self.config, checkpoint.naming)
+            specs = quantized_specs(checkpoint.path, checkpoint.stored, checkpoint, places, specs, requantize)
         with tqdm(
             total=nbytes(specs), unit="B", unit_scale=True, desc="loading", delay=1, disable=not progress
         ) as bar:
             if self.checkpoint is None:
                 return self._draw(dtype, storage, specs, sharding, seed, bar)
-            return self._read(self.checkpoint, dtype, storage, specs, sharding, bar)
+            return self._read(self.checkpoint, dtype, specs, sharding, bar)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer that comes with the weights, with its chat template if it has one.
@@ -167,7 +171,7 @@ class ModelSource:
     ) -> dict[str, Any]:
         params = {}
         for name, spec in specs.items():
-            place = _place(sharding, name, spec)
+            place = placed(sharding, name, spec)
             params[name] = jax.block_until_ready(self.draw(name, dtype, seed, storage=storage, place=place))
             bar.update(nbytes(spec))
         return params
@@ -176,7 +180,6 @@ class ModelSource:
         self,
         checkpoint: Checkpoint,
         dtype: jnp.dtype,
-        storage: type[Weight] | None,
         specs: Mapping[str, Any],
         sharding: Callable[[str, tuple[int, ...]], Sharding] | None,
         bar: tqdm,
@@ -187,19 +190,15 @@ class ModelSource:
                 f"{checkpoint.path} is a tied model, but {HEAD} differs from {EMBEDDING}: "
                 'set "tie_word_embeddings" to false in its config.json if the head is meant'
             )
-        params = {}
+        params: dict[str, Any] = {}
         for name, slot in expected_tensors(self.config, checkpoint.naming).items():
-            spec = specs[slot.parameter]
+            spec, array = specs[slot.parameter], jax.ShapeDtypeStruct(specs[slot.parameter].shape, dtype)
+            place = placed(sharding, slot.parameter, array)
             if slot.layer in (None, 0):
-                params[slot.parameter] = _zeros(spec, _place(sharding, slot.parameter, spec))
-            kind = storage if slot.parameter in ADAPTED else None
-            array = _place(sharding, slot.parameter, jax.ShapeDtypeStruct(spec.shape, dtype))
-            tensor = _tensor(functools.partial(checkpoint.read, name), slot, array)
-            write = _writer(dtype, kind, *_shardings(params[slot.parameter]))
-            # waiting bounds the tensors in flight to one
-            params[slot.parameter] = jax.block_until_ready(
-                write(params[slot.parameter], tensor, np.int32(slot.layer or 0))
-            )
+                params[slot.parameter] = zeros(spec, placed(sharding, slot.parameter, spec))
+                if is_stored(spec):
+                    check_cut(slot.parameter, params[slot.parameter], place)
+            params[slot.parameter] = with_tensor(checkpoint, name, slot, params[slot.parameter], dtype, place)
             bar.update(nbytes(spec) * math.prod(slot.shape) // math.prod(spec.shape))
         return params
 
@@ -254,20 +253,6 @@ def open_model(source: str, *, preset: str | None = None, cache_dir: str | Path 
     return ModelSource(config, checkpoint)
 
 
-def distinct_parts(indices: Iterable[Index | None], shape: Sequence[int]) -> list[Bounds]:
-    """The parts of an array that these indices select, each once.
-
-    >>> distinct_parts([(slice(0, 2), slice(None)), (slice(2, 4), slice(None)), (slice(2, 4),)], (4, 8))
-    [((0, 2), (0, 8)), ((2, 4), (0, 8))]
-    """
-    return list(dict.fromkeys(_bounds(index, shape) for index in indices))
-
-
-def _bounds(index: Index | None, shape: Sequence[int]) -> Bounds:
-    slices = itertools.chain(index or (), itertools.repeat(slice(None)))
-    return tuple(part.indices(size)[:2] for part, size in zip(slices, shape, strict=False))
-
-
 def _preset(name: str | None) -> ModelConfig:
     presets = [
         key
@@ -295,8 +280,9 @@ def _open_path(path: Path) -> Checkpoint:
             path = _the_gguf(path)
         if path.is_dir():
             from spiel_jax.models.io.huggingface import SafetensorsFolder
+            from spiel_jax.models.io.prequantized import as_quantized
 
-            return SafetensorsFolder(path)
+            return as_quantized(SafetensorsFolder(path))
         if not path.is_file():
             raise SpielError(f"{path} is neither a file nor a folder")
         from spiel_jax.models.io.gguf import GGUFFile
@@ -336,19 +322,6 @@ def _download(source: str, cache_dir: str | Path | None) -> Path:
     return found.download(cache_dir)
 
 
-def _place(sharding: Callable[[str, tuple[int, ...]], Sharding] | None, name: str, spec: Any) -> Any:
-    """The sharding of each array of a parameter."""
-    here = jnp.zeros(()).sharding
-    return jax.tree.map(lambda leaf: here if sharding is None else sharding(name, leaf.shape), spec)
-
-
-def _zeros(spec: Any, place: Any) -> Any:
-    zeros = jax.jit(
-        lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), spec), out_shardings=place
-    )
-    return zeros()
-
-
 def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
     """Whether two tensors are equal; every process looks at all of them, so that all come to the same."""
     shape = checkpoint.stored[one].shape
@@ -362,42 +335,6 @@ def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
         if not np.array_equal(left, right):
             return False
     return True
-
-
-def _tensor(
-    read: Callable[[Sequence[Index]], list[np.ndarray]], slot: Placement, place: Sharding
-) -> jax.Array:
-    """A tensor as it is in the checkpoint, in the rank of its parameter, so that its sharding fits."""
-    lead = () if slot.layer is None else (1,)
-    shape = (*lead, *slot.shape)
-    held = distinct_parts(place.addressable_devices_indices_map(shape).values(), shape)
-    wanted = [tuple(slice(*bounds) for bounds in part[len(lead) :]) for part in held]
-    # devices that hold the same part share what is read
-    parts = {
-        part: found.reshape(place.shard_shape(shape)) for part, found in zip(held, read(wanted), strict=True)
-    }
-    return jax.make_array_from_callback(shape, place, lambda index: parts[_bounds(index, shape)])
-
-
-def _shardings(param: Any) -> tuple[Any, ...]:
-    """The structure of a parameter, and where its arrays lie."""
-    leaves, structure = jax.tree.flatten(param)
-    return structure, *(leaf.sharding for leaf in leaves)
-
-
-@functools.cache
-def _writer(
-    dtype: jnp.dtype, kind: type[Weight] | None, structure: Any, *places: Sharding
-) -> Callable[[Any, jax.Array, np.int32], Any]:
-    """Puts a tensor in its place in a parameter, whose buffers are reused."""
-
-    def write(param: Any, part: jax.Array, start: jax.Array) -> Any:
-        new = hold(part.astype(dtype), kind)
-        return jax.tree.map(
-            lambda old, new: lax.dynamic_update_slice_in_dim(old, new, start, axis=0), param, new
-        )
-
-    return jax.jit(write, donate_argnums=0, out_shardings=jax.tree.unflatten(structure, places))
 
 
 def model_shape(source: str, preset: str | None = None) -> ModelConfig:

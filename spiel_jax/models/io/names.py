@@ -83,6 +83,14 @@ class Stored:
     floating: bool
 
 
+_DENSE = {"F64", "F32", "F16", "BF16"}
+
+
+def quantized_as(tensor: Stored) -> str | None:
+    """The format that a tensor of a checkpoint is quantised in; None: it is not."""
+    return None if tensor.dtype in _DENSE else tensor.dtype
+
+
 def expected_tensors(config: ModelConfig, naming: Callable[[str, int], list[str]]) -> dict[str, Placement]:
     """Every tensor a checkpoint must hold, by its name there, one parameter after another.
 

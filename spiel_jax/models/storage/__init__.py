@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from spiel_jax.models.storage.four_bit import FP4, NF4
+from spiel_jax.models.storage.int8 import Int8
 from spiel_jax.models.storage.packed import Packed, packed_kind
 from spiel_jax.models.storage.weight import KINDS, Weight, kind_named, register
 
-__all__ = ["KINDS", "Packed", "Weight", "kind_named", "register", "storage_for"]
+__all__ = ["FP4", "KINDS", "NF4", "Int8", "Packed", "Weight", "kind_named", "register", "storage_for"]
 
 
 def storage_for(quantization: str, dtype: Any) -> type[Weight] | None:

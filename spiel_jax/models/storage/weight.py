@@ -16,7 +16,8 @@ class Weight(ABC):
 
     A kind is a frozen dataclass that is registered as a pytree. Each of its arrays has the rank of the
     weight: a loop over layers slices it as it does the weight, and a mesh cuts its axes as those of the
-    weight, where they can be cut. An array is a weight too, held as it is; what works on both asks with the
+    weight, where they can be cut. What belongs to a matrix as a whole has one axis after those of the stack,
+    and is never cut. An array is a weight too, held as it is; what works on both asks with the
     functions of ``ops.stored``.
 
     Example:
@@ -58,9 +59,27 @@ class Weight(ABC):
     def hold(cls, array: jax.Array) -> Self:
         """Holds an array, one matrix or a stack of them; works under ``jax.jit``."""
 
+    def hold_alike(self, array: jax.Array) -> Self:
+        """Holds another array as this weight is held."""
+        return self.hold(array.astype(self.dtype))
+
     @abstractmethod
     def dequantize(self) -> jax.Array:
         """The array that it stands for, of ``shape`` and ``dtype``."""
+
+    def divisible(self) -> Self:
+        """The same with nothing that belongs to a matrix as a whole: parts of its arrays are parts of it."""
+        return self
+
+    @classmethod
+    def grain(cls, shape: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns whose multiples a part of a matrix can have.
+
+        Args:
+            shape: Of the matrix.
+        """
+        del shape
+        return 1, 1
 
     def gather(self, place: Place) -> jax.Array:
         """Entries of that array; 0 for a row that is not there.
@@ -129,6 +148,11 @@ def kind_named(quantization: str) -> type[Weight] | None:
     if quantization not in KINDS:
         raise SpielError(f"quantization = {quantization!r}: expected one of {', '.join(KINDS)}")
     return KINDS[quantization]
+
+
+def kind_name(kind: Any) -> str | None:
+    """The name of a kind in configurations; None: it has none, and is no quantisation."""
+    return next((name for name, known in KINDS.items() if known is kind and known is not None), None)
 
 
 def register(name: str) -> Callable[[type[W]], type[W]]:

@@ -11,7 +11,7 @@ from jax import lax
 
 from spiel_jax.ops.selection import top_magnitudes
 from spiel_jax.ops.sharded import on_blocks
-from spiel_jax.ops.stored import Stored, as_array
+from spiel_jax.ops.stored import Stored, as_array, one_stack
 from spiel_jax.ops.tree import named_leaves, parameter_name
 from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients
 from spiel_jax.optim.criteria.criterion import Criterion, register
@@ -139,6 +139,6 @@ def _strongest(weight: Any, target: Target, largest: bool) -> jax.Array:
         found = lax.map(lambda block: top_magnitudes(block, target.block_count), blocks)
         return found.reshape(*grid, target.block_count)
 
-    matrices = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[-2:]), chosen)
+    matrices = one_stack(chosen)
     found = lax.map(strongest, matrices)
     return found.reshape(*target.stack, *found.shape[1:])

@@ -26,7 +26,8 @@ from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import ADAPTED, abstract_params, bind, init_params, layer_names
 from spiel_jax.models.io import loading
 from spiel_jax.models.io.huggingface import SafetensorsFolder
-from spiel_jax.models.io.loading import ModelSource, distinct_parts, open_model
+from spiel_jax.models.io.loading import ModelSource, open_model
+from spiel_jax.models.io.placing import distinct_parts
 from spiel_jax.models.storage import Packed, storage_for
 
 SIZES = {

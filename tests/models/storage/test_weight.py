@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from jax import lax
 from support.sparse_cases import CASES, make
-from support.weight_cases import KINDS, RowScaled, bits, numbers, with_bit_changed
+from support.weight_cases import KINDS, QUICK, RowScaled, bits, numbers, with_bit_changed
 
 import spiel_jax as sj
 from spiel_jax.distributed.mesh import make_mesh
+from spiel_jax.errors import SpielError
 from spiel_jax.methods.ia3 import ScaledLinear
 from spiel_jax.methods.lora import LowRankLinear
 from spiel_jax.methods.method import Method, TrainState
@@ -43,7 +44,9 @@ pytestmark = pytest.mark.filterwarnings("error")
 dense = jax.jit(as_array)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(
+    params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
+)
 def case(request):
     return KINDS[request.param]
 
@@ -65,14 +68,26 @@ def test_a_weight_stands_for_what_it_was_made_of(case, shape):
     if not case.error:
         assert bits(found) == bits(array)
     wide, exact = np.asarray(found, np.float32), np.asarray(array, np.float32)
-    assert np.all(np.abs(wide - exact) <= case.error * np.abs(exact).max(axis=-1, keepdims=True))
+    axes = (-2, -1) if case.blocks else -1
+    assert np.all(np.abs(wide - exact) <= case.error * np.abs(exact).max(axis=axes, keepdims=True))
     assert bits(as_array(weight)) == bits(found)  # also outside of jit
 
 
-def test_its_arrays_have_the_rank_of_the_weight(case):
-    for leaf in jax.tree.leaves(case.hold(numbers(3, 4, 6))):
-        assert leaf.ndim == 3
-        assert all(size in (1, whole) for size, whole in zip(leaf.shape, (3, 4, 6), strict=True))
+def test_its_arrays_have_the_rank_of_the_weight_or_belong_to_a_matrix(case):
+    shape = (3, 4, case.columns)
+    for leaf in jax.tree.leaves(case.hold(numbers(*shape))):
+        assert leaf.shape[0] == 3
+        if leaf.ndim == 3:
+            assert all(size == 1 or whole % size == 0 for size, whole in zip(leaf.shape, shape, strict=True))
+        else:
+            assert leaf.ndim == 2
+
+
+def test_a_divisible_weight_is_the_same_in_arrays_that_can_be_cut(case):
+    weight = case.hold(numbers(3, 4, case.columns))
+    if case.kind is not None:
+        assert all(leaf.ndim == 3 for leaf in jax.tree.leaves(weight.divisible()))
+        assert bits(dense(weight.divisible())) == bits(dense(weight))
 
 
 def test_a_stack_is_held_as_its_layers_are_and_scanned(case):
@@ -130,6 +145,10 @@ def test_entries_are_set_where_they_can_be(case):
 @pytest.mark.parametrize("delta_case", ["matrix", "two stack axes", "layers and grid"])
 def test_deltas_work_as_on_the_array(case, delta_case):
     array, delta = make(**CASES[delta_case])
+    if case.blocks and array.shape[-1] % 2:
+        with pytest.raises(SpielError, match="expected rows of an even number"):
+            case.hold(array)
+        return
     weight = case.hold(array)
     matrix, entries = dense(weight), jnp.array(delta.values, case.dtype)
     deltas = {"w": delta}
@@ -171,16 +190,19 @@ def on_mesh(weight, mesh):
 
 def test_on_a_mesh_it_lies_like_the_array_and_blocks_stay_where_they_are(case):
     mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, jax.devices()[:4])
-    weight = case.hold(numbers(3, 4, 6))
-    target = sj.Target((4, 6), 8, (3,), (2, 2), axes=weight_axes(DOWN))
-    indices = np.random.default_rng(0).permuted(np.tile(np.arange(6, dtype=np.int32), (3, 2, 2, 1)), axis=-1)
+    columns = case.columns
+    weight = case.hold(numbers(3, 4, columns))
+    target = sj.Target((4, columns), 8, (3,), (2, 2), axes=weight_axes(DOWN))
+    indices = np.tile(np.arange(columns, dtype=np.int32), (3, 2, 2, 1))
+    indices = np.random.default_rng(0).permuted(indices, axis=-1)
     delta = target.delta(jnp.array(indices[..., :2]))
     expected = sj.gather(dense(weight), dataclasses.replace(delta, axes=None))
     entries = expected * 2
     with jax.set_mesh(mesh):
         spread = on_mesh(weight, mesh)
         shapes = [leaf.addressable_shards[0].data.shape for leaf in jax.tree.leaves(spread)]
-        assert shapes[0] == (3, 2, 3)
+        whole = jax.tree.leaves(weight)[0].shape[-1]
+        assert shapes[0] == (3, 2, whole // 2)
         state = TrainState({DOWN: spread}, {}, {}, ())
         found = Method().shardings(state, mesh).params[DOWN]
         assert jax.tree.leaves(found) == [leaf.sharding for leaf in jax.tree.leaves(spread)]
@@ -302,7 +324,7 @@ def test_kinds_are_found_by_name():
     assert kind_named("toy") is storage_for("toy", jnp.float32) is RowScaled
     assert kind_named("none") is storage_for("none", jnp.float32) is None
     assert storage_for("none", jnp.bfloat16) is Packed
-    with pytest.raises(ValueError, match="quantization = 'nf3': expected one of none, toy"):
+    with pytest.raises(ValueError, match="quantization = 'nf3': expected one of none, nf4, fp4, int8, toy"):
         kind_named("nf3")
     with pytest.raises(ValueError, match=r"quantization 'toy' is taken by .*RowScaled"):
         register("toy")(Packed)

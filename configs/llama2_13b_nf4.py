@@ -1,0 +1,21 @@
+r"""Llama 2 13B as in ``llama2_13b.py``, on a base in NF4: qSpIEL.
+
+    python -m spiel_jax.train --config=configs/llama2_13b_nf4.py --workdir=runs/llama2_13b_nf4 \\
+        --config.data.sources="('flan_v2.jsonl',)"
+
+Deltas in bfloat16, as in the paper's runs on quantised bases (arXiv 2401.16405); gradients and the
+optimizer's statistics are float32.
+
+Reproduction record: not run yet on an accelerator.
+"""
+
+from configs.llama2_13b import get_config as dense_config
+from spiel_jax.config import Config
+
+
+def get_config() -> Config:
+    """The configuration."""
+    config = dense_config()
+    config.model.quantization = "nf4"
+    config.spiel.delta_dtype = "bfloat16"
+    return config

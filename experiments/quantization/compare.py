@@ -1,0 +1,179 @@
+r"""The same short runs on a base in bfloat16, int8 and NF4: held-out loss, step time, memory.
+
+    python -m experiments.quantization.compare --out=runs/quantization
+
+SmolLM2-135M on two-person conversations, by SpIEL-AG, SpIEL-MA and LoRA of rank 8, each with as many
+trained entries as that LoRA has. A run is a process of its own, seed after seed, so that noise of the machine
+hits all alike. Runs that are done are not done again: the same command continues. Prints a table, and
+writes it and what every run came to into --out (results.json).
+"""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median, quantiles, stdev
+from typing import Any
+
+from absl import flags
+
+from spiel_jax import cli
+from spiel_jax.errors import SpielError
+
+BASES = {"bf16": "none", "int8": "int8", "nf4": "nf4"}
+RANK = 8
+ENTRIES = 30 * RANK * 10_176  # of that LoRA: 30 layers, rows and columns of a layer's linears
+METHODS = {
+    "spiel_ag": {"targets.num_tunable": ENTRIES, "optimizer.learning_rate": 1e-3},
+    "spiel_ma": {"targets.num_tunable": ENTRIES, "optimizer.learning_rate": 3e-3},
+    "lora": {"targets.num_tunable": None, "lora.rank": RANK, "optimizer.learning_rate": 3e-3},
+}
+CONFIG = Path(__file__).parents[2] / "configs" / "smollm2_135m.py"
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_string("out", None, "Folder of the runs and the results.", required=True, flag_values=values)
+    flags.DEFINE_integer("steps", 20, "Of a run.", lower_bound=4, flag_values=values)
+    flags.DEFINE_list("seeds", ["0", "1", "2"], "One run with each.", flag_values=values)
+    flags.DEFINE_list("bases", list(BASES), f"Of {', '.join(BASES)}.", flag_values=values)
+    flags.DEFINE_list("methods", list(METHODS), f"Of {', '.join(METHODS)}.", flag_values=values)
+
+
+def main(options: flags.FlagValues) -> None:
+    """Does the runs that are not done, and prints the table."""
+    for name, known in (("bases", BASES), ("methods", METHODS)):
+        if unknown := set(options[name].value or ()) - known.keys():
+            raise SpielError(f"--{name}: {', '.join(sorted(unknown))}: expected some of {', '.join(known)}")
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
+    for seed, method, base in itertools.product(options.seeds, options.methods, options.bases):
+        print(f"{method} on {base}, seed {seed}", flush=True)
+        results.append(_result(out, method, base, int(seed), options.steps))
+        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = markdown(results)
+    (out / "table.md").write_text(text + "\n")
+    print(text)
+
+
+def _result(out: Path, method: str, base: str, seed: int, steps: int) -> dict[str, Any]:
+    """What a run came to, read if it is done."""
+    folder = out / f"{method}-{base}-{seed}-{steps}"
+    done = folder / "result.json"
+    if not done.is_file():
+        result = json.dumps(_run(folder, method, base, seed, steps))
+        done.write_text(result)
+    return json.loads(done.read_text())
+
+
+def settings(method: str, base: str, seed: int, steps: int) -> dict[str, Any]:
+    """What is set beside the configuration of SmolLM2."""
+    return {
+        "method": method,
+        "seed": seed,
+        "steps": steps,
+        "model.dtype": "bfloat16",
+        "model.quantization": BASES[base],
+        "model.requantize": True,  # the file is in 4 bits: what these stand for is the base in bfloat16
+        "spiel.every": 6,
+        "spiel.accumulation": 2,
+        "eval_every": 0,  # at the ends
+        "checkpoint_every": 0,
+        "sample.prompt": None,
+        **METHODS[method],
+    }
+
+
+def _run(folder: Path, method: str, base: str, seed: int, steps: int) -> dict[str, Any]:
+    chosen = settings(method, base, seed, steps)
+    command = [
+        sys.executable,
+        "-m",
+        "spiel_jax.train",
+        f"--config={CONFIG}",
+        f"--workdir={folder.absolute()}",
+    ]
+    command += [f"--config.{key}={value}" for key, value in chosen.items()]
+    programs = {  # every one is compiled once
+        "JAX_COMPILATION_CACHE_DIR": str(folder.parent.absolute() / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+    }
+    ended = subprocess.run(
+        command,
+        cwd=CONFIG.parents[1],
+        env=os.environ | programs,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ended.returncode:
+        raise SpielError(f"{folder.name} failed:\n{ended.stderr[-3000:]}")
+    peak = re.search(r"peak memory +([\d.]+) GiB", ended.stdout)
+    assert peak is not None
+    metrics, timing = (_lines(folder / name) for name in ("metrics.jsonl", "timing.jsonl"))
+    seconds = [line["seconds_per_step"] for line in timing if "seconds_per_step" in line]
+    losses = {line["step"]: line["heldout_loss"] for line in metrics if "heldout_loss" in line}
+    return {
+        "method": method,
+        "base": base,
+        "seed": seed,
+        "steps": steps,
+        "heldout": [losses[0], losses[steps]],
+        "losses": [line["loss"] for line in metrics if "loss" in line],
+        "seconds_per_step": seconds,
+        "peak_gib": float(peak[1]),
+    }
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def markdown(results: Sequence[dict[str, Any]]) -> str:
+    """The table: means over seeds, and ratios to the run on bf16 by the same method."""
+    lines = [
+        "| method | base | held-out loss | after | beside bf16 | step time | peak memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method in dict.fromkeys(result["method"] for result in results):
+        plain = _of(results, method, "bf16")
+        for base in dict.fromkeys(result["base"] for result in results):
+            found = _of(results, method, base)
+            before = mean(result["heldout"][0] for result in found)
+            after = [result["heldout"][1] for result in found]
+            spread = f" ± {stdev(after):.4f}" if len(after) > 1 else ""
+            apart = [a - b["heldout"][1] for a, b in zip(after, plain, strict=False)]
+            ratios = [_ratio(found, plain, _seconds), _ratio(found, plain, lambda r: r["peak_gib"])]
+            shown = f"{mean(apart):+.4f}" if apart else "-"
+            lines.append(
+                f"| {method} | {base} | {before:.4f} | {mean(after):.4f}{spread} | {shown} | "
+                + " | ".join(ratios)
+                + " |"
+            )
+    return "\n".join(lines)
+
+
+def _of(results: Sequence[dict[str, Any]], method: str, base: str) -> list[dict[str, Any]]:
+    return [result for result in results if (result["method"], result["base"]) == (method, base)]
+
+
+def _seconds(result: dict[str, Any]) -> float:
+    """Of an ordinary step: the lower quartile, since the machine may be busy otherwise."""
+    return quantiles(result["seconds_per_step"])[0]
+
+
+def _ratio(found: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]], of: Any) -> str:
+    """The median over seeds, beside the same of the runs on bf16."""
+    if not plain:
+        return "-"
+    ours, theirs = median(map(of, found)), median(map(of, plain))
+    return f"{ours / theirs:.2f} ({ours:.2f})"
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)
