@@ -39,6 +39,7 @@ def test_keys_of_the_table_exist():
 
 def test_python_files_named_in_commands_exist():
     named = [path for page in PAGES.values() for path in re.findall(r"--config=(\S+\.py)", page)]
+    named = [path for path in named if path != "configs/mine.py"]  # which readers write
     assert len(named) > 5
     assert all((ROOT / path).exists() for path in named)
 

@@ -368,6 +368,7 @@ KEYS: dict[str, Kind] = {
     "checkpoint_keep_best": Switch(),
     "profile": Whole(),
     "on_nonfinite": _one_of("stop", "skip"),
+    "on_record_failure": _one_of("continue", "stop"),
     "skip_limit": Whole(1),
     "sample.prompt": OrNone(Text(empty=True)),
     "sample.max_new_tokens": Whole(1),

@@ -138,6 +138,8 @@ def default_config() -> Config:
             # TensorBoard or ui.perfetto.dev show it
             "profile": 0,
             "on_nonfinite": "stop",  # a loss or gradient that is not finite: stop | skip that step
+            # metrics.jsonl or TensorBoard cannot be written: continue | stop, with a checkpoint
+            "on_record_failure": "continue",
             "skip_limit": 10,  # so many steps in a row are skipped, and not one more
             "sample": {
                 "prompt": optional(str),  # shown to the base and the tuned model at the end

@@ -9,7 +9,7 @@ from spiel_jax.config.defaults import Config, default_config
 
 ADJUSTABLE = (
     *("log_every", "checkpoint_every", "checkpoint_keep", "mesh.*", "profile", "sample.*"),
-    *("checkpoint_keep_best", "on_nonfinite", "skip_limit", "data.on_mismatch"),
+    *("checkpoint_keep_best", "on_nonfinite", "on_record_failure", "skip_limit", "data.on_mismatch"),
 )
 """Keys that may differ when a run is continued: they change nothing that was trained."""
 

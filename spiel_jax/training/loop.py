@@ -1,6 +1,7 @@
 """The loop of a run over its steps: phases, metrics, evaluations and checkpoints when they are due."""
 
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class Loop:
             with self.profile.step(step):
                 state, metrics = self._step(state, self.place(grouped), phase=phase, reselect=reselect)
             self._unread.append((step, metrics))
-            stopping = stop_asked()
+            stopping = stop_asked() or self._is_to_stop()
             self.profile.end(step, state, last=stopping or step == total)
             saving = stopping or step == total or _due(step, config.checkpoint_every)
             evaluating = step == total or _due(step, config.eval_every)
@@ -95,6 +96,14 @@ class Loop:
                 break
         self.seconds = time.perf_counter() - began
         return state, step
+
+    def _is_to_stop(self) -> bool:
+        """Whether numbers of the run could not be written, and the config says to stop then."""
+        lost = self.config.on_record_failure == "stop" and self.recorder.failed
+        if lost and jax.process_count() > 1:  # the others are asked too, and all agree on the step
+            signal.raise_signal(signal.SIGTERM)
+            return False
+        return lost
 
     def _evaluate_now(self, step: int, state: TrainState) -> float | None:
         """The held-out loss, recorded; None if there is none, or it is not finite."""

@@ -70,7 +70,14 @@ def runs(configured, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("name", METHODS, scope="module")  # all tests of a method after each other
+SLOW = ("magnitude", "gradient")  # static like "random"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in METHODS],
+    scope="module",
+)  # all tests of a method after each other
 class TestMethods:
     def test_learns(self, name, runs):
         _, _, whole, shown = runs(name)
@@ -95,7 +102,6 @@ class TestMethods:
         assert {part for part in held if not part.startswith("_")} == {
             "deltas" if name in CRITERIA else "trainable",
             "optimizer",
-            "metrics",  # the held-out loss
         }
         trained = sum(np.size(leaf) for leaf in jax.tree.leaves(restore_trained(folder / "whole")))
         base = sum(p.size for p in open_model(config.model.source).load("float32", progress=False).values())

@@ -91,9 +91,8 @@ def test_a_mesh_that_does_not_divide_the_grid_needs_another_grid(runs, tmp_path)
         assert changed[name].entries < used.sum() <= changed[name].new.total  # some were filled
 
 
-@pytest.mark.parametrize(
-    "method", ["lora", pytest.param("full", marks=slow), pytest.param("ia3", marks=slow)]
-)
+@slow
+@pytest.mark.parametrize("method", ["lora", "full", "ia3"])
 def test_methods_without_deltas_take_any_mesh(llama_folder, data, tmp_path, method):
     config = tiny_config(llama_folder, data, method)
     config.targets.rules = (r".*\.(k|up|down)_proj\.weight",)

@@ -270,7 +270,7 @@ class TestExtend:
         return config
 
     @pytest.mark.parametrize(
-        "method", ["spiel_ma", *(pytest.param(name, marks=pytest.mark.slow) for name in ("spiel_ag", "lora"))]
+        "method", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("spiel_ag", "spiel_ma"))]
     )
     def test_where_schedules_do_not_depend_on_the_length_it_is_the_long_run(self, config, tmp_path, method):
         config.method = method

@@ -6,7 +6,9 @@ import os
 import struct
 
 import pytest
+from support.run_cases import chat_file, run, tiny_config
 
+from spiel_jax.checkpoint import read_metadata
 from spiel_jax.training.metrics import Recorder, read_metrics
 from spiel_jax.training.records import JsonLines, TensorBoard, Watched
 
@@ -141,6 +143,24 @@ def test_one_of_a_runs_files_that_fails_takes_no_other_with_it(tmp_path, name, c
         assert len(read_metrics(tmp_path)) == 100
     if name != "tensorboard":
         assert len(events(tmp_path / "tensorboard")[0]) > 100
+
+
+def test_a_run_stops_with_a_checkpoint_if_asked_to(tmp_path, llama_folder, monkeypatch):
+    config = tiny_config(llama_folder, chat_file(tmp_path), "lora")
+    config.on_record_failure = "stop"
+
+    def refuse(self, step, numbers):
+        if step >= 2:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("spiel_jax.training.records.TensorBoard.write", refuse)
+        summary = run(config, tmp_path / "run")
+    assert not summary.finished
+    assert 2 <= summary.step < config.steps
+    assert read_metadata(tmp_path / "run")["step"] == summary.step
+    config.on_record_failure = "continue"
+    assert run(config, tmp_path / "run").finished
 
 
 def test_nobody_looks_any_more(tmp_path, monkeypatch):
