@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -42,6 +43,8 @@ def run(
     """
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch is no news
+    sys.unraisablehook = _unraisable
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # of a failed save
     options = flags.FLAGS
     flags.DEFINE_bool("traceback", False, "Show of every error where it was raised.", flag_values=options)
 
@@ -110,6 +113,12 @@ def _define_keys(values: flags.FlagValues) -> None:
         flag = flags.MultiFlag(parser, serializer, f"config.{key}", None, "A key of --config.")
         flag.boolean = kind.boolean
         flags.DEFINE_flag(flag, values)
+
+
+def _unraisable(unraisable: Any) -> None:
+    """Python's own hook, but for what TensorStore says when the save that it was asked for has failed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def parse(options: flags.FlagValues, argv: Sequence[str]) -> list[str]:

@@ -29,7 +29,7 @@ from spiel_jax.optim.block_grid import Regridded
 from spiel_jax.places import local_path
 from spiel_jax.sparse.targets import zeros
 from spiel_jax.training.metrics import METRICS, TIMING
-from spiel_jax.training.workdir import check_usable
+from spiel_jax.training.workdir import check_usable, unusable
 
 MUCH_UNUSED = 0.3
 """Share of unused slots from which ``show`` warns."""
@@ -93,11 +93,14 @@ def regrid(
     method, state, changed = method.regridded(state, grids)
 
     settings = settings | {f"targets.grid.{axis}": number for axis, number in blocks.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (METRICS, TIMING):
-        if (workdir / name).exists():
-            shutil.copy(workdir / name, out / name)
-    (out / "config.json").write_text(json.dumps(settings, indent=1))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS, TIMING):
+            if (workdir / name).exists():
+                shutil.copy(workdir / name, out / name)
+        (out / "config.json").write_text(json.dumps(settings, indent=1))
+    except OSError as error:
+        raise unusable(out, error) from error
     with Checkpoints(out) as checkpoints:
         checkpoints.save(metadata["step"], state, method, metadata | {"config": settings})
     return changed

@@ -50,7 +50,7 @@ def check_usable(workdir: Path) -> None:
     except UnicodeEncodeError as error:
         raise ConfigError(f"--workdir {str(workdir)!a}: expected a path in UTF-8") from error
     except OSError as error:
-        raise _unusable(workdir, error) from error
+        raise unusable(workdir, error) from error
 
 
 def _check_kinds(workdir: Path) -> None:
@@ -73,7 +73,8 @@ def _check_kinds(workdir: Path) -> None:
                 )
 
 
-def _unusable(workdir: Path, error: Exception) -> ConfigError:
+def unusable(workdir: Path, error: Exception) -> ConfigError:
+    """What to say of a run's folder that cannot be written."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return ConfigError(
         f"--workdir {workdir} cannot be used: {reason}. Choose a folder that can be written, on a file "
@@ -95,7 +96,7 @@ def held(workdir: Path) -> Iterator[None]:
             stack.enter_context(locked(workdir))
             _prove(workdir)
         except (OSError, RuntimeError) as error:
-            raise _unusable(workdir, error) from error
+            raise unusable(workdir, error) from error
         yield
 
 
@@ -189,11 +190,18 @@ def _remembered(value: Any) -> Any:
 
 
 def write_config(workdir: Path, config: Config) -> None:
-    """Claims a folder for a run of this config. Without a checkpoint there is nothing to lose in it."""
+    """Claims a folder for a run of this config. Without a checkpoint there is nothing to lose in it.
+
+    Raises:
+        ConfigError: If it cannot be written; the one of before is whole.
+    """
     path = workdir / CONFIG
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(settings(config), indent=1))
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(settings(config), indent=1))
+        temporary.replace(path)
+    except OSError as error:
+        raise unusable(workdir, error) from error
 
 
 def find_workdir(workdir: Path, config: Config) -> None:

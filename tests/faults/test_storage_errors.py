@@ -35,8 +35,8 @@ def test_a_storage_error_is_a_line_and_the_run_goes_on_afterwards(method, tmp_pa
         assert "Traceback" not in failed.stderr, (fault, failed.stderr[-5000:])
         ended += failed.returncode
         if failed.returncode:
-            lines = [line for line in failed.stderr.splitlines() if line.strip()]
-            assert str(workdir) in lines[-1], (fault, lines[-3:])
+            (line,) = (line for line in failed.stderr.splitlines() if line.startswith("error: "))
+            assert str(workdir) in line, fault
             again = command.run(workdir)
             assert again.returncode == 0, (fault, again.stderr[-3000:])
         recorded = "cannot be written" not in failed.stderr
