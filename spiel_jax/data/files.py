@@ -260,7 +260,10 @@ def _table_rows(file: pathlib.Path, delimiter: str) -> Iterator[Row]:
         text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
         csv.field_size_limit(max(_MAX_LINE, csv.field_size_limit()))  # the module's default is 128 KiB
         reader = csv.reader(text, delimiter=delimiter, strict=True)
-        header = next(reader, [])
+        try:
+            header = next(reader, [])
+        except csv.Error as error:
+            raise DataError(f"{file}:1: the first line must name the columns: {error}") from error
         named = [name for name in header if name]
         if not named or len(set(named)) < len(named) or not _is_text(header):
             raise DataError(f"{file}:1: the first line must name the columns, each once, not {header}")

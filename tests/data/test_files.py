@@ -141,3 +141,8 @@ def test_what_is_no_file_is_not_opened(tmp_path):
     ):
         with pytest.raises(DataError, match=message):
             file_rows(tmp_path / name)
+
+
+def test_a_broken_first_line_of_a_table_is_told_with_the_file(tmp_path):
+    with pytest.raises(DataError, match=r"a\.csv:1: the first line must name the columns: ',' expected"):
+        problems(tmp_path / "a.csv", '"prompt"x,"completion"\na,b\n')
