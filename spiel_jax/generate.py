@@ -105,6 +105,7 @@ def _models(options: flags.FlagValues) -> tuple[Any, Any, dict[str, Any], Any]:
         options.checkpoint,
         options.step,
         keep_base=options.base,
+        unmerged=True,
         merge_back=options.merge_back,
         model=options.model,
         tokenizer=options.tokenizer,

@@ -38,7 +38,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "smollm2_135m.py"
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
     flags.DEFINE_string("out", None, "Folder of the runs and the results.", required=True, flag_values=values)
-    flags.DEFINE_integer("steps", 20, "Of a run.", lower_bound=4, flag_values=values)
+    flags.DEFINE_integer("steps", 24, "Of a run.", lower_bound=4, flag_values=values)
     flags.DEFINE_list("seeds", ["0", "1", "2"], "One run with each.", flag_values=values)
     flags.DEFINE_list("bases", list(BASES), f"Of {', '.join(BASES)}.", flag_values=values)
     flags.DEFINE_list("methods", list(METHODS), f"Of {', '.join(METHODS)}.", flag_values=values)
@@ -80,8 +80,10 @@ def settings(method: str, base: str, seed: int, steps: int) -> dict[str, Any]:
         "model.dtype": "bfloat16",
         "model.quantization": BASES[base],
         "model.requantize": True,  # the file is in 4 bits: what these stand for is the base in bfloat16
-        "spiel.every": 6,
-        "spiel.accumulation": 2,
+        "spiel.every": 8,
+        "spiel.accumulation": 3,
+        "batch_size": 1,
+        "eval_batches": 16,
         "eval_every": 0,  # at the ends
         "checkpoint_every": 0,
         "sample.prompt": None,

@@ -12,12 +12,14 @@ import numpy as np
 from spiel_jax.adapters.adapter import AdapterError, Origin, tensors_of
 from spiel_jax.data.templates import use_template
 from spiel_jax.models.config import ModelConfig
-from spiel_jax.models.decoder import ADAPTED, abstract_params
+from spiel_jax.models.decoder import abstract_params
 from spiel_jax.models.io.fingerprint import Fingerprinter, differing
+from spiel_jax.models.io.holding import held_as_it_is, quantized_specs
 from spiel_jax.models.io.loading import ModelSource, open_model
 from spiel_jax.models.io.names import Placement, expected_tensors
 from spiel_jax.models.storage import kind_named
-from spiel_jax.models.storage.weight import Weight, hold
+from spiel_jax.models.storage.weight import Weight, kind_name
+from spiel_jax.ops.stored import as_array, is_stored
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,11 @@ class Base:
             name: Its Hugging Face name.
         """
         slot = self.tensors[name]
-        read = self._read(name, slot)
-        array = jnp.asarray(read if slot.layer is None else read[None])
-        del read
-        held = _held(array, self.kind) if self.kind and slot.parameter in ADAPTED else array
+        held = self._held(name, slot)
         if name not in self._read_names:
             self._read_names.add(name)
             self._print.add(slot.parameter, held, slot.layer or 0)
-        found = np.asarray(array if held is array else jax.jit(lambda weight: weight.dequantize())(held))
+        found = np.asarray(jax.jit(as_array)(held) if is_stored(held) else held)
         return found if slot.layer is None else found[0]
 
     def check(self, expected: Mapping[str, str], what: str) -> None:
@@ -97,12 +96,37 @@ class Base:
         for name, slot in self.tensors.items():
             if slot.parameter in begun and name not in self._read_names:
                 self.tensor(name)
-        found = self._print.found(abstract_params(self.config, self.dtype, storage=self.kind))
+        found = self._print.found(self._specs)
         check_fingerprint({name: expected[name] for name in expected.keys() & begun}, found, what, self.name)
 
     def fresh(self) -> "Base":
         """The same base of which nothing has been read yet."""
         return replace(self, _print=Fingerprinter(), _read_names=set())
+
+    @cached_property
+    def _specs(self) -> dict[str, Any]:
+        """The parameters as the run held them; ``jax.ShapeDtypeStruct`` in the place of arrays."""
+        specs, checkpoint = (
+            abstract_params(self.config, self.dtype, storage=self.kind),
+            self.source.checkpoint,
+        )
+        if checkpoint is None or kind_name(self.kind) is None:
+            return specs
+        places = expected_tensors(self.config, checkpoint.naming)
+        # the run has said, or not, that what is quantised otherwise may be quantised again
+        return quantized_specs(checkpoint.path, checkpoint.stored, checkpoint, places, specs, True)
+
+    def _held(self, name: str, slot: Placement) -> Any:
+        """A tensor as the run held it; of a stack a layer, [1, ...]."""
+        spec = self._specs[slot.parameter]
+        if is_stored(spec) and self.source.checkpoint is not None:
+            ready = held_as_it_is(self.source.checkpoint, self._stored_names[name], spec)
+            if ready is not None:
+                return jax.tree.map(lambda leaf: jnp.asarray(leaf[None]), ready)
+        read = self._read(name, slot)
+        array = jnp.asarray(read if slot.layer is None else read[None])
+        del read
+        return _held_alike(spec, array) if is_stored(spec) else array
 
     def _read(self, name: str, slot: Placement) -> np.ndarray:
         checkpoint = self.source.checkpoint
@@ -130,7 +154,7 @@ class Base:
         return kept[parameter]
 
 
-_held = jax.jit(hold, static_argnums=1)
+_held_alike = jax.jit(lambda spec, array: spec.hold_alike(array), static_argnums=0)
 
 
 def open_base(name: str, origin: Origin, *, preset: str | None = None, tokenizer: str | None = None) -> Base:

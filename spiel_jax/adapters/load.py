@@ -33,7 +33,7 @@ class LoadedRun:
         settings: The run's configuration, dotted key to value.
         config: The model's shape.
         base: The base model's parameters, quantised as in the run; None where they were not asked for.
-        tuned: The fine-tuned ones, merged, which are arrays; those that were not tuned are those of ``base``.
+        tuned: The fine-tuned ones; those that were not tuned are those of ``base``.
         tokenizer: The one it was trained with, its chat template among it.
         lost: What merging into quantised weights has lost; None: nothing was, as they are arrays.
         date: The run's, which a chat template that asks for the date is told; None for a run of an earlier
@@ -55,6 +55,7 @@ def load_run(
     step: Step = None,
     *,
     keep_base: bool = False,
+    unmerged: bool = False,
     merge_back: bool = False,
     model: str | None = None,
     tokenizer: str | None = None,
@@ -67,8 +68,11 @@ def load_run(
         directory: The run's folder (``--workdir``).
         step: Which checkpoint; None for the newest, "best" for the lowest held-out loss.
         keep_base: Whether to hold the base model beside the tuned one.
+        unmerged: Whether weights that are quantised stay so, with sparse deltas beside them: as small as in
+            training, and the same numbers. (Those of other methods are merged.) Otherwise tuned weights are
+            merged into arrays.
         merge_back: Whether the tuned weights of a run on a quantised base are quantised again. That loses a
-            part of what was trained, which ``lost`` measures; otherwise they are arrays.
+            part of what was trained, which ``lost`` measures.
         model: Where the base model is now (see ``open_model``); None: where it was.
         tokenizer: Where the tokenizer is now, if not with the model; None: where it was.
 
@@ -106,7 +110,8 @@ def load_run(
         assert base is not None
         before = {name: base[name] for name in changed & base.keys()}
         in_place = not (keep_base or merge_back) and all(map(is_writable, before.values()))
-        tuned = base | jax.jit(method.merge, donate_argnums=0 if in_place else ())(before, trained)
+        together = method.beside if unmerged and not merge_back else method.merge
+        tuned = base | jax.jit(together, donate_argnums=0 if in_place else ())(before, trained)
     lost = None
     if merge_back:
         tuned, lost = requantized(base or {}, tuned)

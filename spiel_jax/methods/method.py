@@ -141,6 +141,10 @@ class Method:
         """
         raise NotImplementedError
 
+    def beside(self, params: Params, trained: Any) -> Params:
+        """As ``merge``; quantised weights stay so, with what was trained beside them, if the method can."""
+        return self.merge(params, trained)
+
     def items(self, state: TrainState) -> dict[str, Any]:
         """What a checkpoint holds, as named parts."""
         return {"trainable": state.trainable, "optimizer": state.opt_state}

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from spiel_jax.losses.next_token import Objective, Params, TokenBatch, supervised
 from spiel_jax.methods.configured import configured_targets, learning_rate, with_axes
 from spiel_jax.methods.method import Method, Metrics, TrainState, guarded, scan_micro_batches
+from spiel_jax.methods.unmerged import Unmerged
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.ops.selection import compact, largest
 from spiel_jax.ops.stored import is_writable
@@ -128,7 +129,7 @@ class SparseMethod(Method):
 
     def tuned(self, state: TrainState) -> Params:
         """See ``Method``."""
-        return merge(state.params, self._unmerged(state))
+        return self.beside(state.params, self._unmerged(state))
 
     def pretrained(self, state: TrainState) -> Params:
         """See ``Method``."""
@@ -182,6 +183,15 @@ class SparseMethod(Method):
     def merge(self, params: Params, trained: Mapping[str, SparseDelta]) -> Params:
         """See ``Method``."""
         return merge(params, trained)
+
+    def beside(self, params: Params, trained: Mapping[str, SparseDelta]) -> Params:
+        """See ``Method``."""
+        layers, held = self.objective.config.num_layers, {}
+        for name, group in _by_parameter(trained).items():
+            if not is_writable(params[name]):
+                held[name] = Unmerged(params[name], _joined(trained, group, layers))
+        written = {name: delta for name, delta in trained.items() if parameter_name(name) not in held}
+        return merge(params, written) | held
 
     def items(self, state: TrainState) -> dict[str, Any]:
         """See ``Method``: the positions are in "deltas" and nowhere else."""
@@ -349,10 +359,6 @@ class SparseMethod(Method):
         """
         layers = self.objective.config.num_layers
 
-        def join(parts: dict[str, SparseDelta], group: list[str]) -> SparseDelta:
-            whole = parts[group[0]].layers is None
-            return parts[group[0]] if whole else stack_layers([parts[name] for name in group], layers)
-
         def enabled(group: list[str]) -> jax.Array | None:
             if active[group[0]].layers is None:
                 return None
@@ -361,8 +367,8 @@ class SparseMethod(Method):
 
         return {
             name: SparseLinear(
-                active=join(active, group),
-                candidates=None if candidates is None else join(candidates, group),
+                active=_joined(active, group, layers),
+                candidates=None if candidates is None else _joined(candidates, group, layers),
                 proposal=None if proposals is None else proposals[name],
                 enabled=enabled(group),
                 merged=group[0] in merged,
@@ -400,6 +406,12 @@ def _by_parameter(active: Mapping[str, SparseDelta]) -> dict[str, list[str]]:
     for name in active:
         groups.setdefault(parameter_name(name), []).append(name)
     return groups
+
+
+def _joined(parts: Mapping[str, SparseDelta], group: list[str], layers: int) -> SparseDelta:
+    """The deltas on one parameter as one delta on all of its layers."""
+    whole = parts[group[0]].layers is None
+    return parts[group[0]] if whole else stack_layers([parts[name] for name in group], layers)
 
 
 def _fewer(candidates: SparseDelta, count: int) -> SparseDelta:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
 from support.run_cases import chat_file, losses, run, tiny_config
 from support.weight_cases import RowScaled
 
+from spiel_jax.adapters import adapter_of_run, base_of_run, write_adapter
 from spiel_jax.adapters.load import load_run
 from spiel_jax.config import ConfigError, check_config, default_config, flatten
 from spiel_jax.distributed.mesh import make_mesh
@@ -89,7 +91,9 @@ def test_a_run_is_the_run_on_what_the_base_dequantizes_to(method, quantization, 
         assert is_stored(ours.tuned[name]) == (name in ADAPTED and name != UP)
         np.testing.assert_array_equal(as_array(ours.tuned[name]), theirs.tuned[name], err_msg=name)
     assert np.any(ours.tuned[UP] != as_array(ours.base[UP]))
-    np.testing.assert_array_equal(load_run(quantized).tuned[UP], ours.tuned[UP])
+    beside = load_run(quantized, unmerged=True).tuned
+    assert is_stored(beside[UP]) == (method not in ("lora", "ia3"))
+    np.testing.assert_array_equal(as_array(beside[UP]), ours.tuned[UP])
     if (method, quantization) == ("lora", "nf4"):
         back = load_run(quantized, merge_back=True)
         assert jax.tree.structure(back.tuned) == jax.tree.structure(ours.base)
@@ -142,3 +146,32 @@ def test_a_run_of_before_there_was_the_key_is_continued(llama_folder, data, tmp_
     config.model.quantization = "toy"
     with pytest.raises(ConfigError, match=r"model\.quantization: 'none' there, 'toy' now"):
         check()
+
+
+@pytest.mark.slow
+def test_a_run_on_a_folder_of_bitsandbytes_is_exported_with_the_values_of_its_codes(
+    llama_folder, data, tmp_path
+):
+    torch = pytest.importorskip("torch")
+    bnb = pytest.importorskip("bitsandbytes").functional
+    folder = tmp_path / "model"
+    shutil.copytree(llama_folder, folder)
+    tensors = {}
+    for name, array in load_file(folder / "model.safetensors").items():
+        tensors[name] = torch.tensor(array)
+        if name.endswith("_proj.weight"):
+            codes, state = bnb.quantize_4bit(tensors[name], quant_type="nf4", compress_statistics=True)
+            tensors[name] = codes
+            tensors |= {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+    save_torch(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    workdir = tmp_path / "run"
+    run(configured(folder, data, "spiel_ag", "nf4"), workdir)
+    tuned = load_run(workdir).tuned
+    adapter, base = adapter_of_run(workdir), base_of_run(workdir)
+    merged = load_file(write_adapter(adapter, tmp_path / "merged", "merged", base=base) / "model.safetensors")
+    dequantized = open_model(str(folder)).load("float32", progress=False)
+    for parameter in ADAPTED:
+        for layer, name in enumerate(layer_names(parameter, 2)):
+            np.testing.assert_array_equal(merged[name], as_array(tuned[parameter])[layer])
+            changed = np.sum(merged[name] != dequantized[parameter][layer])
+            assert 0 < changed <= 300 if parameter == UP else changed == 0

@@ -21,7 +21,7 @@ from jax import lax
 from spiel_jax.errors import SpielError
 from spiel_jax.models.storage import codebooks
 from spiel_jax.models.storage.rounding import reciprocal, rounded, sealed, total
-from spiel_jax.models.storage.weight import Weight, register
+from spiel_jax.models.storage.weight import Weight, as_it_lies, register
 
 BLOCK = 64
 """Entries that have a scale together."""
@@ -142,7 +142,8 @@ class FourBit(Weight):
 
     def dequantize(self) -> jax.Array:
         """See ``Weight``: level times scale in float32, rounded to ``through``."""
-        pairs = jnp.stack([self.codes >> 4, self.codes & 15], axis=-1)
+        codes = as_it_lies(self.codes)
+        pairs = jnp.stack([codes >> 4, codes & 15], axis=-1)
         levels = codebooks.looked_up(pairs, self.table)
         scales = self._scales()
         if self._blocks_run_on:

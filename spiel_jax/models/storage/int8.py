@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from spiel_jax.models.storage.rounding import reciprocal, rounded, sealed
-from spiel_jax.models.storage.weight import Weight, register
+from spiel_jax.models.storage.weight import Weight, as_it_lies, register
 
 _STEP = np.float32(1 / 127)
 
@@ -46,5 +46,5 @@ class Int8(Weight):
 
     def dequantize(self) -> jax.Array:
         """See ``Weight``: two products in float32, rounded to the dtype."""
-        product = sealed(self.codes.astype(jnp.float32) * self.absmax) * _STEP
+        product = sealed(as_it_lies(self.codes).astype(jnp.float32) * self.absmax) * _STEP
         return rounded(sealed(product), self.dtype).astype(self.dtype)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Self, TypeVar
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from spiel_jax.errors import SpielError
 from spiel_jax.ops.stored import Place
@@ -121,6 +122,15 @@ class Weight(ABC):
     def nbytes(self) -> int:
         """Bytes of the arrays that hold it."""
         return nbytes(self)
+
+
+def as_it_lies(codes: jax.Array) -> jax.Array:
+    """The same array, which a program does not turn in memory.
+
+    Where a product wants its matrix turned, a GPU's compiler turns the codes of all layers instead, before a
+    loop over layers begins, and holds both.
+    """
+    return with_layout_constraint(codes, Layout(major_to_minor=tuple(range(codes.ndim))))
 
 
 def nbytes(weight: Any) -> int:
