@@ -2,18 +2,17 @@ r"""Switching adapters in resident weights against merging each anew: time and m
 
     python -m experiments.adapters.hot_swap --layers=2 --rank=64
 
-The matrices are those of the linears of Llama 2 7B in bfloat16, of a few layers; entries as many as rank-64
-LoRA has parameters, in random places. Merging anew takes the pretrained weights, which must be kept, and writes
-every changed one; switching takes the old entries out and puts the new ones in. The memory of all layers is what
-the compiled programs say of them, beside the weights in use; nothing of that is allocated. Writes hot_swap.json
-into --out.
+The matrices are those of the linears of Llama 2 7B of a few layers; entries as many as rank-64
+LoRA has parameters, in random places. Merging anew takes the pretrained weights, which must be kept, and
+writes every changed one; switching takes the old entries out and puts the new ones in. The memory of all
+layers is what the compiled programs say of them, beside the weights in use; nothing of that is allocated.
+Writes hot_swap.json into --out.
 """
 
 import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +25,7 @@ from absl import flags
 from spiel_jax import cli
 from spiel_jax.adapters import Entries, HotSwap, SparseAdapter
 from spiel_jax.adapters.adapter import tensors_of
-from spiel_jax.adapters.hot_swap import _put_in, _take_out
+from spiel_jax.adapters.hot_swap import _cover, _put_in, _take_out
 from spiel_jax.adapters.stacking import stacked_deltas
 from spiel_jax.models import ModelConfig
 from spiel_jax.models.io.loading import model_shape
@@ -39,13 +38,17 @@ def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
     flags.DEFINE_integer("layers", 2, "Of Llama 2 7B, that are measured.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("rank", 64, "LoRA's of as many parameters.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("rounds", 7, "Switches and merges that are timed.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "rounds", 7, "Switches and merges that are timed.", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights.", flag_values=values)
     flags.DEFINE_string("out", "results/hot_swap", "Folder to write.", flag_values=values)
 
 
 def shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
     """Of the linears of the blocks."""
-    return {n: slot.shape for n, slot in tensors_of(model).items() if n.endswith("_proj.weight")}
+    found = {n: slot.shape for n, slot in tensors_of(model).items() if n.endswith("_proj.weight")}
+    return {name: (rows, columns) for name, (rows, columns) in found.items()}
 
 
 def random_adapter(model: ModelConfig, rank: int, seed: int) -> SparseAdapter:
@@ -70,7 +73,12 @@ def seconds(function: Callable[[int], Any], rounds: int) -> float:
     return median(times[2:])
 
 
-def compiled_memory(model: ModelConfig, rank: int) -> dict[str, float]:
+def _temporaries(lowered: Any) -> int:
+    """Bytes that a program needs beside what it is given and what it returns."""
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def compiled_memory(model: ModelConfig, rank: int, dtype: Any) -> dict[str, float]:
     """MiB that each way needs of a whole model beside the weights in use and the adapter, by compiling."""
     deltas, weights = {}, {}
     for name, (rows, columns) in shapes(replace(model, num_layers=1)).items():
@@ -79,18 +87,19 @@ def compiled_memory(model: ModelConfig, rank: int) -> dict[str, float]:
         slots = (model.num_layers, count)
         indices, values = (jax.ShapeDtypeStruct(slots, dtype) for dtype in (jnp.int32, jnp.float32))
         deltas[parameter] = SparseDelta(indices, values, (rows, columns))  # pyright: ignore
-        weights[parameter] = jax.ShapeDtypeStruct((model.num_layers, rows, columns), jnp.bfloat16)
-    held = sum(weight.size * 2 for weight in weights.values())
-    covered = jax.eval_shape(_put_in, weights, deltas)[1]
-    kept = sum(array.size * 2 for array in jax.tree.leaves(covered))
+        weights[parameter] = jax.ShapeDtypeStruct((model.num_layers, rows, columns), dtype)
+    held = sum(weight.size * dtype.itemsize for weight in weights.values())
     found = {"weights": held, "adapter": sum(leaf.size * 4 for leaf in jax.tree.leaves(deltas))}
-    temporary = [
-        lowered.compile().memory_analysis().temp_size_in_bytes
-        for lowered in (_put_in.lower(weights, deltas), _take_out.lower(weights, deltas, covered))
-    ]
+    kept, temporary = 0, []
+    for name, delta in deltas.items():
+        covered = jax.eval_shape(_cover, weights[name], delta)
+        kept += covered.size * dtype.itemsize
+        programs = [_cover.lower(weights[name], delta)]
+        programs += [program.lower(weights[name], delta, covered) for program in (_put_in, _take_out)]
+        temporary += [_temporaries(one) for one in programs]
     found["hot swap"] = kept + max(temporary)
-    anew = jax.jit(merge).lower(weights, deltas).compile().memory_analysis()
-    found["merging anew"] = held + anew.temp_size_in_bytes  # the pretrained weights beside the merged ones
+    anew = _temporaries(jax.jit(merge).lower(weights, deltas))
+    found["merging anew"] = held + anew  # the pretrained weights beside the merged ones
     return {name: size / MIB for name, size in found.items()}
 
 
@@ -103,18 +112,18 @@ def main(options: flags.FlagValues) -> None:
     params = {}
     for name, shape in shapes(replace(model, num_layers=1)).items():
         stack = rng.integers(0x3C00, 0x3D00, (model.num_layers, *shape), dtype=np.uint16)  # about 0.01
-        params[name.replace(".0.", ".")] = jnp.asarray(stack.view(jnp.bfloat16))
+        params[name.replace(".0.", ".")] = jnp.asarray(stack.view(jnp.bfloat16)).astype(options.dtype)
     deltas = [stacked_deltas(adapter, model) for adapter in adapters]
     merging = jax.jit(merge)
     anew = seconds(lambda number: merging(params, deltas[number % 2]), options.rounds)
     swap = HotSwap(params, model)
-    del params
     for number, adapter in enumerate(adapters):
         swap.add(str(number), adapter)
     swapped = seconds(lambda number: swap.use(str(number % 2)), options.rounds)
-    memory = compiled_memory(whole, options.rank)
+    memory = compiled_memory(whole, options.rank, jnp.dtype(options.dtype))
     found = {
         "device": jax.devices()[0].device_kind,
+        "dtype": options.dtype,
         "layers": options.layers,
         "entries": adapters[0].count,
         "density": adapters[0].density,

@@ -12,7 +12,7 @@ from spiel_jax.adapters.stacking import stacked_deltas
 from spiel_jax.losses.next_token import Params
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.ops.stored import is_writable
-from spiel_jax.sparse.delta import SparseDelta, base_entries, merge, unmerge
+from spiel_jax.sparse.delta import SparseDelta, gather, merged_entries, set_entries
 
 
 class HotSwap:
@@ -89,19 +89,15 @@ class HotSwap:
         """
         deltas = {} if name is None else self._deltas(name)
         if name == self.active:
-            return self.params
+            return dict(self.params)
         if self.active is not None:
-            old = self._adapters[self.active]
-            self.params |= _take_out(self._of(old), old, self._covered)
-        self.active, self._covered = None, {}
-        if name is not None:
-            changed, self._covered = _put_in(self._of(deltas), deltas)
-            self.params |= changed
-            self.active = name
-        return self.params
-
-    def _of(self, deltas: Mapping[str, SparseDelta]) -> Params:
-        return {name: self.params[name] for name in deltas}
+            for one, delta in self._adapters[self.active].items():
+                self.params[one] = _take_out(self.params[one], delta, self._covered.pop(one))
+        self.active = name
+        for one, delta in deltas.items():
+            self._covered[one] = _cover(self.params[one], delta)
+            self.params[one] = _put_in(self.params[one], delta, self._covered[one])
+        return dict(self.params)
 
     def _deltas(self, name: str) -> dict[str, SparseDelta]:
         if name not in self._adapters:
@@ -109,12 +105,21 @@ class HotSwap:
         return self._adapters[name]
 
 
-@partial(jax.jit, donate_argnums=0)
-def _put_in(params: Params, deltas: dict[str, SparseDelta]) -> tuple[Params, dict[str, jax.Array]]:
-    """Merged, and what was there before."""
-    return merge(params, deltas), base_entries(params, deltas)
+# A program for each weight: nothing is read from what is set, and the temporaries are those of one.
+
+
+@jax.jit
+def _cover(weight: Any, delta: SparseDelta) -> jax.Array:
+    """What is to be covered."""
+    return gather(weight, delta)
 
 
 @partial(jax.jit, donate_argnums=0)
-def _take_out(params: Params, deltas: dict[str, SparseDelta], covered: dict[str, jax.Array]) -> Any:
-    return unmerge(params, deltas, covered)
+def _put_in(weight: Any, delta: SparseDelta, covered: jax.Array) -> Any:
+    """Merged."""
+    return set_entries(weight, delta, merged_entries(covered, delta.values, weight.dtype))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _take_out(weight: Any, delta: SparseDelta, covered: jax.Array) -> Any:
+    return set_entries(weight, delta, covered)
