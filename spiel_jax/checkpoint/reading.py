@@ -170,7 +170,7 @@ def _part(
         like = stored[part]
         if sharding is not None:
             like = {
-                name: jax.tree.map(lambda leaf, place=sharding(name): leaf.update(sharding=place), leaves)
+                name: {key: leaf.update(sharding=sharding(name)) for key, leaf in leaves.items()}
                 for name, leaves in like.items()
             }
         return load_arrays(folder, step, {part: like})[part]
