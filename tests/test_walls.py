@@ -34,6 +34,7 @@ FLOORS = (
     "training",
     "planning",
     "cli",
+    "adapters.__main__",
     "export",
     "generate",
     "plan",
@@ -66,6 +67,8 @@ def room(module):
     package, *rest = module.split(".")
     if package != "spiel_jax":
         return None
+    if rest[-1:] == ["__main__"]:  # a command that has the name of its room
+        return ".".join(rest)
     return rest[0] if rest else "__init__"
 
 

@@ -195,3 +195,18 @@ def check_fingerprint(expected: Mapping[str, str], found: Mapping[str, str], wha
         more = [f"  and {len(names) - 5} more"] if len(names) > 5 else []
         problem = f"{what} was trained on another base model than {name}; these tensors differ:"
         raise AdapterError("\n".join([problem, *lines, *more]))
+
+
+def differing_bases(one: Origin, other: Origin) -> str:
+    """Why two adapters cannot be taken for such of one base model; empty if they can.
+
+    Fingerprints decide; where one is unknown, names do, and where one has no name either, nothing speaks
+    against it.
+    """
+    if one.fingerprint and other.fingerprint:
+        if names := differing(one.fingerprint, other.fingerprint):
+            more = f" and {len(names) - 1} more tensors differ" if len(names) > 1 else " differs"
+            return f"{names[0]}{more} ({one.base or 'unnamed'}, {other.base or 'unnamed'})"
+    elif one.base and other.base and one.base != other.base:
+        return f"{one.base} and {other.base}, and not both have a fingerprint"
+    return ""

@@ -16,6 +16,9 @@ FOLDER = "checkpoints"
 Step = int | Literal["best"] | None
 """Which checkpoint: a step, the one of the lowest held-out loss among those that are there, or the newest."""
 
+LAYOUT = 1
+"""Of what a checkpoint holds, and where; stored in it. Checkpoints that have none are of this one."""
+
 SEAL, DIGESTS, LOSS, HELDOUT = "seal", "digests", "heldout_loss", "heldout"
 """Keys of the metadata: a digest of the others; of every array; the held-out loss, and of which examples."""
 
@@ -115,6 +118,11 @@ def metadata_of(folder: Path, step: int) -> dict[str, Any]:
         raise Damaged(folder, step, f"its metadata ({_FILE}) is lost or cut off")
     if found["step"] != step or (SEAL in found and found[SEAL] != seal(found)):
         raise Damaged(folder, step, f"its metadata ({_FILE}) is not what was saved")
+    if (layout := found.get("layout", LAYOUT)) != LAYOUT:
+        raise CheckpointError(
+            f"checkpoint {step} in {folder} has layout {layout}, and this version of spiel_jax reads "
+            f"{LAYOUT}: use the version that wrote it, or a newer one"
+        )
     return found
 
 

@@ -1,6 +1,6 @@
 """What is in a run's checkpoints, for whoever wants to use or continue it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,12 +103,19 @@ def restore_state(directory: str | Path, like: TrainState, method: Method, step:
         return method.restored(load_arrays(folder, chosen(folder, step), abstract), like)
 
 
-def restore_deltas(directory: str | Path, step: Step = None) -> dict[str, SparseDelta]:
+def restore_deltas(
+    directory: str | Path,
+    step: Step = None,
+    *,
+    sharding: Callable[[str], jax.sharding.Sharding] | None = None,
+) -> dict[str, SparseDelta]:
     """The deltas of a run's checkpoint, sorted by position; nothing else is read.
 
     Args:
         directory: The run's folder (``--workdir``).
         step: Which checkpoint; None for the newest, "best" for the lowest held-out loss.
+        sharding: Target name to the sharding of its positions and values, which have one shape; None for one
+            device.
 
     Returns:
         Target name to ``SparseDelta``: give it to ``merge`` with the base parameters.
@@ -121,7 +128,7 @@ def restore_deltas(directory: str | Path, step: Step = None) -> dict[str, Sparse
     targets = stored_targets(metadata)
     if not targets:
         raise CheckpointError(f"{directory} holds no sparse deltas: its method trains none")
-    found = _part(directory, metadata, "deltas")
+    found = _part(directory, metadata, "deltas", sharding)
     return {name: target.delta(**found[name]).sort() for name, target in targets.items()}
 
 
@@ -148,11 +155,22 @@ def restore_trained(directory: str | Path, step: Step = None) -> Any:
     return restore_deltas(directory, step) if sparse else restore_trainable(directory, step)
 
 
-def _part(directory: str | Path, metadata: Mapping[str, Any], part: str) -> Any:
-    """A part of a checkpoint as it is stored, on one device."""
+def _part(
+    directory: str | Path,
+    metadata: Mapping[str, Any],
+    part: str,
+    sharding: Callable[[str], jax.sharding.Sharding] | None = None,
+) -> Any:
+    """A part of a checkpoint as it is stored, on one device or as ``sharding`` says by name."""
     folder, step = checkpoints_of(directory), metadata["step"]
     with naming_a_whole_one():
         stored = stored_arrays(folder, step)
         if part not in stored:
             raise CheckpointError(f"checkpoint {step} in {folder} holds no {part}, but {', '.join(stored)}")
-        return load_arrays(folder, step, {part: stored[part]})[part]
+        like = stored[part]
+        if sharding is not None:
+            like = {
+                name: {key: leaf.update(sharding=sharding(name)) for key, leaf in leaves.items()}
+                for name, leaves in like.items()
+            }
+        return load_arrays(folder, step, {part: like})[part]

@@ -23,6 +23,7 @@ from spiel_jax.checkpoint.metadata import (
     DIGESTS,
     FOLDER,
     HELDOUT,
+    LAYOUT,
     LOSS,
     SEAL,
     CheckpointError,
@@ -152,6 +153,7 @@ class Checkpoints:
                 "are infinite or not a number. Earlier ones are whole"
             )
         metadata = dict(metadata) | {
+            "layout": LAYOUT,
             "step": step,
             "targets": {name: target_json(target) for name, target in method.targets.items()},
             DIGESTS: {name: f"{int(value):08x}" for name, (value, _) in described.items()},

@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import app, flags
+from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file
 from support.exports import assert_same, origin_of
+from support.mesh_cases import mesh_of
 from support.run_cases import chat_file, run, tiny_config
 
 from spiel_jax import export, generate
@@ -23,7 +26,8 @@ from spiel_jax.adapters import (
     write_adapter,
 )
 from spiel_jax.adapters.load import load_run
-from spiel_jax.checkpoint import restore_deltas
+from spiel_jax.checkpoint import CheckpointError, read_metadata, restore_deltas, stored_targets
+from spiel_jax.checkpoint.metadata import LAYOUT
 from spiel_jax.models import open_model
 from spiel_jax.sparse.delta import merge
 
@@ -70,6 +74,38 @@ def test_a_gridded_run_on_a_mesh_there_and_back(trained, llama_folder, tmp_path)
     merged = found.merge(params, source.config)
     for parameter in params:
         np.testing.assert_array_equal(np.asarray(merged[parameter]), np.asarray(expected[parameter]))
+
+
+class TestOrbax:
+    @pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
+    def test_alone_it_gives_the_deltas(self, trained):
+        targets = stored_targets(read_metadata(trained))
+        folder = trained.absolute() / "checkpoints" / "6"
+        for found in (ocp.load(folder), ocp.load(folder, checkpointable_name="deltas")):
+            assert found.keys() == targets.keys()
+            for name, delta in restore_deltas(trained).items():
+                raw = targets[name].delta(found[name]["indices"], found[name]["values"]).sort()
+                np.testing.assert_array_equal(np.asarray(raw.indices), np.asarray(delta.indices))
+                np.testing.assert_array_equal(np.asarray(raw.values), np.asarray(delta.values))
+
+    def test_onto_a_mesh_and_of_a_given_step(self, trained):
+        mesh = mesh_of(1, 2, 1)
+        place = jax.NamedSharding(mesh, jax.P())
+        for step in (3, None):
+            one, spread = (
+                restore_deltas(trained, step),
+                restore_deltas(trained, step, sharding=lambda _: place),
+            )
+            for name, delta in spread.items():
+                assert delta.values.sharding.device_set == place.device_set
+                np.testing.assert_array_equal(np.asarray(delta.values), np.asarray(one[name].values))
+
+    def test_another_layout_is_refused(self, trained, monkeypatch):
+        assert read_metadata(trained)["layout"] == LAYOUT
+        monkeypatch.setattr("spiel_jax.checkpoint.metadata.LAYOUT", LAYOUT + 1)
+        for read in (read_metadata, restore_deltas, adapter_of_run):
+            with pytest.raises(CheckpointError, match=r"has layout 1, and this version of spiel_jax reads 2"):
+                read(trained)
 
 
 def load_as_vllm_does(served, patches):
