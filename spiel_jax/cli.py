@@ -83,7 +83,10 @@ def shown_plainly(options: flags.FlagValues, failure: int = 1) -> Iterator[None]
             message = f"this needs {package}, which is not installed: pip install spiel_jax"
         if options["traceback"].value:
             traceback.print_exc()
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        if isinstance(error, SpielError) and error.at_once:
+            sys.stdout.flush()
+            os._exit(failure)
         sys.exit(failure)
 
 

@@ -10,6 +10,9 @@ class SpielError(ValueError):
     The message says what is wrong and what would do, and needs no traceback beside it: commands print it
     alone. Every other error is a bug, here or in the caller's program.
 
+    Attributes:
+        at_once: Whether a command that it ends does not wait for its threads.
+
     Example:
         >>> try:
         ...     raise NotFoundError("no model at 'nowhere': expected a folder")
@@ -17,6 +20,8 @@ class SpielError(ValueError):
         ...     print(error)
         no model at 'nowhere': expected a folder
     """
+
+    at_once: bool = False
 
 
 class NotFoundError(SpielError, FileNotFoundError):

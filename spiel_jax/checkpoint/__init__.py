@@ -10,6 +10,7 @@ from spiel_jax.checkpoint.metadata import (
     FOLDER,
     CheckpointError,
     Damaged,
+    SaveFailed,
     Step,
     stored_targets,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "Damaged",
+    "SaveFailed",
     "Step",
     "newest_metadata",
     "read_facts",

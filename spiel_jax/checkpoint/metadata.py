@@ -29,6 +29,12 @@ class CheckpointError(SpielError):
     """A checkpoint is missing, damaged, or not of this run."""
 
 
+class SaveFailed(CheckpointError):
+    """A checkpoint could not be saved."""
+
+    at_once = True  # Orbax's threads wait five minutes for what does not come any more
+
+
 class Damaged(CheckpointError):
     """A checkpoint is not what was saved.
 

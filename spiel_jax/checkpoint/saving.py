@@ -28,6 +28,7 @@ from spiel_jax.checkpoint.metadata import (
     SEAL,
     CheckpointError,
     Damaged,
+    SaveFailed,
     checkpoints_of,
     metadata_of,
     one_line,
@@ -192,7 +193,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # of the system, of Orbax or of TensorStore
-            raise CheckpointError(
+            raise SaveFailed(
                 f"checkpoint {step} could not be saved in {self._folder}: {_reason(error)}. "
                 "Earlier ones are whole: mend that, and run the same command to continue from the newest"
             ) from error

@@ -15,7 +15,7 @@ from spiel_jax.checkpoint.arrays import load_arrays, stored_arrays
 from spiel_jax.config import flatten
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 240  # in which every process ends; each takes about ten
+SECONDS = 120  # in which every process ends; each takes about ten
 
 
 @dataclass(frozen=True)
