@@ -272,6 +272,7 @@ def whole(llama_folder, data, tmp_path_factory):
     return config, folder / "whole", folder / "half"
 
 
+@pytest.mark.slow
 def test_a_regridded_run_of_a_static_mask_is_the_uninterrupted_one(whole, tmp_path):
     config, expected, half = whole
     before = {path: path.read_bytes() for path in half.rglob("*") if path.is_file()}

@@ -177,12 +177,14 @@ def test_entries_evolve_where_they_should(name, runs):
     assert found[4] == pytest.approx(0.2, abs=0.02)
 
 
+@pytest.mark.slow
 def test_the_largest_gradients_are_chosen_once(runs):
     found = replaced(runs("gradient")[0] / "whole")
     assert list(found) == [2]
     assert 0.8 < found[2] < 1.0  # the few that were active and of large gradient stay
 
 
+@pytest.mark.slow
 def test_the_largest_weights_are_chosen_at_the_start(runs):
     folder, config, *_ = runs("magnitude")
     assert replaced(folder / "whole") == {}

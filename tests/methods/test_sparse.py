@@ -188,6 +188,7 @@ def test_micro_batches_do_not_change_the_step(params):
         np.testing.assert_allclose(one.trainable[name], other.trainable[name], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_layers_adapted_differently(params):
     """Layer 0 densely, layer 2 sparsely, layer 1 not at all."""
     targets = adapted(sj.Rule(r".*\.0\.mlp\.(up|down).*", 0.2), sj.Rule(r".*\.2\.mlp\.up_proj\.weight", 0.05))

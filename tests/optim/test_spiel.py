@@ -185,9 +185,8 @@ def test_long_runs_keep_positions_distinct_and_their_number(growth):
     assert replaced > 1.0
 
 
-@pytest.mark.parametrize(
-    "growth", [AccumulatedGradients(), pytest.param(MomentApproximation(), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("growth", [AccumulatedGradients(), MomentApproximation()])
 def test_matrices_reselected_together_come_out_as_one_by_one(growth, monkeypatch):
     targets = {"w": sj.Target(shape=(4, 6), count=9, stack=(6,))}
     plan = sj.Reselection(8, every=1, accumulation=1, rate=sj.constant(0.4))
