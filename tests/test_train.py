@@ -90,6 +90,7 @@ def stopping_after(monkeypatch, steps):
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [pytest.param("spiel_ag", marks=pytest.mark.slow), "spiel_ma"])
 def test_training_lowers_the_heldout_loss(config, tmp_path, method, capsys):
     config.method = method
@@ -134,6 +135,7 @@ def test_a_hundred_steps_compile_few_programs(config, tmp_path, monkeypatch, met
     assert loops[0]._step._cache_size() == programs
 
 
+@pytest.mark.slow
 def test_the_seed_determines_every_number(config, tmp_path):
     config.method = "spiel_ma"  # of fewer programs
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -173,6 +175,7 @@ def test_a_continued_run_is_the_uninterrupted_one(config, tmp_path, monkeypatch,
     assert run(config, tmp_path / "parts").step == 10  # nothing left to do
 
 
+@pytest.mark.slow
 def test_deltas_are_restored_alone_and_sorted(config, tmp_path):
     config.eval_every = 0
     summary = run(config, tmp_path)
@@ -195,6 +198,7 @@ def test_deltas_are_restored_alone_and_sorted(config, tmp_path):
         restore_deltas(tmp_path, step=3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_programs")
 def test_an_interrupted_save_leaves_the_previous_checkpoint(config, tmp_path, monkeypatch):
     with stopping_after(monkeypatch, 6):
@@ -277,6 +281,7 @@ def test_resume_needs_a_run(config, tmp_path):
         restore_deltas(tmp_path / "none")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_programs")
 def test_a_loss_that_is_not_finite_stops_and_the_run_can_go_on_without_such_steps(config, tmp_path):
     config.optimizer.learning_rate = 1e38

@@ -55,6 +55,7 @@ def command(module, *arguments):
     module.main(options)
 
 
+@pytest.mark.slow
 def test_a_gridded_run_on_a_mesh_there_and_back(trained, llama_folder, tmp_path):
     adapter = adapter_of_run(trained)
     assert adapter.origin.step == 6

@@ -129,6 +129,7 @@ def exchanged(targets, sizes):
     return allowed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 2, 2), *(pytest.param(sizes, marks=slow) for sizes in SLOW)])
 def test_a_step_exchanges_the_entries_and_on_fsdp_their_positions(sizes):
     kinds = [(sj.Phase.PLAIN, False), (sj.Phase.PLAIN, True)]

@@ -69,6 +69,7 @@ def test_any_mesh_that_divides_the_grid_continues_the_run(runs, tmp_path, mesh):
         np.testing.assert_allclose(other[name].values, delta.values, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_mesh_that_does_not_divide_the_grid_needs_another_grid(runs, tmp_path):
     folder = runs.copy(tmp_path / "run")
     mesh = {"data": 1, "fsdp": 1, "tensor": 4}

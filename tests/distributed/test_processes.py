@@ -153,6 +153,7 @@ def train_in_two(config_file, tmp_path, method, devices, mesh):
     return alone, pair
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(config_file, tmp_path):
     train_in_two(config_file, tmp_path, "spiel_ag", 1, (1, 2, 1))
 

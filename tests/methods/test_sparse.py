@@ -142,6 +142,7 @@ def test_gradients_are_those_of_dense_autodiff(params, phase, micro_batches):
                 assert len(set(best) - set(chosen)) <= 1  # a near tie may fall either way
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "growth", [AccumulatedGradients(), pytest.param(MomentApproximation(), marks=pytest.mark.slow)]
 )
@@ -159,6 +160,7 @@ def test_in_place_merge_is_per_use_scatter_bit_for_bit(params, growth):
     assert other_step._cache_size() == (3 if growth.uses_candidates else 2)  # 2 estimating steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_unmerge_gives_the_pretrained_weights_back(params, dtype):
     params = {name: param.astype(dtype) for name, param in params.items()}

@@ -299,6 +299,7 @@ def test_other_dictionaries_and_orders(kind):
 # optax.MultiSteps
 
 
+@pytest.mark.slow
 def test_multi_steps_are_the_run_with_mean_gradients():
     goals, micro = [weights(seed) for seed in range(3)], 3
     mean = jax.tree.map(lambda *g: sum(g) / micro, *goals)

@@ -42,6 +42,7 @@ def x64():
 FEW = ("ag", "ag, original", "ag, tiny", "ma", "ma by the minimum around adam")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, marks=() if case.name in FEW else pytest.mark.slow, id=case.name) for case in CASES],

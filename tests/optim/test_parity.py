@@ -268,6 +268,7 @@ def test_with_all_corrections_off_it_is_the_reference():
     assert same(trajectory(tx, PLAN.original(), AccumulatedGradients.reference()), by_hand)
 
 
+@pytest.mark.slow
 def test_moment_approximation_differs_by_its_schedule_only():
     plan = sj.Reselection(16, 5, 2, sj.cosine(0.4), first=None, long_phases=True, idle_phases=True)
     reference = sj.spiel_ma(0.05, TARGETS, schedule=PLAN, parity="reference")

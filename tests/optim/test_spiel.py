@@ -217,6 +217,7 @@ def test_matrices_reselected_together_come_out_as_one_by_one(growth, monkeypatch
         jax.tree.map(np.testing.assert_array_equal, together, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [sj.spiel_ag, sj.spiel_ma])
 def test_phases_follow_from_the_count_where_the_host_does_not_give_them(method):
     targets = {"w": sj.Target(shape=(6, 8), count=10, stack=(2,))}

@@ -163,6 +163,7 @@ def test_a_base_that_has_moved_is_named_anew(half):
         load_run(folder / "half", model="away/nowhere/x")
 
 
+@pytest.mark.slow
 def test_other_data_are_accepted_knowingly(half, caplog, tmp_path):
     folder, config = half
     CHANGES["chat.jsonl: 80 examples then, 60 now"](folder, config)
@@ -269,6 +270,7 @@ class TestExtend:
         config.steps = 2
         return config
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "method", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("spiel_ag", "spiel_ma"))]
     )

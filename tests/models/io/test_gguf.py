@@ -263,6 +263,7 @@ class TestSmolLM2:
         preset = dataclasses.replace(ModelConfig.smollm2_135m(), initializer_range=0.02)
         assert smollm2.config == preset
 
+    @pytest.mark.slow
     def test_logits_equal_those_of_transformers(self, smollm2, logits, tokenizer):
         config = LlamaConfig(
             vocab_size=49152,

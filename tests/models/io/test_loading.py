@@ -630,6 +630,7 @@ print((peak() - before) / sum(param.nbytes for param in params.values()))
 """
 
 
+@pytest.mark.slow
 def test_peak_host_memory_is_near_the_models_size(tmp_path):
     config = SIZES | {
         "model_type": "llama",
