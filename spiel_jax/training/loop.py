@@ -52,6 +52,7 @@ class Loop:
         )
         self._unread: list[tuple[int, dict[str, jax.Array]]] = []  # step, metrics
         self._in_a_row = 0  # steps that were skipped
+        self._others_asked = False  # to stop, where there are several processes
 
     def run(
         self,
@@ -100,10 +101,12 @@ class Loop:
     def _is_to_stop(self) -> bool:
         """Whether numbers of the run could not be written, and the config says to stop then."""
         lost = self.config.on_record_failure == "stop" and self.recorder.failed
-        if lost and jax.process_count() > 1:  # the others are asked too, and all agree on the step
+        if jax.process_count() == 1:
+            return lost
+        if lost and not self._others_asked:  # once: a second signal means it. All agree on the step
+            self._others_asked = True
             signal.raise_signal(signal.SIGTERM)
-            return False
-        return lost
+        return False
 
     def _evaluate_now(self, step: int, state: TrainState) -> float | None:
         """The held-out loss, recorded; None if there is none, or it is not finite."""

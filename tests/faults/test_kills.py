@@ -4,8 +4,7 @@ import os
 import random
 
 import pytest
-from support.faulty_runs import Command, assert_same_end, end_of
-from support.run_cases import chat_file, tiny_config
+from support.faulty_runs import assert_same_end, end_of, uninterrupted
 
 KILLS = int(os.environ.get("SPIEL_JAX_KILLS", "25"))
 METHODS = ("spiel_ag", "spiel_ma", "lora", "full")
@@ -14,13 +13,7 @@ METHODS = ("spiel_ag", "spiel_ma", "lora", "full")
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(METHODS)), ids=METHODS)
 def test_killed_runs_are_the_uninterrupted_one(number, tmp_path, llama_folder):
-    config = tiny_config(llama_folder, chat_file(tmp_path), METHODS[number])
-    config.checkpoint_every = 1
-    config.eval_every, config.eval_batches = 2, None
-    command = Command.of(config, tmp_path)
-    counted = tmp_path / "calls"
-    assert command.run(tmp_path / "whole", CALLS=str(counted)).returncode == 0
-    calls, expected = int(counted.read_text()), end_of(tmp_path / "whole")
+    command, calls, expected = uninterrupted(METHODS[number], tmp_path, llama_folder, every=1)
     kills, chain = 0, 0
     while kills < KILLS / len(METHODS):
         draw = random.Random(f"{METHODS[number]} {chain}")

@@ -5,8 +5,7 @@ import os
 import random
 
 import pytest
-from support.faulty_runs import Command, assert_same_end, end_of
-from support.run_cases import chat_file, tiny_config
+from support.faulty_runs import assert_same_end, end_of, uninterrupted
 
 ERRORS = int(os.environ.get("SPIEL_JAX_STORAGE_ERRORS", "16"))
 CODES = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EDQUOT, errno.EROFS)
@@ -15,13 +14,7 @@ CODES = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EDQUOT, errno.EROFS)
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["spiel_ag", "lora"])
 def test_a_storage_error_is_a_line_and_the_run_goes_on_afterwards(method, tmp_path, llama_folder):
-    config = tiny_config(llama_folder, chat_file(tmp_path), method)
-    config.checkpoint_every = 2
-    config.eval_every, config.eval_batches = 2, None
-    command = Command.of(config, tmp_path)
-    counted = tmp_path / "calls"
-    assert command.run(tmp_path / "whole", CALLS=str(counted)).returncode == 0
-    calls, expected = int(counted.read_text()), end_of(tmp_path / "whole")
+    command, calls, expected = uninterrupted(method, tmp_path, llama_folder, every=2)
     ended = 0
     for number in range(ERRORS // 2):
         draw = random.Random(f"{method} {number}")

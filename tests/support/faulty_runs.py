@@ -13,6 +13,7 @@ import numpy as np
 from spiel_jax.checkpoint import FOLDER, read_metadata
 from spiel_jax.checkpoint.arrays import load_arrays, stored_arrays
 from spiel_jax.config import flatten
+from support.run_cases import chat_file, tiny_config
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 120  # in which every process ends; each takes about ten
@@ -50,6 +51,23 @@ class Command:
             timeout=SECONDS,
             check=False,
         )
+
+
+def uninterrupted(method, folder, model, every):
+    """The command of a small run, how many calls touch its folder, and what it comes to without a fault.
+
+    Args:
+        method: Its method.
+        folder: For its data, its configuration, and a run of it.
+        model: Folder of the base model.
+        every: Steps between checkpoints.
+    """
+    config = tiny_config(model, chat_file(folder), method)
+    config.checkpoint_every = every
+    config.eval_every, config.eval_batches = 2, None
+    command, counted = Command.of(config, folder), folder / "calls"
+    assert command.run(folder / "whole", CALLS=str(counted)).returncode == 0
+    return command, int(counted.read_text()), end_of(folder / "whole")
 
 
 def end_of(workdir):

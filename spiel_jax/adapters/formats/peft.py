@@ -5,13 +5,13 @@ A folder with ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.b
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from spiel_jax.adapters.adapter import Adapter, AdapterError
+from spiel_jax.adapters.adapter import Adapter, AdapterError, Entries, SparseAdapter
 from spiel_jax.adapters.card import write_card
 from spiel_jax.adapters.files import read_json, read_tensors, write_dict, write_json
 from spiel_jax.adapters.formats.description import Description, describe, described
@@ -152,6 +152,35 @@ class About:
         """Makes sure of a shape that the tensors themselves tell."""
         if (self.model is not None or self.description.shapes) and self.shape(name) != shape:
             raise AdapterError(f"{name} is {list(shape)}, expected {list(self.shape(name))}")
+
+
+def sparse_adapter(
+    weights: Mapping[str, dict[str, np.ndarray]],
+    about: About,
+    parts: tuple[str, str],
+    flat: Callable[[np.ndarray, tuple[int, int]], np.ndarray] | None = None,
+) -> SparseAdapter:
+    """The adapter whose positions and values are two tensors of each weight.
+
+    Args:
+        weights: Name of the weight to its tensors by part.
+        about: The folder that they are of.
+        parts: Names of the positions and of the values.
+        flat: Makes flat positions of a weight's, given its shape; None: they are flat.
+
+    Raises:
+        AdapterError: If a weight's are not valid, with its name.
+    """
+    indices, values = parts
+    entries = {}
+    for name, tensors in weights.items():
+        shape = about.shape(name)
+        try:
+            positions = tensors[indices] if flat is None else flat(tensors[indices], shape)
+            entries[name] = Entries.unordered(shape, positions, tensors[values])
+        except AdapterError as error:
+            raise AdapterError(f"{name}: {error}") from error
+    return SparseAdapter(entries, about.origin)
 
 
 def peft_type(path: Path) -> str | None:

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from spiel_jax.adapters.adapter import Adapter, AdapterError, Entries, SparseAdapter
+from spiel_jax.adapters.adapter import Adapter, AdapterError, SparseAdapter
 from spiel_jax.adapters.formats.format import Export, register
-from spiel_jax.adapters.formats.peft import About, PeftFormat
+from spiel_jax.adapters.formats.peft import About, PeftFormat, sparse_adapter
 
 _INDICES, _VALUES = "shira_indices", "shira_weight"
 
@@ -56,14 +56,7 @@ class Shira(PeftFormat):
         self, config: Mapping[str, Any], weights: Mapping[str, dict[str, np.ndarray]], about: About
     ) -> Adapter:
         """See ``PeftFormat``."""
-        entries = {}
-        for name, parts in weights.items():
-            shape = about.shape(name)
-            try:
-                entries[name] = Entries.unordered(shape, _flat(parts[_INDICES], shape), parts[_VALUES])
-            except AdapterError as error:
-                raise AdapterError(f"{name}: {error}") from error
-        return SparseAdapter(entries, about.origin)
+        return sparse_adapter(weights, about, (_INDICES, _VALUES), _flat)
 
 
 def _flat(place: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

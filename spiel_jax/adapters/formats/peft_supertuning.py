@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from spiel_jax.adapters.adapter import Adapter, AdapterError, Entries, SparseAdapter
+from spiel_jax.adapters.adapter import Adapter, AdapterError, SparseAdapter
 from spiel_jax.adapters.formats.format import Export, register
-from spiel_jax.adapters.formats.peft import About, PeftFormat
+from spiel_jax.adapters.formats.peft import About, PeftFormat, sparse_adapter
 
 _INDICES, _VALUES = "supertuning_indices", "supertuning_values"
 
@@ -55,13 +55,7 @@ class SuperTuning(PeftFormat):
         self, config: Mapping[str, Any], weights: Mapping[str, dict[str, np.ndarray]], about: About
     ) -> Adapter:
         """See ``PeftFormat``."""
-        entries = {}
-        for name, parts in weights.items():
-            try:
-                entries[name] = Entries.unordered(about.shape(name), parts[_INDICES], parts[_VALUES])
-            except AdapterError as error:
-                raise AdapterError(f"{name}: {error}") from error
-        return SparseAdapter(entries, about.origin)
+        return sparse_adapter(weights, about, (_INDICES, _VALUES))
 
 
 def _count(shape: tuple[int, int], sparsity: float) -> int:

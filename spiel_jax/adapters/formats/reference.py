@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from spiel_jax.adapters.adapter import Adapter, AdapterError, Entries, SparseAdapter
+from spiel_jax.adapters.adapter import Adapter, AdapterError, SparseAdapter
 from spiel_jax.adapters.formats.format import Export, register
-from spiel_jax.adapters.formats.peft import About, PeftFormat
+from spiel_jax.adapters.formats.peft import About, PeftFormat, sparse_adapter
 
 _INDICES, _VALUES = "sft_delta.indices", "sft_delta.values"
 
@@ -68,7 +68,7 @@ class Reference(PeftFormat):
         self, config: Mapping[str, Any], weights: Mapping[str, dict[str, np.ndarray]], about: About
     ) -> Adapter:
         """See ``PeftFormat``."""
-        counts, entries = config.get("num_deltas"), {}
+        counts = config.get("num_deltas")
         if not isinstance(counts, dict):
             raise AdapterError(
                 f"num_deltas = {str(counts)[:100]}: expected the number of deltas of each module"
@@ -79,9 +79,4 @@ class Reference(PeftFormat):
             raise AdapterError(
                 f"num_deltas says {counts.get(name)} of {name[:200]!r}, the file has {found.get(name)}"
             )
-        for name, parts in weights.items():
-            try:
-                entries[name] = Entries.unordered(about.shape(name), parts[_INDICES], parts[_VALUES])
-            except AdapterError as error:
-                raise AdapterError(f"{name}: {error}") from error
-        return SparseAdapter(entries, about.origin)
+        return sparse_adapter(weights, about, (_INDICES, _VALUES))
