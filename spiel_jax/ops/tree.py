@@ -32,16 +32,28 @@ def all_finite(tree: Any) -> jax.Array:
     >>> bool(all_finite({"a": jnp.ones(3), "b": jnp.arange(2)})), bool(all_finite([jnp.array(jnp.nan)]))
     (True, False)
     """
-    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    # a sum of zeros, and not `isfinite(leaf).all()`, which XLA writes out on a CPU, nor the largest
-    # magnitude, which is not NaN there where one is
-    zeros = [(leaf.astype(jnp.float32) * 0).sum() for leaf in floats]
-    return functools.reduce(jnp.logical_and, (zero == 0 for zero in zeros), jnp.array(True))
+    floats = (leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating))
+    return functools.reduce(jnp.logical_and, map(_array_finite, floats), jnp.array(True))
+
+
+def _array_finite(array: jax.Array) -> jax.Array:
+    """As integers, the bits of infinities and NaNs are above those of the largest number of their sign.
+
+    So nothing is computed before it is reduced: XLA writes out on a CPU what `isfinite(array).all()` reduces,
+    a mask as long as the array. (The largest magnitude is not NaN there where one is.)
+    """
+    info = jnp.finfo(array.dtype)
+    signed, unsigned = jnp.dtype(f"i{array.itemsize}"), jnp.dtype(f"u{array.itemsize}")
+    positive, negative = info.max.view(signed), info.min.view(unsigned)
+    # of signed bits every positive number is above the negative ones, of unsigned ones below
+    positives = jax.lax.bitcast_convert_type(array, signed).max(initial=0) <= positive
+    negatives = jax.lax.bitcast_convert_type(array, unsigned).max(initial=0) <= negative
+    return positives & negatives
 
 
 @functools.partial(jax.jit, static_argnames="stacked")
 def _held_finite(leaf: Any, layer: Any, stacked: bool) -> jax.Array:
-    if stacked:  # a layer at a time: 16-bit floats become 32-bit ones
+    if stacked:  # a layer at a time: other weights become arrays
         leaf = jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False), leaf)
     # floats that are held as bits, else the floats that hold others
     floats = any(jnp.issubdtype(part.dtype, jnp.floating) for part in jax.tree.leaves(leaf))
