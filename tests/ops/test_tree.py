@@ -14,7 +14,9 @@ def test_one_value_that_is_not_finite_is_found(dtype, bad):
     bad = np.copysign(np.nan, bad) if dtype == "float8_e4m3fn" else bad  # which has no infinity
     limits = jnp.finfo(dtype)
     leaf = (
-        jnp.ones((64, 96, 32), dtype).at[0, 0, :4].set(jnp.array([limits.max, limits.min, -0.0, 0.0], dtype))
+        jnp.ones((64, 96, 32), dtype)
+        .at[0, 0, :4]
+        .set(jnp.array([float(limits.max), float(limits.min), -0.0, 0.0]).astype(dtype))
     )
     finite = jax.jit(all_finite)
     assert finite([leaf, jnp.zeros((0, 3), dtype), jnp.arange(3)])
