@@ -14,9 +14,9 @@ from configs.llama2_13b import get_config as dense_config
 from spiel_jax.config import Config
 
 
-def get_config() -> Config:
-    """The configuration."""
-    config = dense_config()
+def get_config(mixture: str | None = None) -> Config:
+    """The configuration; of a mixture of the paper as in ``llama2_7b.py``."""
+    config = dense_config(mixture)
     config.model.quantization = "nf4"
     config.spiel.delta_dtype = "bfloat16"
     return config

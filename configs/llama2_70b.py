@@ -16,18 +16,14 @@ Reproduction record: not run yet at this size; the same program was run end to e
 SmolLM2-135M (configs/smollm2_135m.py).
 """
 
-from spiel_jax.config import Config, default_config
+from configs.llama2_7b import get_config as of_7b
+from spiel_jax.config import Config
 
 
-def get_config() -> Config:
-    """The configuration."""
-    config = default_config()
+def get_config(mixture: str | None = None) -> Config:
+    """The configuration; of a mixture of the paper as in ``llama2_7b.py``."""
+    config = of_7b(mixture)
     config.model.source = "meta-llama/Llama-2-70b-hf"
     config.targets.num_tunable = 64 * 12_943_360
-    config.optimizer.learning_rate = 3e-5
-    config.optimizer.weight_decay = 3.0
-    config.data.sources = ("train.jsonl",)
-    config.data.on_malformed = "skip"
-    config.micro_batch_size = 16
-    config.mesh.fsdp = 16
+    config.mesh.data, config.mesh.fsdp = -1, 16
     return config

@@ -8,6 +8,14 @@ decay after 3% of warm-up, base in bfloat16, deltas in float32, as many tunable 
 (2,498,560 a rank), reselection every 20 steps after 5 of estimation, initial rate 0.2. Learning rates
 tried there: SpIEL-AG 1e-4, 3e-5, 1e-5, 3e-6; SpIEL-MA 2e-3, 1e-3, 7e-4, 4e-4; weight decay 1, 3, 10, 30.
 
+    python -m experiments.mixtures.prepare --mixture=flan_v2 --published=... --out=data/flan_v2.jsonl
+    python -m spiel_jax.train --config=configs/llama2_7b.py:flan_v2 --workdir=runs/flan_v2
+
+are the paper's experiments on one of its mixtures (flan_v2, gpt4_alpaca, tulu_v2): besides, examples are not
+packed, Adam's eps is 1e-6, and 256 examples are held out, where the paper held none. The conversations are
+written as Tülu's, since the base model has no template. Which rate and decay the paper took of those it tried
+is not published, but for a run's name that has 1e-5 and 30 (13B, Tülu v2, SpIEL-AG).
+
 Memory: 12.6 GiB of base weights; 24 bytes a tunable weight of trainer state and 12 a candidate for
 SpIEL-AG (5.4 GiB), 12 bytes for SpIEL-MA (1.8 GiB); activations of `micro_batch_size` sequences.
 
@@ -17,11 +25,13 @@ device with SpIEL-AG, 4.6 with SpIEL-MA. The full size was run with random weigh
 (tests/methods/test_7b.py).
 """
 
-from spiel_jax.config import Config, default_config
+from spiel_jax.config import Config, ConfigError, default_config
+
+MIXTURES = ("flan_v2", "gpt4_alpaca", "tulu_v2")
 
 
-def get_config() -> Config:
-    """The configuration."""
+def get_config(mixture: str | None = None) -> Config:
+    """The configuration; of a mixture of the paper, as ``experiments.mixtures.prepare`` writes it."""
     config = default_config()
     config.model.source = "meta-llama/Llama-2-7b-hf"
     config.targets.num_tunable = 64 * 2_498_560
@@ -31,4 +41,11 @@ def get_config() -> Config:
     config.data.on_malformed = "skip"
     config.micro_batch_size = 16
     config.mesh.data, config.mesh.fsdp = 1, -1
+    if mixture is not None:
+        if mixture not in MIXTURES:
+            raise ConfigError(f"unknown mixture {mixture!r}: expected one of {', '.join(MIXTURES)}")
+        config.data.sources = (f"data/{mixture}.jsonl",)
+        config.data.heldout = 256
+        config.data.packing = False
+        config.optimizer.eps = 1e-6
     return config

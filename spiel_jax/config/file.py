@@ -60,6 +60,7 @@ def read(file: str) -> Config:
     module = types.ModuleType(_MODULE)
     module.__file__ = str(path)
     sys.modules[_MODULE] = module
+    sys.path.append(beside := str(Path(path).resolve().parents[1]))  # configs/a.py may import configs.b
     try:
         exec(compile(_text(path), path, "exec", dont_inherit=True), vars(module))
         if not callable(get_config := vars(module).get("get_config")):
@@ -69,6 +70,8 @@ def read(file: str) -> Config:
         raise
     except Exception as error:
         raise ConfigError(f"{path}{_line(error, path)}: {_problem(error, path)}") from error
+    finally:
+        sys.path.remove(beside)
     if isinstance(config, FrozenConfigDict):
         config = config.as_configdict()
     if not isinstance(config, ConfigDict):
