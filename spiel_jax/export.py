@@ -25,6 +25,12 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_string(
+        "tokenizer",
+        None,
+        "Of merged: where the tokenizer is, if not with the model, or no longer where a run had it.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
         "format",
         None,
         "native | merged | peft (or one type of it: peft_supertuning, peft_shira, peft_lora, peft_ia3) | "
@@ -70,6 +76,8 @@ def main(options: flags.FlagValues) -> None:
                 raise app.UsageError(f"--{name} is for a run: it goes with --checkpoint")
     if options.from_step is not None and options.format != "sparse_update":
         raise app.UsageError("--from_step is for --format=sparse_update")
+    if options.tokenizer is not None and options.format != "merged":
+        raise app.UsageError("--tokenizer is for --format=merged, which writes one")
     from spiel_jax import adapters
     from spiel_jax.adapters.formats.format import format_named
     from spiel_jax.models.io.loading import model_shape
@@ -81,9 +89,10 @@ def main(options: flags.FlagValues) -> None:
     adapter = _adapter(options, options.step, shape)
     base, since = None, None
     if needs_base and options.checkpoint is not None:
-        base = adapters.base_of_run(options.checkpoint, options.step, model=options.model)
+        places = {"model": options.model, "tokenizer": options.tokenizer}
+        base = adapters.base_of_run(options.checkpoint, options.step, **places)
     elif needs_base:
-        base = adapters.open_base(options.model, adapter.origin)
+        base = adapters.open_base(options.model, adapter.origin, tokenizer=options.tokenizer)
     if options.from_step is not None:
         since = _adapter(options, options.from_step, None)
     out = adapters.write_adapter(

@@ -113,11 +113,12 @@ def _models(options: flags.FlagValues) -> tuple[Any, Any, dict[str, Any], Any]:
         return found.config, found.tokenizer, uses, None
     if options.checkpoint is None:
         from spiel_jax.models.io.loading import open_model
+        from spiel_jax.models.io.tokenizer_places import open_tokenizer
 
-        source = open_model(options.model)
-        named = source if options.tokenizer is None else open_model(options.tokenizer)
+        source, place = open_model(options.model), options.tokenizer
+        tokenizer = source.tokenizer() if place is None else open_tokenizer(place)
         params = source.load("bfloat16")
-        return source.config, named.tokenizer(), {options.model: lambda: params}, None
+        return source.config, tokenizer, {options.model: lambda: params}, None
     from spiel_jax.adapters.load import load_run
 
     run = load_run(

@@ -17,6 +17,7 @@ from spiel_jax.models.io.fingerprint import Fingerprinter, differing
 from spiel_jax.models.io.holding import held_as_it_is, quantized_specs
 from spiel_jax.models.io.loading import ModelSource, open_model
 from spiel_jax.models.io.names import Placement, expected_tensors
+from spiel_jax.models.io.tokenizer_places import open_tokenizer
 from spiel_jax.models.storage import kind_named
 from spiel_jax.models.storage.weight import Weight, kind_name
 from spiel_jax.ops.stored import as_array, is_stored
@@ -58,8 +59,8 @@ class Base:
 
     def tokenizer(self) -> Any:
         """The tokenizer that the run used."""
-        named = self.source if self.tokenizer_name is None else open_model(self.tokenizer_name)
-        tokenizer = named.tokenizer()
+        name = self.tokenizer_name
+        tokenizer = self.source.tokenizer() if name is None else open_tokenizer(name)
         if self.chat_template is not None:
             use_template(tokenizer, self.chat_template)
         return tokenizer

@@ -49,13 +49,20 @@ def adapter_of_run(directory: str | Path, step: int | None = None, *, model: str
     return adapter_of(method, restore_trained(directory, metadata["step"]), shape, origin)
 
 
-def base_of_run(directory: str | Path, step: int | None = None, *, model: str | None = None) -> Base:
+def base_of_run(
+    directory: str | Path,
+    step: int | None = None,
+    *,
+    model: str | None = None,
+    tokenizer: str | None = None,
+) -> Base:
     """The base model of a run, as the run held it, with the tokenizer and chat template of the run.
 
     Args:
         directory: The run's folder (``--workdir``).
         step: Which checkpoint; None for the newest.
         model: Where the base model is, if no longer where the run's configuration says.
+        tokenizer: Where the tokenizer is, if no longer there either.
 
     Raises:
         CheckpointError: If there is no such checkpoint.
@@ -68,7 +75,7 @@ def base_of_run(directory: str | Path, step: int | None = None, *, model: str | 
         name,
         Origin(settings["model.source"], metadata["fingerprint"], settings),
         preset=settings["model.preset"] if name == "random" else None,
-        tokenizer=settings["model.tokenizer"],
+        tokenizer=settings["model.tokenizer"] if tokenizer is None else tokenizer,
     )
     return replace(base, chat_template=metadata.get("chat_template"))
 

@@ -1,7 +1,8 @@
 """The model that a run has trained: a checkpoint put on its base."""
 
+import contextlib
 import datetime
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from spiel_jax.errors import NotFoundError
 from spiel_jax.methods.registry import build
 from spiel_jax.models import ModelConfig
 from spiel_jax.models.io.fingerprint import differing, fingerprint
-from spiel_jax.models.io.loading import ModelSource, open_model
+from spiel_jax.models.io.loading import open_model
+from spiel_jax.models.io.tokenizer_places import open_tokenizer
 from spiel_jax.models.storage import kind_named
 from spiel_jax.ops.stored import is_writable
 
@@ -86,9 +88,11 @@ def load_run(
     settings = metadata["config"]
     dtype = jnp.dtype(settings["model.dtype"])
     name = settings["model.source"] if model is None else model
-    source = _opened("model", name, preset=settings["model.preset"] if model is None else None)
+    with _says_how_to_name("model"):
+        source = open_model(name, preset=settings["model.preset"] if model is None else None)
     named = settings["model.tokenizer"] if tokenizer is None else tokenizer
-    read = (source if named is None else _opened("tokenizer", named)).tokenizer()
+    with _says_how_to_name("tokenizer"):
+        read = source.tokenizer() if named is None else open_tokenizer(named)
     if "chat_template" in metadata:  # earlier versions had no other than the tokenizer's
         use_template(read, metadata["chat_template"])
     date = datetime.datetime.fromisoformat(metadata["date"]) if "date" in metadata else None
@@ -119,10 +123,11 @@ def load_run(
     return LoadedRun(metadata["step"], settings, source.config, kept, tuned, read, date, lost)
 
 
-def _opened(what: str, place: str, **options: Any) -> ModelSource:
-    """The model in a place; if there is none, the error says how to name another."""
+@contextlib.contextmanager
+def _says_how_to_name(what: str) -> Iterator[None]:
+    """If nothing is in a place, the error says how to name another."""
     try:
-        return open_model(place, **options)
+        yield
     except NotFoundError as error:
         raise NotFoundError(f"{error}. If it lies elsewhere now, name the place: --{what}=...") from error
 

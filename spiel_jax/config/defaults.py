@@ -40,7 +40,9 @@ def default_config() -> Config:
                 # org/name@revision), or random
                 "source": "",
                 "preset": optional(str),  # shape of a random model, such as llama2_7b
-                "tokenizer": optional(str),  # another source to take the tokenizer from
+                # another place to take the tokenizer from: a folder with its files, a .gguf file, package:NAME,
+                # a hub id; no weights need be there
+                "tokenizer": optional(str),
                 "dtype": "bfloat16",  # of the base weights: bfloat16 | float32
                 # how the frozen weights of the blocks' linears are held: none (arrays), nf4 (4 bits, as in
                 # QLoRA), fp4, int8 (as in LLM.int8()). A model that is quantised so already keeps its codes

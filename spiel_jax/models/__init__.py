@@ -5,6 +5,7 @@ from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import CausalLM, abstract_params, bind, init_params, layer_names
 from spiel_jax.models.io.fingerprint import differing, fingerprint
 from spiel_jax.models.io.loading import ModelSource, open_model
+from spiel_jax.models.io.tokenizer_places import open_tokenizer
 from spiel_jax.models.layers import AdaptedLinear, Adapter
 from spiel_jax.models.rope import RopeScaling
 
@@ -24,4 +25,5 @@ __all__ = [
     "init_params",
     "layer_names",
     "open_model",
+    "open_tokenizer",
 ]

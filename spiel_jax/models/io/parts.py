@@ -42,3 +42,14 @@ def first_parts(files: Iterable[Path]) -> list[Path]:
         match = _NUMBERED.fullmatch(file.name)
         models.setdefault(match.group(1, 3, 4) if match else (file.name,), file)
     return list(models.values())
+
+
+def first_name(path: str | Path) -> str:
+    """The name of the first of the files that a file is one of; its own if that has no number.
+
+    >>> first_name("m-00002-of-00003.gguf")
+    'm-00001-of-00003.gguf'
+    """
+    name = Path(path).name
+    match = _NUMBERED.fullmatch(name)
+    return name if match is None else f"{match[1]}-00001-of-{match[3]}{match[4]}"
