@@ -34,7 +34,7 @@ class Base:
         kind: How those of the blocks' linears were held; None as arrays.
         seed: Of random weights.
         tokenizer_name: Another source that the tokenizer comes from.
-        chat_template: That of the run, where it is another than the tokenizer's.
+        chat_template: That of the run, or several by name, where they are others than the tokenizer's.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Base:
     kind: type[Weight] | None = None
     seed: int = 0
     tokenizer_name: str | None = None
-    chat_template: str | None = None
+    chat_template: str | Mapping[str, str] | None = None
     _print: Fingerprinter = field(default_factory=Fingerprinter, repr=False)
     _read_names: set[str] = field(default_factory=set, repr=False)
 

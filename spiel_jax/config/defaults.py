@@ -40,8 +40,8 @@ def default_config() -> Config:
                 # org/name@revision), or random
                 "source": "",
                 "preset": optional(str),  # shape of a random model, such as llama2_7b
-                # another place to take the tokenizer from: a folder with its files, a .gguf file, package:NAME,
-                # a hub id; no weights need be there
+                # another place to take the tokenizer from: a folder with its files, a .gguf file,
+                # package:NAME, a hub id; no weights need be there
                 "tokenizer": optional(str),
                 "dtype": "bfloat16",  # of the base weights: bfloat16 | float32
                 # how the frozen weights of the blocks' linears are held: none (arrays), nf4 (4 bits, as in

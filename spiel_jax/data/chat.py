@@ -62,7 +62,9 @@ class Encoder:
             )
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, date)
-        self._writer = Writer(self._template, TurnEnds(tokenizer))
+        ends = TurnEnds(tokenizer)
+        self._writer = Writer(self._template, ends)
+        self._tool_writer = Writer(self._template.tool_use or self._template, ends)
         self._plain = style == "plain" or (style == "auto" and tokenizer.chat_template is None)
         if self._plain and tokenizer.eos_token_id is None:
             raise SpielError("plain text needs an end-of-sequence token; the tokenizer has none")
@@ -148,7 +150,8 @@ class Encoder:
                 raise TemplateMismatch(
                     f"the chat template does not write {passed_over}: remove it, or give another template"
                 )
-        return (yield from self._writer.write(messages, turns, tools))
+        writer = self._tool_writer if tools else self._writer
+        return (yield from writer.write(messages, turns, tools))
 
     def _plain_text(self, prompt: str, completion: str) -> Rendered:
         if self._tokenizer.eos_token_id is None:

@@ -1,6 +1,7 @@
 """Tokens at which generation stops: the ends of the assistant's turns."""
 
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from spiel_jax.data.templates import MARK, ChatTemplate, TemplateRefusal
@@ -9,10 +10,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_SAID = "generation_stops"
+
+
+def add_stops(tokenizer: "PreTrainedTokenizerBase", tokens: Iterable[int]) -> None:
+    """Notes on a tokenizer at what generation stops besides, as ``generation_config.json`` says.
+
+    Args:
+        tokenizer: Which keeps it as an attribute.
+        tokens: Numbers; those that no token of it has are left out.
+    """
+    setattr(tokenizer, _SAID, frozenset(token for token in tokens if 0 <= token < len(tokenizer)))
+
+
 def stop_tokens(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate | None = None) -> set[int]:
     """Tokens that end an assistant's turn: end of sequence, and what the chat template ends a turn with.
 
-    The latter counts only if it is a token of its own, such as ``<|im_end|>``, not ordinary text.
+    The latter counts only if it is a token of its own, such as ``<|im_end|>``, not ordinary text. End of
+    sequence are those that the tokenizer names, and its model's ``generation_config.json`` (see `add_stops`).
 
     Args:
       tokenizer: whose tokens they are.
@@ -23,15 +38,16 @@ def stop_tokens(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate | N
     """
     template = template or ChatTemplate(tokenizer)
     eos: Any = tokenizer.eos_token_id
-    stops = set() if eos is None else {eos}
+    stops = set(getattr(tokenizer, _SAID, ())) | (set() if eos is None else {eos})
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
-    try:
-        _, mark, after = template.write(turn).rpartition(MARK)
-    except TemplateRefusal:  # it wants more of a conversation than this
-        return stops
-    if mark:
-        first = tokenizer.encode(after.strip(), add_special_tokens=False)[:1]
-        stops.update(token for token in first if token in tokenizer.added_tokens_decoder)
+    for one in (template, template.tool_use):
+        try:
+            _, mark, after = ("" if one is None else one.write(turn)).rpartition(MARK)
+        except TemplateRefusal:  # it wants more of a conversation than this
+            continue
+        if mark:
+            first = tokenizer.encode(after.strip(), add_special_tokens=False)[:1]
+            stops.update(token for token in first if token in tokenizer.added_tokens_decoder)
     return stops
 
 

@@ -48,8 +48,15 @@ class TemplateRefusal(SpielError):
     """A chat template does not take a conversation; the message is the template's own, or what went wrong."""
 
 
+_TOOL_USE = "tool_use"
+"""The name under which transformers looks for the template of conversations with tools."""
+
+
 def chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
     r"""The template that conversations are written with: the tokenizer's own, else Tülu's.
+
+    Of several that have names it is ``default``; `ChatTemplate` writes conversations with tools by
+    ``tool_use``, where there is one, as transformers does.
 
     Tülu's is ``<|user|>\n...\n<|assistant|>\n...`` and the end-of-sequence token after each
     assistant turn, behind a beginning-of-sequence token where the tokenizer would add one. Give it
@@ -59,20 +66,37 @@ def chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
       SpielError: there is no template and no end-of-sequence token to build Tülu's with; or what
         the tokenizer has in its place is none.
     """
-    if tokenizer.chat_template is not None:
-        try:
-            template = tokenizer.get_chat_template()
-        except ValueError as error:  # it has several, and none that is the default
-            raise TemplateError(f"the tokenizer's chat template: {error}") from error
-        if not isinstance(template, str):
+    template: Any = tokenizer.chat_template
+    if isinstance(template, Mapping):
+        if "default" not in template:
+            names = ", ".join(map(repr, template)) or "nothing"
             raise TemplateError(
-                f"the tokenizer's chat template must be a string, not {type(template).__name__}: mend it, or "
-                "give another (data.chat_template=FILE)"
+                f"the tokenizer's chat templates are called {names}, and none 'default': give one "
+                "(data.chat_template=FILE)"
             )
-        return template
+        return _text(template["default"], " 'default'")
+    if template is not None:
+        return _text(template)
     if tokenizer.eos_token is None:
         raise SpielError("the tokenizer has neither a chat template nor an end-of-sequence token")
     return ("{{ bos_token }}" if adds_bos(tokenizer) else "") + _TULU
+
+
+def _text(template: object, name: str = "") -> str:
+    if not isinstance(template, str):
+        raise TemplateError(
+            f"the tokenizer's chat template{name} must be a string, not {type(template).__name__}: mend it, "
+            "or give another (data.chat_template=FILE)"
+        )
+    return template
+
+
+def templates_of(tokenizer: "PreTrainedTokenizerBase") -> str | dict[str, str]:
+    """All that conversations are written with, as `use_template` takes it: a template, or several by name."""
+    default, template = chat_template(tokenizer), tokenizer.chat_template
+    if not isinstance(template, Mapping) or _TOOL_USE not in template:
+        return default
+    return {"default": default, _TOOL_USE: _text(template[_TOOL_USE], f" {_TOOL_USE!r}")}
 
 
 def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -96,14 +120,14 @@ def read_template(path: str | Path) -> str:
     return text.removesuffix("\n")  # which an editor adds, and the template would write
 
 
-def use_template(tokenizer: "PreTrainedTokenizerBase", text: str) -> None:
-    """Makes a tokenizer write with a template.
+def use_template(tokenizer: "PreTrainedTokenizerBase", template: str | Mapping[str, str]) -> None:
+    """Makes a tokenizer write with a template, or with several by their names.
 
     One that has none and writes with Tülu's already is left as it is: it stays one for plain text.
     """
     plain = tokenizer.chat_template is None and tokenizer.eos_token is not None
-    if not (plain and chat_template(tokenizer) == text):
-        tokenizer.chat_template = text
+    if not (plain and chat_template(tokenizer) == template):
+        tokenizer.chat_template = template if isinstance(template, str) else dict(template)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,17 +175,29 @@ class ChatTemplate:
     Args:
       tokenizer: whose template and special tokens they are; Tülu's without one (see `chat_template`).
       date: what templates that ask for the date are told; default: now.
+      text: the template, if it is not one of the tokenizer's.
 
     Attributes:
       text: the template.
       marks_turns: it tells by ``{% generation %}`` what the assistant says.
+      tool_use: what writes conversations with tools in its place; ``None``: itself.
 
     Raises:
       SpielError: there is no template to be had (see `chat_template`).
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", date: datetime.datetime | None = None):
-        self.text = chat_template(tokenizer)
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        date: datetime.datetime | None = None,
+        text: str | None = None,
+    ):
+        date = date or datetime.datetime.now()
+        texts = templates_of(tokenizer) if text is None else text
+        self.text = texts if isinstance(texts, str) else texts["default"]
+        self.tool_use: ChatTemplate | None = None
+        if not isinstance(texts, str):
+            self.tool_use = ChatTemplate(tokenizer, date, texts[_TOOL_USE])
         if len(self.text) > _LONGEST:
             raise TemplateError(
                 f"the chat template has {len(self.text):,} characters, more than {_LONGEST:,}: give another "
@@ -172,7 +208,7 @@ class ChatTemplate:
             "template": self.text,
             "marks_turns": self.marks_turns,
             "variables": {k: v for k, v in tokenizer.special_tokens_map.items() if v is not None},
-            "date": (date or datetime.datetime.now()).isoformat(),
+            "date": date.isoformat(),
         }
 
     def render(self, requests: Sequence["Request"]) -> list[list["Written | TemplateRefusal"]]:
@@ -181,7 +217,15 @@ class ChatTemplate:
         Raises:
           TemplateError: the template exceeds its limits.
         """
-        answers = _process.ask(self._setup, [request.as_json() for request in requests])
+        if self.tool_use is None:
+            return self._render(requests)
+        own = iter(self._render([request for request in requests if not request.tools]))
+        others = iter(self.tool_use._render([request for request in requests if request.tools]))
+        return [next(others if request.tools else own) for request in requests]
+
+    def _render(self, requests: Sequence["Request"]) -> list[list["Written | TemplateRefusal"]]:
+        """The same with this template."""
+        answers = _process.ask(self._setup, [request.as_json() for request in requests]) if requests else []
         return [
             [
                 TemplateRefusal(one["refused"])

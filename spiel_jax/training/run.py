@@ -33,8 +33,8 @@ from spiel_jax.config import (
     unflatten,
     with_grid,
 )
-from spiel_jax.data import chat_template
 from spiel_jax.data.reports import taken
+from spiel_jax.data.templates import templates_of
 from spiel_jax.distributed import processes
 from spiel_jax.distributed.mesh import make_mesh, shard_batch
 from spiel_jax.inference.chat import reply
@@ -222,7 +222,7 @@ def _run(config: Config, claim: Claim, source: ModelSource, mesh: Mesh, progress
                 "data_since": inputs.course.since,
                 "data": batches.get_state(),
                 "date": date,
-                "chat_template": chat_template(inputs.tokenizer),
+                "chat_template": templates_of(inputs.tokenizer),
             }
             checkpoints.save(step, state, method, metadata, heldout_loss)
 

@@ -193,6 +193,33 @@ def test_plain_text(make_tokenizer):
         assert decode(tokenizer, rendered) == (text, "4</s>")
 
 
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+PLAIN = "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + eos_token }}{% endfor %}"
+WITH_TOOLS = (
+    "{{ '[' + tools[0]['function']['name'] + ']' }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}{% else %}{{ 'u:' + m['content'] }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("named", [{}, {"rag": "{{ raise_exception('never used') }}"}])
+def test_a_template_of_its_own_for_rows_with_tools(make_tokenizer, named):
+    tokenizer = make_tokenizer({"default": PLAIN, "tool_use": WITH_TOOLS, **named})
+    rows = [Example(said("1+1?", "2"), tools=tools) for tools in (None, TOOLS, [], TOOLS)]
+    texts = [text for (text,) in Encoder(tokenizer).render_all(rows)]
+    for row, text in zip(rows, texts, strict=True):
+        whole = tokenizer.apply_chat_template(row.messages, tools=row.tools or None, tokenize=False)
+        assert text.text == whole.removesuffix("\n")
+    assert [learnt(text) for text in texts] == [["a:2</s>"], ["2</s>"]] * 2
+    assert [text.text[:5] for text in texts] == ["u:1+1", "[add]"] * 2
+
+
+def test_names_of_templates_without_one_for_tools(make_tokenizer):
+    tokenizer = make_tokenizer({"default": PLAIN, "rag": WITH_TOOLS})
+    with pytest.raises(TemplateMismatch, match="does not write 'tools'"):
+        Encoder(tokenizer).render(Example(said("1+1?", "2"), tools=TOOLS))
+
+
 def test_style(chatml, make_tokenizer):
     example = Example(said("q", "a"), plain=("Q: q A:", " a"))
     texts = {

@@ -13,6 +13,7 @@ from spiel_jax.data.templates import (
     TemplateRefusal,
     Wanted,
     read_template,
+    templates_of,
     use_template,
 )
 
@@ -132,3 +133,31 @@ def test_a_tokenizer_for_plain_text_stays_one(make_tokenizer):
     tokenizer = make_tokenizer()
     use_template(tokenizer, templates.chat_template(tokenizer))
     assert tokenizer.chat_template is None
+
+
+NAMED = {"default": "d{{ messages[0].content }}", "tool_use": "t{{ messages[0].content }}", "rag": "r"}
+
+
+def test_templates_by_their_names_are_kept_and_used_again(make_tokenizer):
+    tokenizer = make_tokenizer(NAMED)
+    kept = templates_of(tokenizer)
+    assert kept == {name: NAMED[name] for name in ("default", "tool_use")}
+    again = make_tokenizer("other")
+    use_template(again, kept)
+    turn = [{"role": "user", "content": "a"}]
+    assert ChatTemplate(again).write(turn) == "da"
+    assert ChatTemplate(again).write(turn, [{"function": {"name": "f"}}]) == "ta"
+    assert templates_of(make_tokenizer("one")) == "one"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tool_use": "t", "rag": "r"}, "templates are called 'tool_use', 'rag', and none 'default'"),
+        ({"default": 5}, "chat template 'default' must be a string, not int"),
+        ({"default": "d", "tool_use": ["t"]}, "chat template 'tool_use' must be a string, not list"),
+    ],
+)
+def test_names_of_templates_that_are_none(make_tokenizer, given, message):
+    with pytest.raises(TemplateError, match=message):
+        ChatTemplate(make_tokenizer(given))

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
+from spiel_jax.data.stops import add_stops
 from spiel_jax.errors import SpielError
 from spiel_jax.models.config_keys import Keys, one_of, shown
 from spiel_jax.models.io.messages import told
@@ -86,7 +87,7 @@ def build_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     template = fields.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise SpielError(f"tokenizer.chat_template must be a string, got {shown(template)}")
-    return PreTrainedTokenizerFast(
+    found = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         add_bos_token=keys.flag("tokenizer.ggml.add_bos_token", adds_bos),
         add_eos_token=keys.flag("tokenizer.ggml.add_eos_token", False),
@@ -95,6 +96,9 @@ def build_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         clean_up_tokenization_spaces=False,
         **options,
     )
+    ends = (_token_id(keys, name, tokens) for name in ("eot", "eom"))  # llama.cpp stops at them
+    add_stops(found, [token for token in ends if token is not None])
+    return found
 
 
 def _byte_level(keys: Keys, tokens: list[str]) -> Tokenizer:

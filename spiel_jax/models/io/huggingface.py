@@ -3,11 +3,9 @@
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes  # noqa: F401  (gives numpy the bfloat16 that safetensors asks it for)
 import numpy as np
@@ -18,6 +16,7 @@ from spiel_jax.errors import NotFoundError, SpielError
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.config_keys import shown
 from spiel_jax.models.decoder import EMBEDDING, layer_names
+from spiel_jax.models.io.json_files import read_json
 from spiel_jax.models.io.messages import bullets, told
 from spiel_jax.models.io.names import HEAD, Stored
 from spiel_jax.models.io.parts import parts_of
@@ -28,7 +27,6 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _FLOATING = {"F64", "F32", "F16", "BF16"}
 _UNSAFE = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"}
-_MOST_JSON = 1 << 26  # bytes; an index of the largest models takes a tenth
 
 
 class SafetensorsFolder:
@@ -101,35 +99,6 @@ def read_config(folder: Path) -> ModelConfig:
         return ModelConfig.from_hf(values)
     except SpielError as error:
         raise SpielError(f"{path}: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-        SpielError: If it is no JSON, names a key twice, or holds something else.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        # json keeps the last of two equal keys without a word
-        doubled = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        if doubled:
-            raise ValueError(f"doubled: {', '.join(map(told, doubled[:5]))}")
-        return dict(pairs)
-
-    try:
-        if (size := path.stat().st_size) > _MOST_JSON:
-            raise SpielError(f"{path} has {size} bytes: no more than {_MOST_JSON} are read")
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except SpielError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise SpielError(f"{path} is not valid JSON: {told(error)}") from error
-    except OSError as error:
-        raise SpielError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise SpielError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
 
 
 @dataclass(frozen=True)

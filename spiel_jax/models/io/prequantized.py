@@ -17,7 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from spiel_jax.errors import SpielError
-from spiel_jax.models.io.huggingface import SafetensorsFolder, read_json
+from spiel_jax.models.io.huggingface import SafetensorsFolder
+from spiel_jax.models.io.json_files import read_json
 from spiel_jax.models.io.names import Stored
 from spiel_jax.models.storage import FP4, NF4, Int8, Weight
 from spiel_jax.models.storage.codebooks import DYNAMIC

@@ -6,7 +6,10 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from spiel_jax.data.stops import add_stops
 from spiel_jax.errors import MissingExtra, SpielError
+from spiel_jax.models.config_keys import shown
+from spiel_jax.models.io.json_files import read_json
 
 _JSON = (
     "tokenizer.json",
@@ -27,11 +30,27 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         SpielError: If there is none, or it cannot be read; the file is named where one is to blame.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # files can hold anything, and Rust's panics are no Exception
         raise _explained(folder, error) from error
+    add_stops(found, _stops(folder))
+    return found
+
+
+def _stops(folder: Path) -> list[int]:
+    """What the model's files say that ends a text; none where they do not."""
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        if path.is_file():
+            said = read_json(path).get("eos_token_id")
+            ids = said if isinstance(said, list) else [] if said is None else [said]
+            if not all(type(token) is int for token in ids):
+                raise SpielError(
+                    f"{path}: eos_token_id must be the number of a token or a list of such, got {shown(said)}"
+                )
+            return ids
+    return []
 
 
 def _explained(folder: Path, error: BaseException) -> SpielError:

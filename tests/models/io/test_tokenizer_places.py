@@ -61,7 +61,9 @@ def test_the_header_of_a_gguf_file(name, tmp_path):
 
 def test_another_part_of_a_split_file(tmp_path):
     (tmp_path / "m-00003-of-00003.gguf").write_bytes(b"GGUF")
-    with pytest.raises(NotFoundError, match=r"m-00003.* the first one, m-00001-of-00003\.gguf, is not beside"):
+    with pytest.raises(
+        NotFoundError, match=r"m-00003.* the first one, m-00001-of-00003\.gguf, is not beside"
+    ):
         open_tokenizer(str(tmp_path / "m-00003-of-00003.gguf"))
     write_vocabulary(tmp_path / "m-00001-of-00003.gguf")
     assert open_tokenizer(str(tmp_path / "m-00003-of-00003.gguf")).eos_token == "<end>"
@@ -92,7 +94,10 @@ def test_a_package(files, tmp_path, monkeypatch):
     ("source", "message"),
     [
         ("EMPTY", "holds no tokenizer: expected tokenizer.json"),
-        ("EMPTY/weights.safetensors", "is not a GGUF file: give the folder that the tokenizer's files are in"),
+        (
+            "EMPTY/weights.safetensors",
+            "is not a GGUF file: give the folder that the tokenizer's files are in",
+        ),
         ("EMPTY/no/where", "no tokenizer at "),
         ("random", "a random model has no tokenizer"),
         ("gs://bucket/tokenizer", "the tokenizer gs://bucket/tokenizer is no place on this machine"),
