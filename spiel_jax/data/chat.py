@@ -143,7 +143,8 @@ class Encoder:
         if not is_usual(messages, tools):
             messages = [self._with_known_names(message) for message in messages]
             try:
-                passed_over = untraced(self._template.write, messages, tools)
+                called = {self._thoughts: example.thoughts}
+                passed_over = untraced(self._template.write, messages, tools, called)
             except TemplateRefusal as refusal:
                 raise TemplateMismatch(f"the chat template refuses it: {refusal}") from refusal
             if passed_over:

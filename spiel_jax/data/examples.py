@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
+from spiel_jax.data import fields
 from spiel_jax.data.chat import Encoded, Encoder
 from spiel_jax.data.files import DataError, MalformedRow, Row
 from spiel_jax.data.formats import Example, parse_row
@@ -185,7 +186,8 @@ class _Reader:
     def take(self, row: Row) -> None:
         try:
             if self._unseen and isinstance(row.value, Mapping):
-                self._unseen -= row.value.keys()
+                value = row.value
+                self._unseen -= {p for p in self._unseen if p in value or fields.at(value, p) is not None}
             example = parse_row(row, self._source.format, self._source.columns)
             self._unread.update(example.ignored)
             shown = example

@@ -1,9 +1,10 @@
-"""Fields of rows and turns: read with their types checked, and what becomes of those that nobody reads.
+"""Fields of rows and turns: found, read with their types checked, and what becomes of those nobody reads.
 
 A field that is null (or NaN, which pandas writes for it) is an absent one.
 """
 
 import functools
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -65,6 +66,80 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: without_nulls(one) for key, one in present(value).items()}
     return [without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
+def spelt(fields: Mapping[str, Any], known: frozenset[str]) -> dict[str, str]:
+    """How a row or turn writes keys that are known, where it writes them otherwise: ``Instruction``.
+
+    Capitals, spaces, hyphens and underscores make no difference. Where several keys could be meant, or the
+    known one is there too, none is.
+
+    >>> spelt({"Prompt": "a", "System Prompt": "b"}, frozenset(("prompt", "system_prompt")))
+    {'prompt': 'Prompt', 'system_prompt': 'System Prompt'}
+    """
+    if fields.keys() <= known:
+        return {}
+    names, found = _by_letters(known), dict[str, list[str]]()
+    for key in fields:
+        if key not in known and isinstance(key, str) and (name := names.get(_letters(key))):
+            found.setdefault(name, []).append(key)
+    return {
+        name: key
+        for name, (key, *more) in found.items()
+        # a column "Weight" may hold anything
+        if not more and name not in fields and (name not in FLAGS or _is_yes_or_no(fields[key]))
+    }
+
+
+def at(fields: Mapping[str, Any], path: str) -> Any:
+    """What is at a path, such as ``data.question`` or ``answers.text.0``; None if nothing is.
+
+    >>> at({"data": {"question": "a"}, "a.b": "c"}, "data.question"), at({"a.b": "c"}, "a.b")
+    ('a', 'c')
+    """
+    if path in fields:
+        return fields[path]
+    value: Any = fields
+    for step in path.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(step)
+        elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            return None
+    return value
+
+
+def beside(fields: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
+    """The fields that no path leads to; those of an object into which one leads, by their own paths.
+
+    >>> beside({"data": {"question": "a", "mood": "b"}, "more": "c"}, ["data.question"])
+    {'data.mood': 'b', 'more': 'c'}
+    """
+    found = {}
+    for key, value in fields.items():
+        inside = [path for path in paths if path.startswith(f"{key}.") and path not in fields]
+        if key in paths:
+            continue
+        if not inside:
+            found[key] = value
+        elif isinstance(value, Mapping) and not is_note(key):
+            steps = [path.removeprefix(f"{key}.") for path in inside]
+            rest = beside(present(value), steps)
+            found |= {
+                f"{key}.{step}": one for step, one in rest.items() if not is_note(step.rpartition(".")[2])
+            }
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _letters(key: str) -> str:
+    return re.sub(r"[\s_-]", "", key).lower()
+
+
+@functools.cache
+def _by_letters(known: frozenset[str]) -> dict[str, str]:
+    return {_letters(name): name for name in known}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -142,12 +217,16 @@ def flag(fields: Mapping[str, Any]) -> bool:
     learn = True
     for key in FLAGS & fields.keys():
         value = fields[key]
-        if not isinstance(value, bool | int | float) or value not in (0, 1):
+        if not _is_yes_or_no(value):
             raise ValueError(
                 f"{key!r} must be 0 or 1 (false or true), not {value!r}: a turn is learnt or it is not"
             )
         learn = learn and bool(value)
     return learn
+
+
+def _is_yes_or_no(value: object) -> bool:
+    return isinstance(value, bool | int | float) and value in (0, 1)
 
 
 FLAGS = frozenset(("weight", "train", "trainable", "loss"))

@@ -6,7 +6,17 @@ from typing import Any
 
 from spiel_jax.data import fields
 from spiel_jax.data.files import MalformedRow, Row
-from spiel_jax.data.turns import REASONING, Message, from_json, read_tools, read_turns, reasoning, with_system
+from spiel_jax.data.turns import (
+    INSTRUCTING,
+    REASONING,
+    Message,
+    from_json,
+    name_of_thoughts,
+    read_tools,
+    read_turns,
+    reasoning,
+    with_system,
+)
 
 MAX_CHARACTERS = 5_000_000
 """Characters of the longest row; a novel has a million."""
@@ -34,6 +44,7 @@ class Example:
         for a conversation. A text without a conversation has no messages and an empty prompt.
       learnt: which messages are learnt, all of them the assistant's; ``None``: all that it says.
       tools: what the assistant may call, which the chat template is given too.
+      thoughts: what the row calls the thoughts of its messages.
       ignored: keys of the row that hold something and are not read.
     """
 
@@ -41,6 +52,7 @@ class Example:
     plain: tuple[str, str] | None = None
     learnt: tuple[bool, ...] | None = None
     tools: list[Message] | None = None
+    thoughts: str = REASONING[0]
     ignored: frozenset[str] = frozenset()
 
 
@@ -78,18 +90,21 @@ def parse_row(row: Row, format: str | None = None, columns: Mapping[str, str] | 
       ``{"sender", "text"}``. Who speaks first is the user, the other one the assistant; consecutive
       texts of one speaker are one message, a text per line; empty texts are dropped.
 
+    Keys may be written with capitals (``Instruction``), where it is clear which is meant.
+
     Of two texts, ``input`` or ``context`` may stand beside the first: as a conversation, the user says the
-    first, a blank line and the context. ``system`` (or ``system_prompt``), ``history`` (a list of pairs
-    of what the user and the assistant said before) and thoughts (``reasoning_content``, ``reasoning``,
-    ``thinking``) may be columns too. Any row may have ``tools`` and a ``weight`` (or ``train``,
-    ``trainable``), which is 0 where nothing of it is learnt.
+    first, a blank line and the context. ``system`` (or ``system_prompt``), ``history`` (turns, or pairs of
+    what the user and the assistant said before; beside ``messages`` too) and thoughts
+    (``reasoning_content``, ``reasoning``, ``thinking``) may be columns too. Any row may have ``tools`` and a
+    ``weight`` (or ``train``, ``trainable``), which is 0 where nothing of it is learnt.
 
     A null is an absent key.
 
     Args:
       row: what was read.
       format: the format, a key of ``FORMATS``, or ``None`` to detect it.
-      columns: what the row calls keys of the format: ``{"instruction": "question"}``.
+      columns: what the row calls keys of the format: ``{"instruction": "question"}``; of objects in it
+        ``{"instruction": "data.question", "output": "answers.text.0"}``.
 
     Raises:
       MalformedRow: the row does not have the format, an unknown role or an empty text, is longer than
@@ -113,12 +128,23 @@ def _example(row: dict[str, Any], format: str | None, columns: Mapping[str, str]
     if columns:
         sources = set(columns.values())
         shadowed = frozenset(key for key in columns if key in row and key not in sources)
-        named = {key: row[source] for key, source in columns.items() if source in row}
-        row = {key: value for key, value in row.items() if key not in sources and key not in columns} | named
-    chosen = FORMATS[format or _detect(row)]
-    example = chosen.read(row)
-    if not _ANY_ROW.isdisjoint(row):
-        example = _marked(example, row)
+        named = fields.present({key: fields.at(row, source) for key, source in columns.items()})
+        rest = fields.beside(row, sources)
+        row = {key: value for key, value in rest.items() if key not in columns} | named
+    if spelt := fields.spelt(row, _KEYS):
+        chosen = FORMATS[format or _detect(_renamed(row, spelt))]
+        spelt = {name: key for name, key in spelt.items() if name in chosen.reads}
+        row = _renamed(row, spelt)
+    else:
+        chosen = FORMATS[format or _detect(row)]
+    try:
+        example = chosen.read(row)
+        if not _ANY_ROW.isdisjoint(row):
+            example = _marked(example, row)
+    except ValueError as error:
+        raise ValueError(f"{error}{_also_called(spelt)}") from None
+    if example.thoughts in (called := {**columns, **spelt}):
+        example = dataclasses.replace(example, thoughts=called[example.thoughts])
     left = {key: row[key] for key in row if key not in chosen.reads and not fields.is_note(key)}
     if left or shadowed:
         unread = _unread(left, example)
@@ -127,6 +153,16 @@ def _example(row: dict[str, Any], format: str | None, columns: Mapping[str, str]
     if size > MAX_CHARACTERS:
         raise ValueError(f"has {size:,} characters, and a row at most {MAX_CHARACTERS:,}: divide it")
     return example
+
+
+def _renamed(row: Mapping[str, Any], spelt: Mapping[str, str]) -> dict[str, Any]:
+    """A row with its keys as they are known."""
+    names = {key: name for name, key in spelt.items()}
+    return {names.get(key, key): value for key, value in row.items()}
+
+
+def _also_called(spelt: Mapping[str, str]) -> str:
+    return "".join(f"; {name!r} is what {key!r} was read as" for name, key in spelt.items())
 
 
 def _unread(left: Mapping[str, Any], example: Example) -> frozenset[str]:
@@ -158,7 +194,12 @@ def _marked(example: Example, row: Mapping[str, Any]) -> Example:
     tools = [key for key in ("tools", "functions") if row.get(key)]
     if len(tools) > 1:
         raise ValueError("'tools' and 'functions' are both there: keep one")
-    return dataclasses.replace(example, tools=read_tools(row[tools[0]]) or None) if tools else example
+    if not tools:
+        return example
+    if not example.messages:  # a text has no place for them
+        return dataclasses.replace(example, ignored=example.ignored | {tools[0]})
+    found = read_tools(row[tools[0]]) or None
+    return dataclasses.replace(example, tools=found, plain=None if found else example.plain)
 
 
 def _detect(row: Mapping[str, Any]) -> str:
@@ -188,8 +229,27 @@ def _detect(row: Mapping[str, Any]) -> str:
 def _messages(row: Mapping[str, Any]) -> Example:
     turns = row.get("messages", row.get("conversations"))
     messages, learnt, ignored = read_turns(turns)
+    if "messages" in row and row.get("conversations", turns) != turns:
+        ignored.add("conversations")
     example = Example(messages, learnt=learnt, ignored=frozenset(ignored))
+    if any(REASONING[0] in message for message in messages):
+        example = dataclasses.replace(example, thoughts=name_of_thoughts(turns))
+    if "history" in row:
+        example = _after(_history(row["history"]), example)
     return _with_system(example, row) if len(row) > 1 else example
+
+
+def _after(earlier: list[Message], example: Example) -> Example:
+    """A conversation after what was said before; as it is, if that is among its messages already."""
+    messages = example.messages
+    begin = next((i for i, m in enumerate(messages) if m["role"] not in INSTRUCTING), len(messages))
+    if messages[begin:][: len(earlier)] == earlier:
+        return example
+    learnt = example.learnt
+    if learnt is not None:
+        learnt = (*learnt[:begin], *(m["role"] == "assistant" for m in earlier), *learnt[begin:])
+    messages = [*messages[:begin], *earlier, *messages[begin:]]
+    return dataclasses.replace(example, messages=messages, learnt=learnt)
 
 
 def _with_system(example: Example, row: Mapping[str, Any]) -> Example:
@@ -222,7 +282,12 @@ def _pair_reader(prompt: str, answer: str, plain: str, with_context: str, before
 
     def read(row: Mapping[str, Any]) -> Example:
         if isinstance(row.get(prompt), list) or isinstance(row.get(answer), list):
-            return _with_system(_two_conversations(row, prompt, answer), row)
+            example = _two_conversations(row, prompt, answer)
+            unread = {key for key in (*contexts, *REASONING) if row.get(key)}
+            example = dataclasses.replace(example, ignored=example.ignored | unread)
+            if "history" in row:
+                example = _after(_history(row["history"]), example)
+            return _with_system(example, row)
         first, said = fields.text(row, prompt), fields.text(row, answer)
         context = "\n\n".join(
             text for key in contexts if key in row and (text := fields.string(row, key)).strip()
@@ -237,7 +302,7 @@ def _pair_reader(prompt: str, answer: str, plain: str, with_context: str, before
             return example
         if thoughts := reasoning(row):
             messages[1][REASONING[0]] = thoughts
-            example = dataclasses.replace(example, plain=None)
+            example = dataclasses.replace(example, plain=None, thoughts=name_of_thoughts(row))
         if "history" in row and (earlier := _history(row["history"])):
             example = dataclasses.replace(example, messages=earlier + messages, plain=None)
         return _with_system(example, row)
@@ -261,15 +326,18 @@ def _two_conversations(row: Mapping[str, Any], prompt: str, answer: str) -> Exam
     if learnt is None:
         learnt = tuple(message["role"] == "assistant" for message in after)
     learnt = (False,) * len(before) + learnt
-    return Example(before + after, learnt=learnt, ignored=frozenset(ignored | more))
+    thoughts = name_of_thoughts(row[answer])
+    return Example(before + after, learnt=learnt, thoughts=thoughts, ignored=frozenset(ignored | more))
 
 
 def _history(pairs: Any) -> list[Message]:
-    """What was said before, a list of what the user said and what the assistant said."""
+    """What was said before: a list of turns, or of what the user said and what the assistant said."""
     if isinstance(pairs, str):
-        pairs = from_json(pairs, "'history'")
+        pairs = from_json(pairs, "'history'") if pairs.strip() else []
     if not isinstance(pairs, list):
         raise ValueError(f"'history' must be a list, not {fields.kind(pairs)}")
+    if pairs and all(isinstance(pair, Mapping) for pair in pairs):
+        return _earlier_turns(pairs)
     messages = []
     for number, pair in enumerate(pairs, start=1):
         if (
@@ -280,6 +348,17 @@ def _history(pairs: Any) -> list[Message]:
             raise ValueError(f"'history' must be pairs of two texts, which number {number} is not")
         messages.append({"role": "user", "content": pair[0]})
         messages.append({"role": "assistant", "content": pair[1]})
+    return messages
+
+
+def _earlier_turns(turns: list[Any]) -> list[Message]:
+    try:
+        messages, learnt, ignored = read_turns(turns)
+    except ValueError as error:
+        raise ValueError(f"'history': {error}") from None
+    if learnt is not None or ignored:
+        what = sorted(ignored) or ["weights of turns"]
+        raise ValueError(f"'history' has {what[0]}, which are not read there: put its turns into 'messages'")
     return messages
 
 
@@ -312,7 +391,7 @@ def _chitchat(row: Mapping[str, Any]) -> Example:
 
 
 _SYSTEM = ("system", "system_prompt")
-_CONVERSATION = frozenset(("messages", "conversations", *_SYSTEM)) | _ANY_ROW
+_CONVERSATION = frozenset(("messages", "conversations", "history", *_SYSTEM)) | _ANY_ROW
 _CHITCHAT = frozenset(("messages", "prompt", "start", "end", "ratings")) | _ANY_ROW  # the prompt is a topic
 _AFTER, _BEFORE = "{prompt}\n\n{context}", "{context}\n\n{prompt}"
 _QUESTION = ("Question: {prompt}\nAnswer:", "Context: {context}\nQuestion: {prompt}\nAnswer:", " ")
@@ -330,4 +409,5 @@ FORMATS: dict[str, Format] = {
     "text": Format(_text, ("text",), frozenset(("text",)) | _ANY_ROW),
     "chitchat": Format(_chitchat, ("messages",), _CHITCHAT),
 }
+_KEYS = frozenset[str]().union(*(one.reads for one in FORMATS.values()))
 _DETECTED = tuple(name for name in FORMATS if name not in ("messages", "chitchat"))  # by their two keys

@@ -20,7 +20,8 @@ class SourceSpec:
       format: what the rows look like (see `formats.parse_row`); ``None`` detects it row by row.
       split: the split of a hub dataset, or of a folder whose files have splits.
       name: the configuration name of a hub dataset.
-      columns: what the rows call keys of their format, ``{"instruction": "question", "output": "reply"}``.
+      columns: what the rows call keys of their format, ``{"instruction": "question", "output": "reply"}``;
+        what lies in an object or a list by its path, ``answers.text.0``.
       max_examples: keep the first so many examples of the source (rows that are skipped do not
         count); ``None`` keeps all.
 

@@ -4,7 +4,7 @@ A template takes what it knows and passes over the rest without a word; here tha
 the conversation again with marks in place of what is in question.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from spiel_jax.data.templates import TemplateRefusal
@@ -22,13 +22,19 @@ def is_usual(messages: Sequence[Message], tools: list[Message] | None) -> bool:
     return not tools and all(len(m) == 2 and m["role"] in _USUAL for m in messages)
 
 
-def untraced(write: Write, messages: Sequence[Message], tools: list[Message] | None) -> str | None:
+def untraced(
+    write: Write,
+    messages: Sequence[Message],
+    tools: list[Message] | None,
+    called: Mapping[str, str],
+) -> str | None:
     """What of a conversation the template passes over, in words; ``None`` if it writes all of it.
 
     Args:
       write: renders with the template.
       messages: the conversation.
       tools: what the assistant may call.
+      called: what the row calls keys of the messages, where it calls them otherwise.
     """
     text = write(messages, tools)
     asked = [(i, key) for i, message in enumerate(messages) for key in _in_question(message)]
@@ -66,7 +72,7 @@ def untraced(write: Write, messages: Sequence[Message], tools: list[Message] | N
     if not missing:
         return None
     i, key = missing[0]
-    what = f"what {messages[i]['role']!r} says" if key == "content" else repr(key)
+    what = f"what {messages[i]['role']!r} says" if key == "content" else repr(called.get(key, key))
     return f"{what} (message {i + 1})"
 
 

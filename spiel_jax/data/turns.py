@@ -15,8 +15,13 @@ ROLES = {
     "developer": "developer",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "ai": "assistant",
     "function_call": "assistant",
     "tool_call": "assistant",
     "tool": "tool",
@@ -24,7 +29,7 @@ ROLES = {
     "observation": "tool",
     "tool_response": "tool",
 }
-_INSTRUCTING = ("system", "developer")
+INSTRUCTING = ("system", "developer")
 _CALLERS = ("function_call", "tool_call")  # whose text is the calls, in JSON
 _PLAIN = {role: ROLES[role] for role in ("system", "user", "human", "assistant", "gpt")}
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -60,12 +65,12 @@ def read_turns(turns: Any) -> tuple[list[Message], tuple[bool, ...] | None, set[
         if message is None:
             if not isinstance(turn, Mapping):
                 raise ValueError(f"message {number} must be an object, not {fields.kind(turn)}")
-            turn = fields.present(turn)
+            turn = _known_names(fields.present(turn))
             try:
                 message, learn = _message(turn, ignored), fields.flag(turn)
             except ValueError as error:
                 raise ValueError(f"message {number}: {error}") from None
-            if message["role"] in _INSTRUCTING and not message["content"].strip():
+            if message["role"] in INSTRUCTING and not message["content"].strip():
                 continue
             if not learn and message["role"] == "assistant":
                 unlearnt.add(len(messages))
@@ -76,6 +81,24 @@ def read_turns(turns: Any) -> tuple[list[Message], tuple[bool, ...] | None, set[
     if unlearnt:
         learnt = tuple(m["role"] == "assistant" and i not in unlearnt for i, m in enumerate(messages))
     return messages, learnt, ignored
+
+
+def _known_names(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn with its keys as they are known, where it writes them with capitals."""
+    spelt = {key: name for name, key in fields.spelt(turn, _TURN | fields.FLAGS).items()}
+    return {spelt.get(key, key): value for key, value in turn.items()} if spelt else turn
+
+
+def name_of_thoughts(holder: Any) -> str:
+    """What a row, or the first of some turns that has any, calls its thoughts."""
+    for one in holder if isinstance(holder, list) else [holder]:
+        if isinstance(one, Mapping):
+            held = fields.present(one)
+            spelt = fields.spelt(held, _TURN)
+            for name in REASONING:
+                if held.get(key := spelt.get(name, name)):
+                    return key
+    return REASONING[0]
 
 
 def _plain_message(turn: Any) -> Message | None:
@@ -95,14 +118,16 @@ def _message(turn: Mapping[str, Any], ignored: set[str]) -> Message:
     role_key, text_key = ("from", "value") if shared else ("role", "content")
     name = fields.string(turn, role_key)
     if name not in ROLES:
-        raise ValueError(f"unknown role {name!r}: expected one of {', '.join(ROLES)}")
+        if name.strip().lower() not in ROLES:
+            raise ValueError(f"unknown role {name!r}: expected one of {', '.join(ROLES)}")
+        name = name.strip().lower()
     role = ROLES[name]
     message: Message = {"role": role, "content": ""}
     if calls := _calls(turn, name, text_key):
         message["tool_calls"] = calls
     if name not in _CALLERS and (text_key in turn or not calls):
         message["content"] = _content(turn, text_key)
-        if not message["content"].strip() and not calls and role not in (*_INSTRUCTING, "tool"):
+        if not message["content"].strip() and not calls and role not in (*INSTRUCTING, "tool"):
             raise ValueError(f"{text_key!r} is empty")
     if thoughts := reasoning(turn):
         message[REASONING[0]] = thoughts
@@ -226,7 +251,7 @@ def with_system(messages: Sequence[Message], system: str) -> list[Message]:
     """
     if not system.strip():
         return list(messages)
-    if messages and messages[0]["role"] in _INSTRUCTING:
+    if messages and messages[0]["role"] in INSTRUCTING:
         if messages[0]["content"].strip() == system.strip():
             return list(messages)
         raise ValueError(

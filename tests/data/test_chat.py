@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from spiel_jax.data.chat import Encoder, Rendered, TemplateMismatch, chat_template
-from spiel_jax.data.formats import Example
+from spiel_jax.data.files import Row
+from spiel_jax.data.formats import Example, parse_row
 from spiel_jax.models.io.loading import open_model
 
 SYSTEM = {"role": "system", "content": "be kind"}
@@ -212,6 +213,20 @@ def test_a_template_of_its_own_for_rows_with_tools(make_tokenizer, named):
         assert text.text == whole.removesuffix("\n")
     assert [learnt(text) for text in texts] == [["a:2</s>"], ["2</s>"]] * 2
     assert [text.text[:5] for text in texts] == ["u:1+1", "[add]"] * 2
+
+
+@pytest.mark.parametrize("name", ["thinking", "reasoning_content", "reasoning"])
+def test_thoughts_that_are_not_written_are_called_as_in_the_row(make_tokenizer, name):
+    turns = [*said("1+1?"), {"role": "assistant", "content": "2", name: "hm"}]
+    example = parse_row(Row("data.jsonl:7", {"messages": turns}))
+    with pytest.raises(TemplateMismatch, match=f"does not write '{name}' \\(message 2\\)"):
+        Encoder(make_tokenizer(PLAIN)).render(example)
+
+
+def test_plain_text_has_no_place_for_tools(make_tokenizer):
+    example = parse_row(Row("data.jsonl:7", {"prompt": "q", "completion": "a", "tools": TOOLS}))
+    with pytest.raises(TemplateMismatch, match="does not write 'tools'"):
+        Encoder(make_tokenizer(), "plain").render(example)
 
 
 def test_names_of_templates_without_one_for_tools(make_tokenizer):

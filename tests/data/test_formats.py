@@ -152,6 +152,21 @@ SYSTEM = {"role": "system", "content": "be brief"}
         ({"messages": None, "conversations": said("q", "a"), "prompt": None}, said("q", "a")),
         ({"messages": None, "prompt": "q", "completion": "a", "text": float("nan")}, said("q", "a")),
         ({"messages": '[{"role": "user", "content": "q"}]'}, said("q")),
+        ({"Instruction": "q", "Output": "a", "Context": "", "ID": 7}, said("q", "a")),
+        ({"PROMPT": "q", " completion ": "a", "System Prompt": "be brief"}, [SYSTEM, *said("q", "a")]),
+        ({"Question": "q", "question": None, "Answer": "a"}, said("q", "a")),
+        (
+            {"Messages": [{"Role": "User", "Content": "q"}, {"From": "GPT", "Value": "a", "Name": None}]},
+            said("q", "a"),
+        ),
+        ({"messages": said("q", "a"), "history": [["p", "b"]]}, said("p", "b", "q", "a")),
+        (
+            {"messages": [SYSTEM, *said("q", "a")], "history": said("p", "b")},
+            [SYSTEM, *said("p", "b", "q", "a")],
+        ),
+        ({"messages": said("p", "b", "q", "a"), "history": [["p", "b"]]}, said("p", "b", "q", "a")),
+        ({"messages": said("q", "a"), "history": ""}, said("q", "a")),
+        ({"prompt": said("q"), "completion": "a", "history": [["p", "b"]]}, said("p", "b", "q", "a")),
     ],
 )
 def test_columns_that_mean_something(row, messages):
@@ -191,6 +206,43 @@ def test_text():
     assert parse({"text": "once"}).messages == []
 
 
+@pytest.mark.parametrize(
+    ("row", "ignored"),
+    [
+        (
+            {"prompt": "q", "completion": "a", "Input": "x", "INPUT": "y"},
+            {"Input", "INPUT"},
+        ),  # which of them?
+        ({"prompt": "q", "completion": "a", "Prompt": "other"}, {"Prompt"}),
+        ({"prompt": "q", "completion": "a", "Weight": "70 kg"}, {"Weight"}),
+        ({"prompt": "q", "completion": "a", "Text": "other"}, {"Text"}),  # no key of this format
+        ({"prompt": said("q"), "completion": "a", "context": "x", "thinking": "y"}, {"context", "thinking"}),
+        ({"messages": said("q", "a"), "conversations": said("other")}, {"conversations"}),
+        ({"messages": said("q", "a"), "conversations": said("q", "a")}, set()),
+        ({"text": "once", "tools": [{"name": "f"}]}, {"tools"}),
+    ],
+)
+def test_what_could_be_meant_is_not_guessed(row, ignored):
+    assert parse(row).ignored == ignored
+
+
+def test_capitals_are_told_where_something_is_wrong():
+    with pytest.raises(
+        MalformedRow, match=r"'output' is empty; 'instruction' is what 'Instruction' was read"
+    ):
+        parse({"Instruction": "q", "output": ""})
+    assert parse({"prompt": "q", "completion": "a", "Train": False}).learnt == (False, False)
+
+
+def test_the_name_of_thoughts_is_kept():
+    turns = [*said("q"), {"role": "assistant", "content": "a", "thinking": "hm"}]
+    assert parse({"messages": turns}).thoughts == "thinking"
+    assert parse({"prompt": "q", "completion": turns[1:]}).thoughts == "thinking"
+    assert parse({"prompt": "q", "completion": "a", "Reasoning": "hm"}).thoughts == "Reasoning"
+    row = {"prompt": "q", "completion": "a", "cot": "hm"}
+    assert parse(row, columns={"thinking": "cot"}).thoughts == "cot"
+
+
 def test_thoughts_and_tools_of_a_row():
     example = parse({"question": "q", "answer": "a", "reasoning": "hm", "tools": '[{"name": "f"}]'})
     assert example.messages[1] == {"role": "assistant", "content": "a", "reasoning_content": "hm"}
@@ -213,6 +265,18 @@ def test_named_columns():
         parse(row, "instruction", {"instruction": "frage"})
     chosen = {"prompt": "q", "chosen": "a", "rejected": "b"}
     assert parse(chosen, columns={"completion": "chosen"}).ignored == {"rejected"}
+
+
+def test_named_columns_inside_of_others():
+    row = {"data": {"question": "q", "mood": "glad", "id": 3}, "answers": {"text": ["a", "b"], "start": [0]}}
+    example = parse(row, columns={"prompt": "data.question", "completion": "answers.text.0"})
+    assert example.messages == said("q", "a")
+    assert example.ignored == {"data.mood", "answers.start"}
+    literal = {"data.question": "q", "data": {"question": "other"}, "completion": "a"}
+    assert parse(literal, columns={"prompt": "data.question"}).messages == said("q", "a")
+    for path in ("data.other", "data.question.more", "answers.text.7", "no.where"):
+        with pytest.raises(MalformedRow, match=r"no key 'completion' among .*; columns = {'prompt'"):
+            parse(row, "prompt_completion", {"prompt": "data.question", "completion": path})
 
 
 @pytest.mark.parametrize(
@@ -246,6 +310,15 @@ def test_keys_that_nobody_reads(row):
             "the row has a system message of its own",
         ),
         ({"prompt": "q", "completion": "a", "history": [["x"]]}, "'history' must be pairs of two texts"),
+        ({"messages": said("q", "a"), "history": ["x"]}, "'history' must be pairs of two texts"),
+        (
+            {"messages": said("q", "a"), "history": [{"role": "x", "content": "y"}]},
+            "'history': message 1: unk",
+        ),
+        (
+            {"messages": said("q", "a"), "history": [{**said("q")[0], "mood": 1}]},
+            "'history' has mood of turns",
+        ),
         ({"input_ids": [1], "labels": [1]}, "holds tokens"),
         ({"messages": said("q", "a" * 5_000_001)}, "has 5,000,002 characters, and a row at most 5,000,000"),
     ],
