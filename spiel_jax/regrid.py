@@ -28,6 +28,12 @@ def define_flags(values: flags.FlagValues) -> None:
         required=True,
     )
     flags.DEFINE_string(
+        "model",
+        None,
+        "Where the base model is now, if not where it was; only its shape is read. See spiel_jax.generate.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
         "out", None, "Folder of the new run: not there yet, or empty.", required=True, flag_values=values
     )
 
@@ -39,7 +45,8 @@ def main(options: flags.FlagValues) -> None:
     from spiel_jax.training.regridding import regrid, show
 
     jax.config.update("jax_platforms", "cpu")  # a device's memory may be too small, or in use
-    print(show(regrid(options.workdir, options.grid, options.out, options.step)))
+    changed = regrid(options.workdir, options.grid, options.out, options.step, model=options.model)
+    print(show(changed))
     print(f"to continue the run: python -m spiel_jax.train --workdir={options.out} --config=...")
 
 

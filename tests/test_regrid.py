@@ -18,11 +18,13 @@ from support.sparse_cases import places
 import spiel_jax as sj
 from spiel_jax.checkpoint import CheckpointError, Checkpoints, read_metadata, restore_deltas
 from spiel_jax.config import ConfigError, flatten
+from spiel_jax.errors import NotFoundError
 from spiel_jax.methods.method import Method, TrainState
 from spiel_jax.models import open_model
 from spiel_jax.optim import block_grid
 from spiel_jax.optim.criteria.accumulated_gradients import CandidateStats
 from spiel_jax.sparse.delta import merge
+from spiel_jax.training import regridding
 from spiel_jax.training.regridding import regrid
 
 SHAPE = (12, 24)
@@ -359,6 +361,23 @@ def test_what_cannot_be_converted_is_refused(whole, tmp_path):
     ):
         regrid(tmp_path / "lora", {"tensor": 2}, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_base_model_that_lies_elsewhere_now(whole, llama_folder, tmp_path, monkeypatch):
+    _, _, half = whole
+    metadata = read_metadata(half)
+    moved = metadata | {"config": metadata["config"] | {"model.source": str(tmp_path / "gone")}}
+    monkeypatch.setattr(regridding, "read_metadata", lambda *_: moved)
+    with pytest.raises(NotFoundError, match=r"no model at .*gone.*elsewhere now, name the place: --model="):
+        regrid(half, {"tensor": 2}, tmp_path / "new")
+    (tmp_path / "here").mkdir()
+    shape = json.loads((llama_folder / "config.json").read_text())
+    (tmp_path / "here" / "config.json").write_text(json.dumps(shape | {"rms_norm_eps": 0.5}))
+    with pytest.raises(CheckpointError, match=r"on another model than .*here: .*eps"):
+        regrid(half, {"tensor": 2}, tmp_path / "new", model=str(tmp_path / "here"))
+    (tmp_path / "here" / "config.json").write_text(json.dumps(shape))
+    regrid(half, {"tensor": 2}, tmp_path / "new", model=str(tmp_path / "here"))
+    assert restore_deltas(tmp_path / "new").keys() == restore_deltas(half).keys()
 
 
 def test_command_line(whole, tmp_path):

@@ -12,6 +12,7 @@ import optax
 import spiel_jax as sj
 from spiel_jax.checkpoint import read_metadata, restore_deltas
 from spiel_jax.config import default_config
+from spiel_jax.data import ChatTemplate
 from spiel_jax.models import bind, differing, fingerprint, open_model
 from spiel_jax.training.run import run
 
@@ -42,14 +43,14 @@ base = source.load("float32")
 assert not differing(trained_on, fingerprint(base)), "deltas belong on the weights that they were trained on"
 tuned = sj.merge(base, deltas)
 
-words = source.tokenizer().apply_chat_template(
+tokenizer = source.tokenizer()
+conversation = ChatTemplate(tokenizer).write(  # as in training
     [
         {"role": "user", "content": "How was your weekend?"},
         {"role": "assistant", "content": "Pretty good! Yours?"},
-    ],
-    return_dict=False,
+    ]
 )
-tokens = jnp.array([words])
+tokens = jnp.array([tokenizer.encode(conversation, add_special_tokens=False)])
 
 
 def loss(params):

@@ -11,10 +11,11 @@ from spiel_jax.data.examples import SourceReport
 from spiel_jax.data.pipeline import Batch, Data, DataConfig, Report, load_data
 from spiel_jax.data.rows import DataError, EmptyDataset, MalformedRow
 from spiel_jax.data.sources import SourceSpec
-from spiel_jax.data.templates import chat_template
+from spiel_jax.data.templates import ChatTemplate, chat_template
 
 __all__ = [
     "Batch",
+    "ChatTemplate",
     "Data",
     "DataConfig",
     "DataError",

