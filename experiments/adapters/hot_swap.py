@@ -93,7 +93,7 @@ def compiled_memory(model: ModelConfig, rank: int, dtype: Any) -> dict[str, floa
     kept, temporary = 0, []
     for name, delta in deltas.items():
         covered = jax.eval_shape(_cover, weights[name], delta)
-        kept += covered.size * dtype.itemsize
+        kept += covered.size * covered.dtype.itemsize
         programs = [_cover.lower(weights[name], delta)]
         programs += [program.lower(weights[name], delta, covered) for program in (_put_in, _take_out)]
         temporary += [_temporaries(one) for one in programs]

@@ -44,10 +44,11 @@ def write_card(folder: Path, adapter: Adapter, library: str, **facts: Any) -> No
     front += ["tags:", "- spiel_jax", "---", ""]
     base = origin.base if known else "THE_BASE_MODEL"
     how = _PEFT.format(base=base, dtype=origin.dtype) if library == "peft" else _MERGED
+    held = origin.dtype if origin.quantization == "none" else f"{origin.dtype}, held as {origin.quantization}"
     facts = {
         "method": origin.config.get("method"),
         "steps": origin.step,
-        "base weights": origin.dtype if origin.config else None,
+        "base weights": held if origin.config else None,
         **facts,
     }
     listed = [f"- {name}: {_plain(value)}" for name, value in facts.items() if value is not None]

@@ -1,17 +1,21 @@
 """Adapters in and out of the weights of a model that is in use, in time and memory of their entries."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from spiel_jax.adapters.adapter import Adapter, AdapterError, SparseAdapter
 from spiel_jax.adapters.base import check_fingerprint
 from spiel_jax.adapters.stacking import stacked_deltas
 from spiel_jax.losses.next_token import Params
 from spiel_jax.models.config import ModelConfig
-from spiel_jax.ops.stored import is_writable
+from spiel_jax.models.storage.weight import kind_name
+from spiel_jax.ops.stored import is_stored, is_writable, one_stack
 from spiel_jax.sparse.delta import SparseDelta, gather, merged_entries, set_entries
 
 
@@ -62,8 +66,11 @@ class HotSwap:
             check_fingerprint(adapter.origin.fingerprint, self._fingerprint, name, "this one")
         deltas = stacked_deltas(adapter, self._model)
         if odd := [one for one in deltas if not is_writable(self.params[one])]:
+            kind = type(self.params[odd[0]])
+            held = kind_name(kind) or kind.__name__
             raise AdapterError(
-                f"entries of {odd[0]} cannot be set as it is held: {type(self.params[odd[0]])}"
+                f"entries of {odd[0]} cannot be set: it is held as {held}. Load the model dequantised, or merge "
+                "the adapter"
             )
         self._adapters[name] = deltas
 
@@ -110,16 +117,45 @@ class HotSwap:
 
 @jax.jit
 def _cover(weight: Any, delta: SparseDelta) -> jax.Array:
-    """What is to be covered."""
-    return gather(weight, delta)
+    """What is to be covered; its bits, where the weight is of 16 bits."""
+    return gather(lax.bitcast_convert_type(weight, jnp.uint16) if _is_narrow(weight) else weight, delta)
 
 
 @partial(jax.jit, donate_argnums=0)
 def _put_in(weight: Any, delta: SparseDelta, covered: jax.Array) -> Any:
     """Merged."""
-    return set_entries(weight, delta, merged_entries(covered, delta.values, weight.dtype))
+    if not _is_narrow(weight):
+        return set_entries(weight, delta, merged_entries(covered, delta.values, weight.dtype))
+    base = lax.bitcast_convert_type(covered, weight.dtype)
+    merged = merged_entries(base, delta.values, weight.dtype)
+    return _with_bits(weight, delta, lax.bitcast_convert_type(merged, jnp.uint16))
 
 
 @partial(jax.jit, donate_argnums=0)
 def _take_out(weight: Any, delta: SparseDelta, covered: jax.Array) -> Any:
-    return set_entries(weight, delta, covered)
+    return (_with_bits if _is_narrow(weight) else set_entries)(weight, delta, covered)
+
+
+def _is_narrow(weight: Any) -> bool:
+    """Whether entries are read and set as integers.
+
+    XLA's CPU backend makes float32 of a matrix of bfloat16 to scatter into it, and bfloat16 of that again.
+    """
+    return not is_stored(weight) and weight.dtype.itemsize == 2
+
+
+def _with_bits(weight: jax.Array, delta: SparseDelta, bits: jax.Array) -> jax.Array:
+    """The weight with other entries, given by their bits; one matrix at a time."""
+    stack = one_stack(weight)
+    numbers = jnp.arange(len(stack)) if delta.layers is None else jnp.array(delta.layers)
+    indices = delta.indices.reshape(len(numbers), *delta.indices.shape[delta.stack_axes :])
+    bits = bits.reshape(indices.shape)
+
+    def one(slot: jax.Array, stack: jax.Array) -> jax.Array:
+        matrix = lax.dynamic_index_in_dim(stack, numbers[slot], keepdims=False)
+        alone = replace(delta, indices=indices[slot], values=None, layers=None)
+        matrix = set_entries(lax.bitcast_convert_type(matrix, jnp.uint16), alone, bits[slot])
+        matrix = lax.bitcast_convert_type(matrix, weight.dtype)
+        return lax.dynamic_update_index_in_dim(stack, matrix, numbers[slot], 0)
+
+    return lax.fori_loop(0, len(numbers), one, stack).reshape(weight.shape)

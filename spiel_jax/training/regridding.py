@@ -68,7 +68,7 @@ def regrid(
 
     Raises:
         SpielError: If a size is not allowed, or does not divide a weight.
-        CheckpointError: If there is no such checkpoint, it holds no sparse deltas, ``model`` is not the run's,
+        CheckpointError: If there is no such checkpoint, it holds no sparse deltas, ``model`` is not its own,
             or ``out`` is not empty.
         NotFoundError: If the base model's configuration is not there.
     """

@@ -14,6 +14,7 @@ from spiel_jax.adapters.adapted import load_adapters
 from spiel_jax.adapters.hot_swap import _cover, _put_in, _take_out
 from spiel_jax.adapters.stacking import stacked_deltas
 from spiel_jax.models import fingerprint, open_model
+from spiel_jax.sparse.delta import SparseDelta
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +67,39 @@ def test_nothing_as_large_as_a_weight_is_made(source):
     for name, weight in weights.items():
         delta = deltas[name]
         covered = jax.eval_shape(_cover, weight, delta)
-        # XLA's CPU backend makes float32 of the one matrix that entries are set in
+        # a copy of the one matrix that entries are set in, and what it becomes
         most = 4 * size * 2 * size + 40 * delta.values.size
         assert _cover.lower(weight, delta).compile().memory_analysis().temp_size_in_bytes < most
         for program in (_put_in, _take_out):
             memory = program.lower(weight, delta, covered).compile().memory_analysis()
             assert memory.alias_size_in_bytes == memory.output_size_in_bytes == 2 * weight.size
             assert memory.temp_size_in_bytes < most < 2 * weight.size / 3
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("layers", [None, (2,)])
+def test_every_pattern_of_bits_stays_or_comes_back(dtype, layers):
+    """Infinities, subnormal numbers, both zeros; all but what is no number."""
+    rng = np.random.default_rng(0)
+    patterns = np.stack([rng.permutation(2**16).astype(np.uint16) for _ in range(3)])
+    with np.errstate(all="ignore"):
+        patterns[np.isnan(patterns.view(dtype))] = 0
+    used = [0, 1, 2] if layers is None else [*layers]
+    positions = np.stack([np.sort(rng.choice(2**16, 5000, replace=False)) for _ in used]).astype(np.int32)
+    values = rng.normal(size=positions.shape).astype(np.float32)
+    expected = patterns.copy()
+    place = np.array(used)[:, None], positions
+    with np.errstate(all="ignore"):
+        merged = (patterns[place].view(dtype).astype(np.float32) + values).astype(dtype)
+    expected[place] = merged.view(np.uint16)
+
+    delta = SparseDelta(jnp.asarray(positions), jnp.asarray(values), (128, 512), layers=layers)
+    weight = jnp.asarray(patterns.view(dtype).reshape(3, 128, 512))
+    covered = _cover(weight, delta)
+    weight = _put_in(weight, delta, covered)
+    np.testing.assert_array_equal(np.array(weight).view(np.uint16).reshape(3, -1), expected)
+    weight = _take_out(weight, delta, covered)
+    np.testing.assert_array_equal(np.array(weight).view(np.uint16).reshape(3, -1), patterns)
 
 
 def test_what_cannot_be_swapped(source):
