@@ -69,8 +69,8 @@ class HotSwap:
             kind = type(self.params[odd[0]])
             held = kind_name(kind) or kind.__name__
             raise AdapterError(
-                f"entries of {odd[0]} cannot be set: it is held as {held}. Load the model dequantised, or merge "
-                "the adapter"
+                f"entries of {odd[0]} cannot be set: it is held as {held}. Load the model dequantised, or "
+                "merge the adapter"
             )
         self._adapters[name] = deltas
 

@@ -18,6 +18,9 @@ ROLES = {
     "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
     "model": "assistant",
     "bot": "assistant",
     "chatbot": "assistant",
@@ -125,7 +128,8 @@ def _message(turn: Mapping[str, Any], ignored: set[str]) -> Message:
     message: Message = {"role": role, "content": ""}
     if calls := _calls(turn, name, text_key):
         message["tool_calls"] = calls
-    if name not in _CALLERS and (text_key in turn or not calls):
+    silent = calls or role == "tool"  # a call says nothing beside it; a tool may have nothing to say
+    if name not in _CALLERS and (text_key in turn or not silent):
         message["content"] = _content(turn, text_key)
         if not message["content"].strip() and not calls and role not in (*INSTRUCTING, "tool"):
             raise ValueError(f"{text_key!r} is empty")

@@ -72,6 +72,12 @@ def test_nulls_of_a_table_are_no_arguments():
     assert message["tool_calls"] == [{"function": {"name": "f", "arguments": {"a": 1}}}]
 
 
+def test_a_tool_may_say_nothing():
+    call = {"function": {"name": "f", "arguments": {}}}
+    turns = [turn("user"), turn("assistant", None, tool_calls=[call]), turn("tool", None), turn("Chatgpt")]
+    assert [m["role"] for m in read_turns(turns)[0]] == ["user", "assistant", "tool", "assistant"]
+
+
 def test_keys_that_nobody_reads():
     turns = [turn("user", mood="glad", weight=1), turn("assistant", plan="?", same="x")]
     assert read_turns(turns)[2] == {"mood of turns", "weight of user turns", "plan of turns"}
