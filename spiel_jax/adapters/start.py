@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial, singledispatch
+from functools import singledispatch
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,11 @@ from spiel_jax.adapters.interchange import read_adapter
 from spiel_jax.adapters.parametrized import IA3Adapter, LoraAdapter
 from spiel_jax.adapters.stacking import targets_of, trained_deltas
 from spiel_jax.config import Config
+from spiel_jax.methods.configured import configured_grid
 from spiel_jax.methods.ia3 import IA3, INPUT_SCALED, IA3Method
 from spiel_jax.methods.lora import Lora, LoraMethod
 from spiel_jax.methods.method import Method
 from spiel_jax.methods.sparse import SparseMethod
-from spiel_jax.models.axes import weight_grid
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import ADAPTED, layer_names
 from spiel_jax.ops.tree import parameter_name
@@ -91,7 +91,7 @@ def read_start(config: Config, model: ModelConfig) -> Start | None:
         )
     if odd := sorted(adapter.parameters(model).keys() - set(ADAPTED)):
         raise AdapterError(f"{settings.adapter}: {odd[0]} cannot be trained, only the linears of the blocks")
-    deltas = trained_deltas(adapter, model, partial(weight_grid, blocks=config.targets.grid))
+    deltas = trained_deltas(adapter, model, configured_grid(config, model))
     if settings.what == "positions":
         deltas = {name: delta.with_values(np.zeros_like(delta.values)) for name, delta in deltas.items()}
     return Start(adapter, settings.adapter, model, deltas, not settings.any_base)

@@ -30,6 +30,7 @@ def default_config() -> Config:
             # spiel_ag | spiel_ma: entries evolve by accumulated gradients, by approximated moments
             # random: they evolve at random (SET); with spiel.rate=0, a static random mask (SHiRA, SpaRTA)
             # magnitude: static, largest or smallest pretrained weights (Super-Tuning)
+            # lift: largest entries of a low-rank approximation of the weight, every spiel.every steps (LIFT)
             # gradient: static, largest gradients at the start (SIFT); the entries are chosen at the end of
             # step spiel.accumulation
             # lora: matrices of low rank beside the weights; ia3: scaled keys, values and MLP activations
@@ -58,6 +59,9 @@ def default_config() -> Config:
                 # blocks of each weight along the mesh axes, each with its own share of the entries; a run's
                 # mesh must divide them. Default: as the mesh at the start; 1 and 1 is the paper's algorithm
                 "grid": {"fsdp": optional(int), "tensor": optional(int)},
+                # balanced sets: each part of so many rows and columns of a weight (None: all) has as many
+                # entries as the others, always. rows=1: every row; 32 and 32: every square of that size
+                "balance": {"rows": optional(int), "columns": optional(int)},
             },
             # what a new run starts from
             "init_from": {
@@ -85,6 +89,7 @@ def default_config() -> Config:
                 "candidate_ratio": 1.0,  # spiel_ag, gradient: candidates per active entry
                 "score": "product",  # spiel_ma: of a row's and a column's accumulator: product | minimum
                 "magnitude": "largest",  # magnitude: largest | smallest
+                "filter_rank": 128,  # lift: of the approximation in which the largest entries are looked for
                 "merge": "resident",  # resident | per_use
                 # of the deltas: float32 | bfloat16, as in the paper's runs on a quantised base. Gradients and
                 # the optimizer's statistics are float32

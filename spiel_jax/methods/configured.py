@@ -1,8 +1,7 @@
 """What methods make of a configuration alike: learning rate, optimizer, and what is adapted."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import optax
@@ -18,7 +17,7 @@ from spiel_jax.ops.tree import parameter_name
 from spiel_jax.optim.criteria.criterion import CRITERIA
 from spiel_jax.sparse.targets import Target, find_targets
 
-OF_SPARSE = ("targets.density", "targets.num_tunable", "targets.grid.*", "spiel.*")
+OF_SPARSE = ("targets.density", "targets.num_tunable", "targets.grid.*", "targets.balance.*", "spiel.*")
 """Keys that mean nothing to a method without sparse deltas."""
 
 
@@ -52,20 +51,45 @@ def configured_adamw(config: Any, steps: int) -> optax.GradientTransformation:
     )
 
 
+def configured_grid(config: Any, model: ModelConfig) -> Callable[[str], tuple[int, int]]:
+    """The block grid of a parameter, by its name: along the mesh, and cut further where sets are balanced.
+
+    What the function raises is a SpielError: the parts do not divide a block of the weight.
+    """
+    blocks = {axis: number or 1 for axis, number in config.targets.grid.items()}
+    parts, shapes = config.targets.balance, abstract_params(model)
+
+    def grid(name: str) -> tuple[int, int]:
+        along, shape = weight_grid(name, blocks), shapes[name].shape[-2:]
+        cut = list(along)
+        for axis, key in enumerate(("rows", "columns")):
+            size, whole = parts[key], shape[axis] // along[axis]
+            if size is None or shape[axis] % along[axis]:  # what does not divide is told with the target
+                continue
+            if whole % size:
+                fits = " or ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
+                raise SpielError(
+                    f"balance.{key} = {size} does not divide the {whole} {key} of {name}: expected {fits}"
+                )
+            cut[axis] = shape[axis] // size
+        return cut[0], cut[1]
+
+    return grid
+
+
 def configured_targets(config: Any, model: ModelConfig) -> dict[str, Target]:
     """What has sparse deltas, without mesh axes.
 
     Raises:
         SpielError: If a rule matches nothing, or the budget does not fit.
     """
-    blocks = {axis: number or 1 for axis, number in config.targets.grid.items()}
     try:
         return find_targets(
             abstract_params(model),
             density=config.targets.density,
             num_tunable=config.targets.num_tunable,
             rules=tuple(config.targets.rules),
-            grid=partial(weight_grid, blocks=blocks),
+            grid=configured_grid(config, model),
             layer_names=lambda name, stack: layer_names(name, stack[0]),
         )
     except SpielError as error:

@@ -18,7 +18,7 @@ from spiel_jax.ops.selection import compact, largest
 from spiel_jax.ops.stored import is_writable
 from spiel_jax.ops.tree import all_finite, parameter_name
 from spiel_jax.optim.block_grid import Regridded, convert
-from spiel_jax.optim.criteria.criterion import CRITERIA, Complaint, Criterion
+from spiel_jax.optim.criteria.criterion import CRITERIA, Complaint, Criterion, unused_keys
 from spiel_jax.optim.inner_optimizers import state_dtype
 from spiel_jax.optim.parity import is_reference
 from spiel_jax.optim.positions import active_positions, deltas, place
@@ -72,12 +72,16 @@ class SparseMethod(Method):
         if density is not None and number is not None:
             expected = f"None where num_tunable = {number}: density or num_tunable, one of them"
             yield "targets.density", density, f"{expected} (--config.targets.num_tunable=None unsets that)"
+        balance = config.targets.balance
+        if config.init_from.adapter is not None and (balance.rows or balance.columns):
+            expected = "unset: the entries of an adapter are where they are (targets.balance)"
+            yield "init_from.adapter", config.init_from.adapter, expected
         yield from CRITERIA[config.method].complaints(config)
 
     @classmethod
     def unused(cls, config: Any) -> Iterable[str]:
         """See ``Method``: what is of other methods, and of other criteria."""
-        return ("lora.*", *CRITERIA[config.method].unused)
+        return ("lora.*", *unused_keys(CRITERIA[config.method]))
 
     @classmethod
     def from_config(
@@ -136,6 +140,15 @@ class SparseMethod(Method):
         zipped = deltas(state.trainable, state.opt_state)
         return unmerge(state.params, {name: zipped[name] for name in state.base}, state.base)
 
+    def _merged(self, state: TrainState) -> Params:
+        """The tuned weights, each matrix merged when it is used."""
+        unmerged, layers = self._unmerged(state), self.objective.config.num_layers
+        held = {
+            name: Unmerged(state.params[name], _joined(unmerged, group, layers))
+            for name, group in _by_parameter(unmerged).items()
+        }
+        return state.params | held
+
     def _unmerged(self, state: TrainState) -> dict[str, SparseDelta]:
         """The deltas that the parameters do not hold."""
         zipped = deltas(state.trainable, state.opt_state)
@@ -148,10 +161,17 @@ class SparseMethod(Method):
         loss, grads, candidates = self.gradients(state, batch, phase=phase)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        weights = self._merged(state) if reselect and self.growth.uses_weights else None
 
         def change(values: Params, opt_state: Any) -> tuple[Any, Any]:
             updates, opt_state = self.tx.update(
-                grads, opt_state, values, candidates=candidates, phase=phase, reselect=reselect
+                grads,
+                opt_state,
+                values,
+                candidates=candidates,
+                phase=phase,
+                reselect=reselect,
+                weights=weights,
             )
             return optax.apply_updates(values, updates), opt_state
 

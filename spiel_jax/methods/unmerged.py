@@ -12,7 +12,7 @@ from spiel_jax.sparse.delta import SparseDelta, merge
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Unmerged(Weight):
-    """A quantised weight and a sparse delta on it, merged on each use: a layer at a time.
+    """A weight, quantised as a rule, and a sparse delta on it, merged on each use: a layer at a time.
 
     It stands for what ``merge`` makes of the two, bit for bit.
 
@@ -21,7 +21,7 @@ class Unmerged(Weight):
         delta: On every matrix of it.
     """
 
-    base: Weight
+    base: jax.Array | Weight
     delta: SparseDelta
 
     @property

@@ -23,6 +23,7 @@ from spiel_jax.errors import SpielError
 _SHIFT = 5  # positions are not negative: shifts and masks in the place of slower floor divisions
 _BLOCK = 1 << _SHIFT  # entries per block of the two-level compaction
 _SAMPLE = 61  # one entry in so many is sampled for the first bound; prime, so that it visits all columns
+_ENTRIES_AT_A_TIME = 2**18  # of small blocks
 _MARGIN = 3.0  # standard deviations of a sampled count by which the first bound is kept low
 
 
@@ -320,6 +321,48 @@ def top_magnitudes(dense: jax.Array, k: int, exclude: jax.Array | None = None) -
 
     fits = (count >= k) & (count <= room)
     return jnp.minimum(lax.cond(fits, few, all_entries), size)
+
+
+def top_in_blocks(
+    matrix: jax.Array, block: tuple[int, int], k: int, exclude: jax.Array | None = None
+) -> jax.Array:
+    """``top_magnitudes`` of each block of a matrix; small blocks several at a time.
+
+    Args:
+        matrix: [R, C] floats.
+        block: (rows, columns) of a block; they divide those of the matrix.
+        k: How many of each, static.
+        exclude: [blocks, A] positions in each block, or None.
+
+    Returns:
+        [R / rows, C / columns, k] int32, positions in the block.
+
+    Example:
+        >>> top_in_blocks(jnp.array([[1.0, -4.0, 2.0, 0.0]]), (1, 2), 1).tolist()
+        [[[1], [0]]]
+    """
+    grid = matrix.shape[0] // block[0], matrix.shape[1] // block[1]
+    size = block[0] * block[1]
+
+    def one(item: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        return top_magnitudes(item[0], k, item[1])
+
+    if grid == (1, 1):  # a loop would copy the block
+        return one((matrix, None if exclude is None else exclude[0])).reshape(1, 1, k)
+    blocks = matrix.reshape(grid[0], block[0], grid[1], block[1]).swapaxes(1, 2).reshape(-1, size)
+    together = at_a_time(blocks.shape[0], size, _ENTRIES_AT_A_TIME)
+    return lax.map(one, (blocks, exclude), batch_size=together).reshape(*grid, k)
+
+
+def at_a_time(number: int, size: int, most: int) -> int | None:
+    """How many of so many things of a size to treat together, as ``lax.map`` takes it: a divisor.
+
+    >>> at_a_time(6, 10, 45), at_a_time(6, 10, 15)
+    (3, None)
+    """
+    limit = max(1, min(number, most // max(size, 1)))
+    together = max(n for n in range(1, limit + 1) if number % n == 0)
+    return together if together > 1 else None
 
 
 def top_products(

@@ -120,6 +120,8 @@ def spiel(
 
         * ``candidates``: target name to ``SparseDelta`` of candidate positions and this step's gradients
           there (SpIEL-AG); needed on proposing and estimating steps.
+        * ``weights``: pytree of the weights as they are, deltas merged; needed where the step ends with a
+          reselection of a criterion that looks at them (``uses_weights``).
         * ``phase``: the step's ``Phase``, and ``reselect``: whether it ends with a reselection. A host that
           knows them (``schedule.phase(step)``, ``schedule.reselects(step)``) gives them as Python
           values, and what never runs is not compiled. Where absent they follow from the state's count.
@@ -201,6 +203,7 @@ class _Evolution:
         candidates: Mapping[str, SparseDelta] | None = None,
         phase: Phase | None = None,
         reselect: Flag | None = None,
+        weights: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SpielState]:
         """See ``spiel``."""
@@ -234,10 +237,10 @@ class _Evolution:
         number = jnp.clip(number, 0, len(self.counts) - 1)
         with jax.named_scope("reselection"):
             if ends is True:
-                return self._reselect(updates, values, state, number)
+                return self._reselect(updates, values, state, number, weights)
             return lax.cond(
                 ends,
-                lambda updates, state: self._reselect(updates, values, state, number),
+                lambda updates, state: self._reselect(updates, values, state, number, weights),
                 lambda updates, state: (updates, state),
                 updates,
                 state,
@@ -280,9 +283,12 @@ class _Evolution:
         return Observation(state.active, named, candidates, proposes, estimates, inner_state)
 
     def _reselect(
-        self, updates: Any, values: Any, state: SpielState, number: jax.Array | int
+        self, updates: Any, values: Any, state: SpielState, number: jax.Array | int, weights: Any
     ) -> tuple[Any, SpielState]:
         """Drops and grows: updates and state after reselection ``number``, from 0."""
+        stats = state.growth
+        if weights is not None:
+            stats = self.growth.survey(stats, weights, self.targets)
         targets, table = self.targets, jnp.asarray(self.counts)[number]  # [targets]
         old_values, named_updates = by_target(values, targets), by_target(updates, targets)
         active, replaced, seeds = {}, {}, {}
@@ -294,7 +300,7 @@ class _Evolution:
                 state.active[name].indices,
                 old_values[name],
                 named_updates[name],
-                state.growth[name],
+                stats[name],
             )
             active[name] = target.delta(indices)
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from spiel_jax.ops.selection import at_a_time
 from spiel_jax.ops.sharded import on_blocks
 from spiel_jax.ops.stored import Stored, as_array, entries_at, is_stored, is_writable, one_stack, with_entries
 from spiel_jax.ops.tree import edit
@@ -190,12 +191,8 @@ def map_matrices(function: Callable[..., Any], delta: SparseDelta, *trees: Any) 
             return function(*trees)
         lead = jax.tree.leaves(trees)[0].shape[:axes]  # of this device's blocks
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), trees)
-        count = math.prod(lead)
-        most = max(_SLOTS_AT_A_TIME // max(delta.indices.shape[-1], 1), 1)
-        together = max(n for n in range(1, min(most, count) + 1) if count % n == 0)
-        results = lax.map(
-            lambda matrix: function(*matrix), flat, batch_size=together if together > 1 else None
-        )
+        together = at_a_time(math.prod(lead), delta.indices.shape[-1], _SLOTS_AT_A_TIME)
+        results = lax.map(lambda matrix: function(*matrix), flat, batch_size=together)
         return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), results)
 
     return on_blocks(mapped, delta.axes, delta.stack_axes, *trees)

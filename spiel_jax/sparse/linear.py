@@ -1,5 +1,6 @@
 """A linear layer that collects the gradient of some entries of its weight, and of no others."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,7 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from spiel_jax.ops.matmul import dot, input_gradient, weight_gradient
-from spiel_jax.ops.selection import top_magnitudes
+from spiel_jax.ops.selection import top_in_blocks
 from spiel_jax.ops.sharded import BATCH_AXES, current_axes, on_blocks
 from spiel_jax.ops.stored import Stored, as_array
 from spiel_jax.ops.tree import edit
@@ -162,22 +163,14 @@ def _propose(gradient: jax.Array, adapter: SparseLinear) -> jax.Array:
     slots = adapter.proposal
     assert slots is not None
     count = slots.shape[-1]
-    grid, (rows, columns) = adapter.active.grid, adapter.active.block
-    blocks = gradient.reshape(grid[0], rows, grid[1], columns).swapaxes(1, 2)
-    blocks = blocks.reshape(-1, rows, columns)
-    exclude = adapter.active.indices.reshape(blocks.shape[0], -1)
-
-    def one(block_and_active: tuple[jax.Array, jax.Array]) -> jax.Array:
-        block, active = block_and_active
-        positions = top_magnitudes(block, count, None if adapter.propose_active else active)
-        entries = block.reshape(-1).at[positions].get(mode="fill", fill_value=0)
-        # one by one: a stack of bfloat16 entries and positions would round the positions
-        parts = (entries, *divided(positions, columns))
-        return jnp.stack([part.astype(slots.dtype) for part in parts])
-
-    if blocks.shape[0] == 1:  # a loop would copy the block
-        return one((blocks[0], exclude[0])).reshape(slots.shape)
-    return lax.map(one, (blocks, exclude)).reshape(slots.shape)
+    grid, block = adapter.active.grid, adapter.active.block
+    active = adapter.active.indices.reshape(math.prod(grid), -1)
+    positions = top_in_blocks(gradient, block, count, None if adapter.propose_active else active)
+    found = SparseDelta(positions, None, adapter.active.shape, grid, axes=(None, None))
+    entries = gather(gradient, found)
+    # one by one: a stack of bfloat16 entries and positions would round the positions
+    parts = (entries, *divided(positions, block[1]))
+    return jnp.stack([part.astype(slots.dtype) for part in parts], axis=-2).reshape(slots.shape)
 
 
 def _sparse_linear_backward(residuals: tuple, dy: jax.Array) -> tuple:

@@ -20,10 +20,10 @@ from spiel_jax.checkpoint import (
 from spiel_jax.config import unflatten
 from spiel_jax.distributed.mesh import check_mesh, make_mesh
 from spiel_jax.errors import NotFoundError, SpielError
+from spiel_jax.methods.configured import configured_grid
 from spiel_jax.methods.method import TrainState
 from spiel_jax.methods.registry import build
 from spiel_jax.methods.sparse import SparseMethod
-from spiel_jax.models.axes import weight_grid
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.io.fingerprint import arithmetic
 from spiel_jax.models.io.loading import model_shape
@@ -100,10 +100,11 @@ def regrid(
     values = zeros(targets, method.delta_dtype)
     like = jax.eval_shape(lambda: TrainState({}, {}, values, tx.init(values)))
     state = restore_state(workdir, like, method, metadata["step"])
-    grids = {name: weight_grid(parameter_name(name), blocks) for name in targets}
+    settings = settings | {f"targets.grid.{axis}": number for axis, number in blocks.items()}
+    grid_of = configured_grid(unflatten(settings), model)
+    grids = {name: grid_of(parameter_name(name)) for name in targets}
     method, state, changed = method.regridded(state, grids)
 
-    settings = settings | {f"targets.grid.{axis}": number for axis, number in blocks.items()}
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, TIMING):

@@ -70,7 +70,7 @@ def runs(configured, tmp_path_factory):
     return make
 
 
-SLOW = ("magnitude", "gradient")  # static like "random"
+SLOW = ("magnitude", "gradient", "lift")  # the first two are static like "random"
 
 
 @pytest.mark.parametrize(
@@ -147,11 +147,12 @@ class TestMethods:
         *[(name, "targets.density", 0.1, "density or num_tunable, one of them") for name in CRITERIA],
         *[
             (name, "spiel.parity", "reference", "method = .*: expected a method of SpIEL")
-            for name in ("random", "magnitude", "gradient")
+            for name in ("random", "magnitude", "gradient", "lift")
         ],
         ("spiel_ag", "spiel.candidate_ratio", 0.0, "candidate_ratio = 0.0: expected more than 0"),
         ("spiel_ma", "spiel.score", "sum", "score = 'sum': expected one of product, minimum"),
         ("magnitude", "spiel.magnitude", "both", "magnitude = 'both': expected one of largest, smallest"),
+        ("lift", "spiel.filter_rank", 0, "filter_rank = 0: expected at least 1"),
         ("lora", "lora.rank", 0, "lora.rank = 0: expected at least 1"),
         ("lora", "lora.dropout", 1.0, "lora.dropout = 1.0: expected 0 or more and less than 1"),
         ("sgd", "seed", 0, "method = 'sgd': expected one of spiel_ag, .*, strongest, .*, norms"),
@@ -182,6 +183,13 @@ def test_the_largest_gradients_are_chosen_once(runs):
     found = replaced(runs("gradient")[0] / "whole")
     assert list(found) == [2]
     assert 0.8 < found[2] < 1.0  # the few that were active and of large gradient stay
+
+
+@pytest.mark.slow
+def test_what_is_principal_is_looked_for_again_and_mostly_stays(runs):
+    found = replaced(runs("lift")[0] / "whole")
+    assert set(found) <= {2, 4, 6}
+    assert 0 < sum(found.values()) < 1.5
 
 
 @pytest.mark.slow

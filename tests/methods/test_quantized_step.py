@@ -22,6 +22,7 @@ from spiel_jax.models.axes import param_sharding, weight_axes, weight_grid
 from spiel_jax.models.decoder import ADAPTED
 from spiel_jax.models.storage import NF4, Int8
 from spiel_jax.ops.stored import as_array, is_stored
+from spiel_jax.optim.criteria.lift import LowRankMagnitude
 from spiel_jax.optim.inner_optimizers import aged_adamw, sparse_sm3
 from spiel_jax.sparse.delta import merged_entries
 
@@ -59,7 +60,11 @@ def method(growth, mesh, config=CONFIG, remat="full", **options):
     return SparseMethod(Objective(config, remat, loss_chunk=16), tx, targets, growth, **options)
 
 
-GROWTHS = {"ag": sj.AccumulatedGradients(), "ma": sj.MomentApproximation()}
+GROWTHS = {
+    "ag": sj.AccumulatedGradients(),
+    "ma": sj.MomentApproximation(),
+    "lift": LowRankMagnitude(rank=8),
+}
 
 
 def run(trained, params, mesh):

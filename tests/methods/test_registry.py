@@ -10,6 +10,7 @@ from spiel_jax.methods.sparse import SparseMethod
 from spiel_jax.models import ModelConfig
 from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients
 from spiel_jax.optim.criteria.criterion import CRITERIA
+from spiel_jax.optim.criteria.lift import LowRankMagnitude
 from spiel_jax.optim.criteria.moment_approximation import MomentApproximation
 from spiel_jax.optim.criteria.random import RandomGrowth
 from spiel_jax.optim.criteria.static import LargestWeights
@@ -58,6 +59,7 @@ def test_targets_of_the_default_are_the_linears_of_the_blocks(config):
         ("random", RandomGrowth(), [5, 25, 45]),
         ("magnitude", LargestWeights(), []),
         ("gradient", AccumulatedGradients(seeds=False, propose_active=True), [5]),
+        ("lift", LowRankMagnitude(128), [20, 40]),
     ],
 )
 def test_sparse_methods_differ_by_growth_and_schedule(config, method, growth, steps):
@@ -69,7 +71,7 @@ def test_sparse_methods_differ_by_growth_and_schedule(config, method, growth, st
     schedule = training.schedule
     assert schedule.steps == steps
     assert schedule.rates[:1] == ([1.0] if method != "random" else [0.2 * (1 - 5 / 50)])[: len(steps)]
-    assert (training.start is not None) == (method == "magnitude")
+    assert (training.start is not None) == (method in ("magnitude", "lift"))
 
 
 def test_options_of_growth(config):

@@ -85,7 +85,7 @@ class AccumulatedGradients(Criterion):
     """
 
     in_original = True
-    unused = ("spiel.score", "spiel.magnitude")
+    own = ("spiel.candidate_ratio",)
 
     b1: float = 0.9
     b2: float = 0.999

@@ -114,11 +114,17 @@ class Criterion:
     per_micro_batch: bool = False
     in_original: ClassVar[bool] = False  # whether the original implementation has it
     reselects_once: ClassVar[bool] = False  # its one phase may then be longer than ``spiel.every``
-    unused: ClassVar[tuple[str, ...]] = ()  # keys of the configuration that mean nothing to it
+    own: ClassVar[tuple[str, ...] | None] = None  # keys of the configuration that are of it; None: not said
+    unused: ClassVar[tuple[str, ...]] = ()  # further keys, of all criteria, that mean nothing to it
 
     @property
     def uses_candidates(self) -> bool:
         """Whether ``update`` must be given candidates on proposing and estimating steps."""
+        return False
+
+    @property
+    def uses_weights(self) -> bool:
+        """Whether ``update`` must be given the weights where it ends with a reselection."""
         return False
 
     def count(self, target: Target) -> int:
@@ -137,6 +143,17 @@ class Criterion:
     def observe(self, stats: dict[str, Any], seen: Observation) -> dict[str, Any]:
         """Statistics after a step."""
         del seen
+        return stats
+
+    def survey(self, stats: dict[str, Any], weights: Any, targets: Mapping[str, Target]) -> dict[str, Any]:
+        """What a reselection looks at in the place of the statistics; asked once, before its matrices.
+
+        Args:
+            stats: The statistics.
+            weights: Pytree of the weights as they are before the step, deltas merged; stored ones too.
+            targets: What is adapted.
+        """
+        del weights, targets
         return stats
 
     def available(self, stats: Any, indices: jax.Array, target: Target) -> jax.Array | int:
@@ -195,7 +212,8 @@ class Criterion:
         settings = config.spiel
         every, accumulation, first = settings.every, settings.accumulation, settings.first
         reference = settings.parity == "reference"
-        if not (accumulation <= every or reference or cls.reselects_once):
+        idle = cls.reselects_once or "spiel.accumulation" in cls.unused
+        if not (accumulation <= every or reference or idle):
             yield "spiel.accumulation", accumulation, f"1 to spiel.every = {every}"
         adapter = config.init_from.adapter
         if adapter is not None and (cls.reselects_once or cls.start(config) is not None):
@@ -272,6 +290,14 @@ def register(name: str) -> Callable[[C], C]:
         return criterion
 
     return add
+
+
+def unused_keys(criterion: type[Criterion]) -> tuple[str, ...]:
+    """Keys of the configuration that mean nothing to a criterion: those of others, if it says its own."""
+    if criterion.own is None:
+        return criterion.unused
+    owned = dict.fromkeys(key for other in CRITERIA.values() for key in other.own or ())
+    return (*criterion.unused, *(key for key in owned if key not in criterion.own))
 
 
 def configured_schedule(settings: Any, steps: int, first: float | None) -> Reselection:

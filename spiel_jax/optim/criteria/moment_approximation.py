@@ -57,7 +57,8 @@ class MomentApproximation(Criterion):
     """
 
     in_original = True
-    unused = ("spiel.magnitude", "spiel.candidate_ratio", "optimizer.b1", "optimizer.b2")
+    own = ("spiel.score",)
+    unused = ("optimizer.b1", "optimizer.b2")
 
     score: Score = "product"
     shared: bool = False
@@ -86,6 +87,10 @@ class MomentApproximation(Criterion):
     def complaints(cls, config: Any) -> Iterator[Complaint]:
         """See ``Criterion``."""
         yield from super().complaints(config)
+        for key, size in config.targets.balance.items():
+            if size is not None:
+                expected = "None: SM3 keeps a number for each row and each column of every part"
+                yield f"targets.balance.{key}", size, expected
         if config.spiel.parity == "reference" and config.spiel.score != "product":
             yield "spiel.score", config.spiel.score, f"product: {ORIGINAL}"
 

@@ -38,7 +38,7 @@ class RandomGrowth(Criterion):
         <https://arxiv.org/abs/2406.13175>`_.
     """
 
-    unused = ("spiel.score", "spiel.magnitude", "spiel.candidate_ratio")
+    own = ()
 
     key: int | jax.Array = 0
 

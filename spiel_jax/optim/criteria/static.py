@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spiel_jax.ops.selection import top_magnitudes
+from spiel_jax.ops.selection import top_in_blocks
 from spiel_jax.ops.sharded import on_blocks
 from spiel_jax.ops.stored import Stored, as_array, one_stack
 from spiel_jax.ops.tree import named_leaves, parameter_name
@@ -50,10 +50,8 @@ class NoGrowth(Criterion):
 class LargestWeights(NoGrowth):
     """The largest or smallest pretrained weights, a static mask (Super-Tuning)."""
 
-    unused = (
-        *("spiel.every", "spiel.accumulation", "spiel.schedule", "spiel.rate", "spiel.first"),
-        *("spiel.score", "spiel.candidate_ratio"),
-    )
+    own = ("spiel.magnitude",)
+    unused = ("spiel.every", "spiel.accumulation", "spiel.schedule", "spiel.rate", "spiel.first")
 
     @classmethod
     def start(cls, config: Any) -> Callable[..., Mapping[str, SparseDelta]]:
@@ -67,7 +65,7 @@ class FirstGradients(AccumulatedGradients):
 
     in_original = False
     reselects_once = True
-    unused = ("spiel.every", "spiel.schedule", "spiel.rate", "spiel.first", "spiel.score", "spiel.magnitude")
+    unused = ("spiel.every", "spiel.schedule", "spiel.rate", "spiel.first")
 
     @classmethod
     def from_config(cls, config: Any) -> AccumulatedGradients:
@@ -106,39 +104,40 @@ def magnitude_positions(
         >>> magnitude_positions(weights, targets, largest=False)["w"].indices.tolist()
         [2, 3]
     """
-    leaves = named_leaves(params)
     positions = {}
     for name, target in targets.items():
-        parameter = parameter_name(name)
-        if parameter not in leaves:
-            raise KeyError(f"no parameter {parameter!r}: expected one of {', '.join(leaves)}")
         find = partial(_strongest, target=target, largest=largest)
-        indices = on_blocks(find, target.axes, len(target.stack), leaves[parameter])
+        indices = on_blocks(find, target.axes, 1, adapted_matrices(params, name, target))
         positions[name] = target.delta(indices.reshape(*target.lead, target.block_count))
     return positions
 
 
-def _strongest(weight: Any, target: Target, largest: bool) -> jax.Array:
-    """[*stack, grid_rows, grid_columns, k] positions in each block of a weight, or of a part of it."""
-    chosen = weight
-    if target.layers is not None:
-        chosen = jax.tree.map(lambda leaf: leaf[jnp.array(target.layers)], weight)
+def adapted_matrices(params: Any, name: str, target: Target) -> Any:
+    """The weight of a target as one stack of those of its matrices that are adapted, an array or stored.
+
+    Raises:
+        KeyError: If it is no leaf of ``params``.
+    """
+    leaves, parameter = named_leaves(params), parameter_name(name)
+    if parameter not in leaves:
+        raise KeyError(f"no parameter {parameter!r}: expected one of {', '.join(leaves)}")
+    matrices = one_stack(leaves[parameter])
+    if target.layers is None:
+        return matrices
+    return jax.tree.map(lambda leaf: leaf[jnp.array(target.layers)], matrices)
+
+
+def _strongest(matrices: Any, target: Target, largest: bool) -> jax.Array:
+    """[M, grid_rows, grid_columns, k] positions in each block of a stack of weights, or of parts of them."""
 
     def strongest(weight: jax.Array | Stored) -> jax.Array:
         matrix = as_array(weight)
-        rows, columns = target.block
-        blocks = matrix.reshape(-1, rows, matrix.shape[1] // columns, columns).swapaxes(1, 2)
-        grid = blocks.shape[:2]
-        blocks = blocks.reshape(-1, target.block_size)
         if not largest:
             # the bits of non-negative floats are ordered as the floats are: mirror them
-            wide = jnp.abs(blocks.astype(jnp.promote_types(blocks.dtype, jnp.float32)))
+            wide = jnp.abs(matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32)))
             bits = jnp.int64 if wide.dtype == jnp.float64 else jnp.int32
             top = lax.bitcast_convert_type(jnp.array(jnp.inf, wide.dtype), bits)
-            blocks = lax.bitcast_convert_type(top - lax.bitcast_convert_type(wide, bits), wide.dtype)
-        found = lax.map(lambda block: top_magnitudes(block, target.block_count), blocks)
-        return found.reshape(*grid, target.block_count)
+            matrix = lax.bitcast_convert_type(top - lax.bitcast_convert_type(wide, bits), wide.dtype)
+        return top_in_blocks(matrix, target.block, target.block_count)
 
-    matrices = one_stack(chosen)
-    found = lax.map(strongest, matrices)
-    return found.reshape(*target.stack, *found.shape[1:])
+    return lax.map(strongest, matrices)
