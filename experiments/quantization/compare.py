@@ -10,10 +10,6 @@ writes it and what every run came to into --out (results.json).
 
 import itertools
 import json
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median, quantiles, stdev
@@ -21,6 +17,7 @@ from typing import Any
 
 from absl import flags
 
+from experiments.trials import Trial, outcome
 from spiel_jax import cli
 from spiel_jax.errors import SpielError
 
@@ -32,7 +29,7 @@ METHODS = {
     "spiel_ma": {"targets.num_tunable": ENTRIES, "optimizer.learning_rate": 3e-3},
     "lora": {"targets.num_tunable": None, "lora.rank": RANK, "optimizer.learning_rate": 3e-3},
 }
-CONFIG = Path(__file__).parents[2] / "configs" / "smollm2_135m.py"
+CONFIG = "configs/smollm2_135m.py"
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -63,12 +60,9 @@ def main(options: flags.FlagValues) -> None:
 
 def _result(out: Path, method: str, base: str, seed: int, steps: int) -> dict[str, Any]:
     """What a run came to, read if it is done."""
-    folder = out / f"{method}-{base}-{seed}-{steps}"
-    done = folder / "result.json"
-    if not done.is_file():
-        result = json.dumps(_run(folder, method, base, seed, steps))
-        done.write_text(result)
-    return json.loads(done.read_text())
+    chosen = settings(method, base, seed, steps)
+    done = outcome(Trial(f"{method}-{base}-{seed}-{steps}", CONFIG, chosen), out)
+    return {"method": method, "base": base, "seed": seed, "steps": steps, **done}
 
 
 def settings(method: str, base: str, seed: int, steps: int) -> dict[str, Any]:
@@ -91,51 +85,6 @@ def settings(method: str, base: str, seed: int, steps: int) -> dict[str, Any]:
     }
 
 
-def _run(folder: Path, method: str, base: str, seed: int, steps: int) -> dict[str, Any]:
-    chosen = settings(method, base, seed, steps)
-    command = [
-        sys.executable,
-        "-m",
-        "spiel_jax.train",
-        f"--config={CONFIG}",
-        f"--workdir={folder.absolute()}",
-    ]
-    command += [f"--config.{key}={value}" for key, value in chosen.items()]
-    programs = {  # every one is compiled once
-        "JAX_COMPILATION_CACHE_DIR": str(folder.parent.absolute() / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
-    }
-    ended = subprocess.run(
-        command,
-        cwd=CONFIG.parents[1],
-        env=os.environ | programs,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if ended.returncode:
-        raise SpielError(f"{folder.name} failed:\n{ended.stderr[-3000:]}")
-    peak = re.search(r"peak memory +([\d.]+) GiB", ended.stdout)
-    assert peak is not None
-    metrics, timing = (_lines(folder / name) for name in ("metrics.jsonl", "timing.jsonl"))
-    seconds = [line["seconds_per_step"] for line in timing if "seconds_per_step" in line]
-    losses = {line["step"]: line["heldout_loss"] for line in metrics if "heldout_loss" in line}
-    return {
-        "method": method,
-        "base": base,
-        "seed": seed,
-        "steps": steps,
-        "heldout": [losses[0], losses[steps]],
-        "losses": [line["loss"] for line in metrics if "loss" in line],
-        "seconds_per_step": seconds,
-        "peak_gib": float(peak[1]),
-    }
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def markdown(results: Sequence[dict[str, Any]]) -> str:
     """The table: means over seeds, and ratios to the run on bf16 by the same method."""
     lines = [
@@ -146,10 +95,10 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
         plain = _of(results, method, "bf16")
         for base in dict.fromkeys(result["base"] for result in results):
             found = _of(results, method, base)
-            before = mean(result["heldout"][0] for result in found)
-            after = [result["heldout"][1] for result in found]
+            before = mean(result["heldout"][0][1] for result in found)
+            after = [result["heldout"][-1][1] for result in found]
             spread = f" ± {stdev(after):.4f}" if len(after) > 1 else ""
-            apart = [a - b["heldout"][1] for a, b in zip(after, plain, strict=False)]
+            apart = [a - b["heldout"][-1][1] for a, b in zip(after, plain, strict=False)]
             ratios = [_ratio(found, plain, _seconds), _ratio(found, plain, lambda r: r["peak_gib"])]
             shown = f"{mean(apart):+.4f}" if apart else "-"
             lines.append(

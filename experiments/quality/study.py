@@ -1,0 +1,148 @@
+r"""A study: methods × budgets × learning rates × seeds, each run at the best of its rates.
+
+    python -m experiments.quality.study --study=experiments/quality/studies/chitchat.py --out=runs/chitchat
+
+A study file has ``get_study()``, which returns a ``Study``. Every method of a budget is run with each of its
+rates and the first seed; the rate of lowest validation loss is that of the other seeds, and what is reported
+is the loss on the test. One run at a time, each a process of its own; those that are done are not done again,
+and one that was interrupted goes on: the same command continues. Prints a table, and writes it, plots, and
+what every run came to with its command (results.json) into --out.
+"""
+
+import fnmatch
+import json
+import runpy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments.quality.tables import Result, label, markdown, plots, validation
+from experiments.trials import Trial, outcome, processor
+from spiel_jax.errors import SpielError
+from spiel_jax.methods.registry import method_class
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method of a study.
+
+    Attributes:
+        settings: Key to value, ``method`` among them.
+        rates: Learning rates, of which the best is taken.
+    """
+
+    settings: Mapping[str, Any]
+    rates: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared.
+
+    Attributes:
+        config: A configuration's file, relative to the repository.
+        settings: Key to value, for every run.
+        candidates: Name to method.
+        budgets: Name to settings. Of these a method is given what it knows: ``targets.num_tunable`` is
+            nothing to LoRA, nor ``lora.rank`` to the others.
+        seeds: Of the runs at the best rate; the first is that of the choice.
+        against: The method that the others are compared to, seed by seed.
+    """
+
+    config: str
+    settings: Mapping[str, Any]
+    candidates: Mapping[str, Candidate]
+    budgets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
+    seeds: Sequence[int] = (0, 1, 2)
+    against: str | None = None
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_string("study", None, "A file with get_study().", required=True, flag_values=values)
+    flags.DEFINE_string("out", None, "Folder of the runs and the results.", required=True, flag_values=values)
+
+
+def main(options: flags.FlagValues) -> None:
+    """Does the runs that are not done, and prints the table."""
+    study, out = read(options.study), Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    told = {
+        "command": f"python -m experiments.quality.study --study={options.study} --out={options.out}",
+        "processor": processor(),
+        "against": study.against,
+    }
+    results: list[Result] = []
+    for result in done(study, out):
+        results.append(result)
+        print(f"{label(result)}: validation {validation(result):.4f}", flush=True)
+        (out / "results.json").write_text(json.dumps(told | {"runs": results}, indent=1) + "\n")
+    text = markdown(results, study.against)
+    (out / "table.md").write_text(text + "\n")
+    plots(results, out)
+    print(text)
+
+
+def read(path: str) -> Study:
+    """The study of a file.
+
+    Raises:
+        SpielError: If there is none in it.
+    """
+    if not Path(path).is_file():
+        raise SpielError(f"--study={path}: there is no such file")
+    study = runpy.run_path(path)["get_study"]()
+    if not isinstance(study, Study):
+        raise SpielError(f"{path}: get_study() returns {study!r}: expected a Study")
+    return study
+
+
+def done(study: Study, out: Path) -> Iterator[Result]:
+    """What every run came to, those that are not done being done now: all rates first, then all seeds."""
+    first, *others = study.seeds
+    best = {}
+    for name, budget in runs_of(study):
+        found = [_run(study, out, name, budget, rate, first) for rate in study.candidates[name].rates]
+        yield from found
+        best[name, budget] = min(found, key=validation)["rate"]
+    for seed in others:
+        for (name, budget), rate in best.items():
+            yield _run(study, out, name, budget, rate, seed)
+
+
+def runs_of(study: Study) -> Iterator[tuple[str, str]]:
+    """Methods and budgets."""
+    for budget in study.budgets:
+        for name in study.candidates:
+            yield name, budget
+
+
+def trial(study: Study, name: str, budget: str, rate: float, seed: int) -> Trial:
+    """One run of a study."""
+    settings = study.candidates[name].settings
+    kind = method_class(settings["method"])
+
+    class Asked:  # what ``unused`` of a method looks at
+        method = settings["method"]
+
+    patterns = tuple(kind.unused(Asked))
+    known = {
+        key: value
+        for key, value in {**study.settings, **study.budgets[budget]}.items()
+        if not any(fnmatch.fnmatch(key, pattern) for pattern in patterns)
+    }
+    parts = [name, budget, f"{rate:g}", str(seed)]
+    return Trial(
+        "-".join(part.replace(" ", "_") for part in parts if part),
+        study.config,
+        {**known, **settings, "optimizer.learning_rate": rate, "seed": seed},
+        "experiments.quality.trial",
+    )
+
+
+def _run(study: Study, out: Path, name: str, budget: str, rate: float, seed: int) -> Result:
+    found = outcome(trial(study, name, budget, rate, seed), out)
+    return {"method": name, "budget": budget, "rate": rate, "seed": seed, **found}

@@ -1,0 +1,109 @@
+"""What a study shows: a table of each method at its best rate, and plots of rates and of training."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median, quantiles, stdev
+from typing import Any
+
+Result = dict[str, Any]
+"""What a run came to (see ``trials.outcome``), and its method, budget, rate and seed."""
+
+
+def validation(result: Result) -> float:
+    """Loss by which rates are chosen: that of the last evaluation; infinite if the run diverged."""
+    loss = result["heldout"][-1][1] if "heldout" in result else math.inf
+    return loss if math.isfinite(loss) else math.inf
+
+
+def label(result: Result) -> str:
+    """What a run is called in print."""
+    return f"{_of(result)}, {result['rate']:g}, seed {result['seed']}"
+
+
+def _of(result: Result) -> str:
+    return " ".join(filter(None, (result["method"], result["budget"])))
+
+
+def grouped(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
+    """Method and budget to its runs."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result["method"], result["budget"]), []).append(result)
+    return groups
+
+
+def at_best(runs: Sequence[Result]) -> list[Result]:
+    """Those at the rate that was best with the first seed, seed by seed."""
+    best = min((run for run in runs if run["seed"] == runs[0]["seed"]), key=validation)["rate"]
+    return [run for run in runs if run["rate"] == best]
+
+
+def markdown(results: Sequence[Result], against: str | None = None) -> str:
+    """The table: mean ± standard error over seeds."""
+    beside = [] if against is None else [f"beside {against}"]
+    head = ["method", "rates tried", "best", "seeds", "validation", "test", *beside, "s a step", "GiB"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    groups = grouped(results)
+    for (_, budget), runs in groups.items():
+        chosen = at_best(runs)
+        rates = sorted({run["rate"] for run in runs})
+        end = " (an end)" if len(rates) > 1 and chosen[0]["rate"] in (rates[0], rates[-1]) else ""
+        whole = [run for run in chosen if "test" in run]
+        cells = [
+            _of(runs[0]),
+            ", ".join(f"{rate:g}" for rate in rates),
+            f"{chosen[0]['rate']:g}{end}",
+            str(len(chosen)),
+            _spread([validation(run) for run in chosen]),
+            _spread([run["test"] for run in whole]),
+        ]
+        if against is not None:
+            reference = at_best(groups[against, budget]) if (against, budget) in groups else []
+            theirs = {run["seed"]: run["test"] for run in reference if "test" in run}
+            cells.append(_spread([r["test"] - theirs[r["seed"]] for r in whole if r["seed"] in theirs], "+"))
+        cells += [f"{seconds(whole):.1f}" if whole else "-", _peak(whole)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def seconds(runs: Sequence[Result]) -> float:
+    """Of an ordinary step: the lower quartile, since the machine may be busy otherwise."""
+    return median(quantiles(run["seconds_per_step"])[0] for run in runs)
+
+
+def _peak(runs: Sequence[Result]) -> str:
+    return f"{median(run['peak_gib'] for run in runs):.1f}" if runs else "-"
+
+
+def _spread(numbers: Sequence[float], sign: str = "") -> str:
+    """Mean ± standard error."""
+    if not numbers:
+        return "-"
+    error = f" ± {stdev(numbers) / math.sqrt(len(numbers)):.4f}" if len(numbers) > 1 else ""
+    return f"{mean(numbers):{sign}.4f}{error}"
+
+
+def plots(results: Sequence[Result], out: Path) -> None:
+    """Writes rates.png, validation loss by learning rate, and training.png, loss of the steps."""
+    from matplotlib.figure import Figure
+
+    by_rate, training = Figure(figsize=(7, 4.5)), Figure(figsize=(7, 4.5))
+    left, right = by_rate.subplots(), training.subplots()
+    for runs in grouped(results).values():
+        first = sorted((run for run in runs if run["seed"] == runs[0]["seed"]), key=lambda r: r["rate"])
+        whole = [run for run in first if math.isfinite(validation(run))]
+        left.plot([r["rate"] for r in whole], [validation(r) for r in whole], "o-", label=_of(runs[0]))
+        losses = [_smooth(run["losses"]) for run in at_best(runs) if "losses" in run]
+        if losses:
+            means = [mean(step) for step in zip(*losses, strict=False)]
+            right.plot(range(1, len(means) + 1), means, label=_of(runs[0]))
+    left.set(xscale="log", xlabel="learning rate", ylabel="validation loss")
+    right.set(xlabel="step", ylabel="training loss, mean of ten steps")
+    for figure, axes, name in ((by_rate, left, "rates"), (training, right, "training")):
+        axes.legend(fontsize="small")
+        figure.savefig(out / f"{name}.png", dpi=120, bbox_inches="tight")
+
+
+def _smooth(losses: Sequence[float], width: int = 10) -> list[float]:
+    return [mean(losses[max(0, end - width) : end]) for end in range(1, len(losses) + 1)]

@@ -1,0 +1,172 @@
+"""Studies: what they run, in which order, what is not run again, and what they report."""
+
+import json
+import subprocess
+
+import pytest
+from support.run_cases import chat_file, tiny_config
+
+from experiments import trials
+from experiments.quality import study as studies
+from experiments.quality.study import Candidate, Study, done, read, trial
+from experiments.quality.tables import at_best, markdown, plots, validation
+from experiments.quality.trial import test_loss as loss_on_the_test
+from experiments.trials import Trial, outcome
+from spiel_jax.errors import SpielError
+
+FIXED = {"method": "random", "spiel.rate": 0.0}
+STUDY = Study(
+    config="configs/smollm2_135m.py",
+    settings={"steps": 6},
+    candidates={
+        "fixed": Candidate(FIXED, (1e-3, 2e-3, 4e-3)),
+        "lora": Candidate({"method": "lora"}, (1e-3, 2e-3)),
+    },
+    budgets={"small": {"targets.num_tunable": 1000, "lora.rank": 2}},
+    seeds=(0, 1, 2),
+    against="lora",
+)
+
+
+def stub(one, out):
+    """Best at 2e-3; the test says half as much more, and a seed a hundredth."""
+    rate, seed = one.settings["optimizer.learning_rate"], one.settings["seed"]
+    if rate == 4e-3:
+        return {"command": "", "diverged": True}
+    loss = 3 + abs(rate - 2e-3) + seed / 100 - 0.5 * (one.settings["method"] == "random")
+    told = {"heldout": [[0, 4.0], [6, loss]], "losses": [4.0, loss], "test": loss + 0.5}
+    return {**told, "command": "", "seconds_per_step": [1.0, 2.0, 2.0], "peak_gib": 1.0}
+
+
+@pytest.fixture
+def results(monkeypatch, tmp_path):
+    monkeypatch.setattr(studies, "outcome", stub)
+    return list(done(STUDY, tmp_path))
+
+
+def test_rates_are_chosen_with_the_first_seed_and_the_others_run_at_the_best(results):
+    order = [(result["method"], result["rate"], result["seed"]) for result in results]
+    assert order == [
+        *[("fixed", rate, 0) for rate in (1e-3, 2e-3, 4e-3)],
+        *[("lora", rate, 0) for rate in (1e-3, 2e-3)],
+        *[(method, 2e-3, seed) for seed in (1, 2) for method in ("fixed", "lora")],
+    ]
+    assert validation(results[2]) == float("inf")
+    assert {run["rate"] for run in at_best(results[:3])} == {2e-3}
+
+
+def test_table(results):
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in markdown(results, "lora").split("\n")]
+    fixed, lora = rows[2:]
+    assert fixed[:4] == ["fixed small", "0.001, 0.002, 0.004", "0.002", "3"]
+    assert lora[2] == "0.002 (an end)"
+    assert fixed[4:] == ["2.5100 ± 0.0058", "3.0100 ± 0.0058", "-0.5000 ± 0.0000", "1.0", "1.0"]
+    assert lora[5:7] == ["3.5100 ± 0.0058", "+0.0000 ± 0.0000"]
+
+
+def test_plots(results, tmp_path):
+    plots(results, tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"rates.png", "training.png"}
+
+
+def test_a_method_is_given_what_it_knows():
+    fixed, lora = (trial(STUDY, name, "small", 1e-3, 5) for name in ("fixed", "lora"))
+    assert fixed.settings == {
+        "steps": 6,
+        "targets.num_tunable": 1000,
+        **FIXED,
+        "optimizer.learning_rate": 1e-3,
+        "seed": 5,
+    }
+    assert lora.settings == {
+        "steps": 6,
+        "lora.rank": 2,
+        "method": "lora",
+        "optimizer.learning_rate": 1e-3,
+        "seed": 5,
+    }
+    assert (fixed.name, lora.name) == ("fixed-small-0.001-5", "lora-small-0.001-5")
+
+
+def test_the_studies_of_the_repository_can_be_read():
+    for path in (trials.ROOT / "experiments/quality/studies").glob("*.py"):
+        found = read(str(path))
+        for name, budget in studies.runs_of(found):
+            assert trial(found, name, budget, 1e-3, 0).settings["method"]
+
+
+def test_no_study(tmp_path):
+    with pytest.raises(SpielError, match="no such file"):
+        read(str(tmp_path / "none.py"))
+    (tmp_path / "other.py").write_text("def get_study():\n    return 1\n")
+    with pytest.raises(SpielError, match="expected a Study"):
+        read(str(tmp_path / "other.py"))
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """A trainer that leaves what is asked of it; the statuses to end with are popped."""
+    statuses, calls = [], []
+
+    def run(command, **options):
+        calls.append(command)
+        folder = trials.Path(next(word for word in command if "--workdir=" in word).partition("=")[2])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.jsonl").write_text('{"step": 0, "heldout_loss": 4.0}\n{"step": 1, "loss": 3.5}\n')
+        (folder / "timing.jsonl").write_text('{"step": 1, "seconds_per_step": 0.5}\n')
+        return subprocess.CompletedProcess(command, statuses.pop(), "peak memory   1.50 GiB", "the reason")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return statuses, calls
+
+
+ONE = Trial("one", "configs/smollm2_135m.py", {"seed": 1})
+
+
+def test_what_is_done_is_not_done_again(process, tmp_path):
+    statuses, calls = process
+    statuses.append(0)
+    first = outcome(ONE, tmp_path)
+    assert first == {
+        "command": "python -m spiel_jax.train --config=configs/smollm2_135m.py --workdir=runs/one "
+        "--config.seed=1",
+        "heldout": [[0, 4.0]],
+        "losses": [3.5],
+        "seconds_per_step": [0.5],
+        "peak_gib": 1.5,
+    }
+    assert outcome(ONE, tmp_path) == first
+    assert len(calls) == 1
+
+
+def test_what_was_stopped_goes_on_and_what_failed_is_told(process, tmp_path):
+    statuses, _ = process
+    statuses += [0, 1, trials.STOPPED]
+    with pytest.raises(SpielError, match="one was stopped"):
+        outcome(ONE, tmp_path)
+    with pytest.raises(SpielError, match="one failed:\nthe reason"):
+        outcome(ONE, tmp_path)
+    assert outcome(ONE, tmp_path)["peak_gib"] == 1.5
+
+
+def test_a_run_that_diverged_has_no_more(process, tmp_path):
+    process[0].append(1)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "measured.json").write_text(json.dumps({"diverged": True}))
+    assert outcome(ONE, tmp_path).keys() == {"command", "diverged"}
+
+
+def test_the_test_is_what_the_run_did_not_evaluate(tmp_path, llama_folder):
+    """Of the same text, so that both losses must be near; and of other batches, so that they differ."""
+    config = tiny_config(llama_folder, chat_file(tmp_path), "spiel_ma")
+    config.data.heldout, config.eval_batches, config.steps = 32, 1, 2
+    summary = trials_run(config, tmp_path / "run")
+    found = loss_on_the_test(config, tmp_path / "run")
+    assert found != summary
+    assert found == pytest.approx(summary, rel=0.1)
+
+
+def trials_run(config, workdir):
+    from spiel_jax.training.run import run
+
+    return run(config, workdir, progress=False).heldout[-1][1]
