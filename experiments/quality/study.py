@@ -1,26 +1,18 @@
-r"""A study: methods × budgets × learning rates × seeds, each run at the best of its rates.
+"""What is compared, and in which order it is run: methods × budgets × learning rates × seeds.
 
-    python -m experiments.quality.study --study=experiments/quality/studies/chitchat.py --out=runs/chitchat
-
-A study file has ``get_study()``, which returns a ``Study``. Every method of a budget is run with each of its
-rates and the first seed; the rate of lowest validation loss is that of the other seeds, and what is reported
-is the loss on the test. One run at a time, each a process of its own; those that are done are not done again,
-and one that was interrupted goes on: the same command continues. Prints a table, and writes it, plots, and
-what every run came to with its command (results.json) into --out.
+Every method of a budget is run with each of its rates and the first seed; the rate of lowest validation loss
+is that of the other seeds.
 """
 
 import fnmatch
-import json
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
-from experiments.quality.tables import Result, label, markdown, plots, validation
-from experiments.trials import Trial, outcome, processor
+from experiments.quality.tables import Result, validation
+from experiments.trials import Trial, outcome
 from spiel_jax.errors import SpielError
 from spiel_jax.methods.registry import method_class
 
@@ -58,32 +50,6 @@ class Study:
     budgets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
     seeds: Sequence[int] = (0, 1, 2)
     against: str | None = None
-
-
-def define_flags(values: flags.FlagValues) -> None:
-    """Defines the flags of the command."""
-    flags.DEFINE_string("study", None, "A file with get_study().", required=True, flag_values=values)
-    flags.DEFINE_string("out", None, "Folder of the runs and the results.", required=True, flag_values=values)
-
-
-def main(options: flags.FlagValues) -> None:
-    """Does the runs that are not done, and prints the table."""
-    study, out = read(options.study), Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    told = {
-        "command": f"python -m experiments.quality.study --study={options.study} --out={options.out}",
-        "processor": processor(),
-        "against": study.against,
-    }
-    results: list[Result] = []
-    for result in done(study, out):
-        results.append(result)
-        print(f"{label(result)}: validation {validation(result):.4f}", flush=True)
-        (out / "results.json").write_text(json.dumps(told | {"runs": results}, indent=1) + "\n")
-    text = markdown(results, study.against)
-    (out / "table.md").write_text(text + "\n")
-    plots(results, out)
-    print(text)
 
 
 def read(path: str) -> Study:

@@ -69,7 +69,7 @@ def markdown(results: Sequence[Result], against: str | None = None) -> str:
 
 def seconds(runs: Sequence[Result]) -> float:
     """Of an ordinary step: the lower quartile, since the machine may be busy otherwise."""
-    return median(quantiles(run["seconds_per_step"])[0] for run in runs)
+    return median(quantiles(run["seconds_per_step"], method="inclusive")[0] for run in runs)
 
 
 def _peak(runs: Sequence[Result]) -> str:

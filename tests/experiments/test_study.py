@@ -35,7 +35,7 @@ def stub(one, out):
         return {"command": "", "diverged": True}
     loss = 3 + abs(rate - 2e-3) + seed / 100 - 0.5 * (one.settings["method"] == "random")
     told = {"heldout": [[0, 4.0], [6, loss]], "losses": [4.0, loss], "test": loss + 0.5}
-    return {**told, "command": "", "seconds_per_step": [1.0, 2.0, 2.0], "peak_gib": 1.0}
+    return {**told, "command": "", "seconds_per_step": [1.0, 1.0, 2.0, 2.0], "peak_gib": 1.0}
 
 
 @pytest.fixture

@@ -1,0 +1,49 @@
+r"""A study: methods × budgets × learning rates × seeds, each method at the best of its rates.
+
+    python -m experiments.quality --study=experiments/quality/studies/chitchat.py --out=runs/chitchat
+
+A study file has ``get_study()``, which returns a ``Study``. One run at a time, each a process of its own;
+those that are done are not done again, and one that was interrupted goes on: the same command continues.
+Prints a table, and writes it, plots, and what every run came to with its command (results.json) into --out.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments.quality.study import done, read
+from experiments.quality.tables import Result, label, markdown, plots, validation
+from experiments.trials import processor
+from spiel_jax import cli
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_string("study", None, "A file with get_study().", required=True, flag_values=values)
+    flags.DEFINE_string("out", None, "Folder of the runs and the results.", required=True, flag_values=values)
+
+
+def main(options: flags.FlagValues) -> None:
+    """Does the runs that are not done, and prints the table."""
+    study, out = read(options.study), Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    told: dict[str, Any] = {
+        "command": f"python -m experiments.quality --study={options.study} --out={options.out}",
+        "processor": processor(),
+        "against": study.against,
+    }
+    results: list[Result] = []
+    for result in done(study, out):
+        results.append(result)
+        print(f"{label(result)}: validation {validation(result):.4f}", flush=True)
+        (out / "results.json").write_text(json.dumps(told | {"runs": results}, indent=1) + "\n")
+    text = markdown(results, study.against)
+    (out / "table.md").write_text(text + "\n")
+    plots(results, out)
+    print(text)
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)
