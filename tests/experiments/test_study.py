@@ -12,6 +12,7 @@ from experiments.quality.study import Candidate, Study, done, read, trial
 from experiments.quality.tables import at_best, markdown, plots, validation
 from experiments.quality.trial import test_loss as loss_on_the_test
 from experiments.trials import Trial, outcome
+from spiel_jax.config.file import load
 from spiel_jax.errors import SpielError
 
 FIXED = {"method": "random", "spiel.rate": 0.0}
@@ -88,11 +89,13 @@ def test_a_method_is_given_what_it_knows():
     assert (fixed.name, lora.name) == ("fixed-small-0.001-5", "lora-small-0.001-5")
 
 
-def test_the_studies_of_the_repository_can_be_read():
+def test_the_runs_of_the_repository_s_studies_would_be_accepted():
     for path in (trials.ROOT / "experiments/quality/studies").glob("*.py"):
         found = read(str(path))
         for name, budget in studies.runs_of(found):
-            assert trial(found, name, budget, 1e-3, 0).settings["method"]
+            one = trial(found, name, budget, 1e-3, 0)
+            given = {key: [str(value)] for key, value in one.settings.items()}
+            assert load(str(trials.ROOT / one.config), given).method == one.settings["method"]
 
 
 def test_no_study(tmp_path):

@@ -1,4 +1,4 @@
-"""Sparse sets beside LoRA of rank 8: SmolLM2-135M on conversations, 60 steps of 4 × 256 tokens."""
+"""Sparse sets beside LoRA of rank 8 and all weights: SmolLM2-135M, 60 steps of 4 × 256 tokens."""
 
 from experiments.quality.study import Candidate, Study
 
@@ -14,8 +14,7 @@ SETTINGS = {
     "checkpoint_keep": 1,
     "sample.prompt": None,
 }
-LORA = {"method": "lora", "lora.alpha": 16.0, "lora.dropout": 0.0}
-FIXED = {"spiel.rate": 0.0, "spiel.first": 0.0}
+EVOLVING = {"spiel.every": 10, "spiel.accumulation": 3}
 
 
 def get_study() -> Study:
@@ -25,8 +24,14 @@ def get_study() -> Study:
         settings=SETTINGS,
         budgets={"": {"targets.num_tunable": ENTRIES, "lora.rank": 8}},
         candidates={
-            "lora": Candidate(LORA, (1.5e-3, 3e-3, 6e-3, 1.2e-2)),
-            "random, fixed": Candidate({"method": "random", **FIXED}, (2.5e-3, 5e-3, 1e-2, 2e-2)),
+            "lora": Candidate(
+                {"method": "lora", "lora.alpha": 16.0, "lora.dropout": 0.0}, (1.5e-3, 3e-3, 6e-3, 1.2e-2)
+            ),
+            "random, fixed": Candidate({"method": "random", "spiel.rate": 0.0}, (5e-3, 1e-2, 2e-2)),
+            "full": Candidate({"method": "full"}, (7.5e-5, 1.5e-4, 3e-4)),
+            "gradient, fixed": Candidate({"method": "gradient", "spiel.accumulation": 3}, (5e-4, 1e-3, 2e-3)),
+            "spiel_ag": Candidate({"method": "spiel_ag", **EVOLVING}, (5e-4, 1e-3, 2e-3)),
+            "spiel_ma": Candidate({"method": "spiel_ma", **EVOLVING}, (2.5e-3, 5e-3, 1e-2)),
         },
         against="lora",
     )
