@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,7 @@ def configured(llama_folder, tmp_path_factory):
     def make(name):
         config = tiny_config(llama_folder, data, name)
         config.eval_batches = None
+        config.checkpoint_every = 3
         config.micro_batch_size = 2
         config.optimizer.learning_rate = RATE.get(name, 3e-2)
         config.lora.rank = 4
@@ -54,7 +56,7 @@ def configured(llama_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(configured, tmp_path_factory):
-    """A method's run, and one that was stopped after step 3 and continued; each is made once."""
+    """A method's run, and one that was killed after step 3 and continued; each is made once."""
     made = {}
 
     def make(name):
@@ -62,8 +64,10 @@ def runs(configured, tmp_path_factory):
             folder, config, shown = tmp_path_factory.mktemp(name), configured(name), io.StringIO()
             with contextlib.redirect_stdout(shown):
                 whole = run(config, folder / "whole")
-            run(config, folder / "parts", until=3)
-            run(config, folder / "parts")
+            shutil.copytree(folder / "whole", folder / "parts")
+            with (folder / "parts" / "metrics.jsonl").open("a") as file:
+                file.write('{"step": 9, "lo')
+            run(config, folder / "parts", resume_from=3)
             made[name] = folder, config, whole, shown.getvalue()
         return made[name]
 

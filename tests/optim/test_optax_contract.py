@@ -70,7 +70,11 @@ def test_static_phases_take_few_programs_and_the_same_steps(name, programs):
 
 
 @every_method
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    "dtype",
+    # of float32 the one program of all steps above tells it too
+    [pytest.param("float32", marks=pytest.mark.slow), "bfloat16", "float64"],
+)
 def test_shapes_and_dtypes_are_stable(name, dtype):
     with jax.enable_x64(dtype == "float64"):
         method = METHODS[name]()
@@ -141,7 +145,7 @@ def test_states_are_trees_of_arrays_and_know_their_parameters(name, trees):
     assert sorted(jax.tree.leaves(owners)) == sorted([*TARGETS] * trees)
 
 
-@pytest.mark.parametrize("name", ["spiel_ag", "spiel_ma"])
+@pytest.mark.parametrize("name", ["spiel_ag", pytest.param("spiel_ma", marks=pytest.mark.slow)])
 def test_many_seeds_at_once_and_many_steps_in_one_program(name):
     method = METHODS[name]()
     values, goal = sj.zeros(TARGETS), weights()

@@ -1,5 +1,6 @@
 """spiel() inside Optax's wrappers: right, or refused."""
 
+import functools
 from collections import OrderedDict
 
 import flax
@@ -25,6 +26,10 @@ import spiel_jax as sj
 
 METHOD = {"spiel_ag": sj.spiel_ag, "spiel_ma": sj.spiel_ma}
 both = pytest.mark.parametrize("name", METHOD)
+# What wraps it knows nothing of the method: the one with candidates by default.
+quick_and_slow = pytest.mark.parametrize(
+    "name", ["spiel_ag", pytest.param("spiel_ma", marks=pytest.mark.slow)]
+)
 
 
 def start(tx):
@@ -64,7 +69,7 @@ def injected(name, *static, **numbers):
     )
 
 
-@both
+@quick_and_slow
 def test_injected_learning_rate_schedule(name):
     rate = optax.linear_schedule(0.2, 0.0, STEPS)
     exact = {"b1": 0.5, "b2": 0.75} if name == "spiel_ag" else {}  # 1 - 0.999 is another number in float32
@@ -90,7 +95,11 @@ def test_injected_learning_rate_schedule(name):
             "spiel_ag",
             {"learning_rate": 0.3, "b1": 0.5, "b2": 0.75, "eps": 1e-2, "weight_decay": 0.5, "clip_norm": 0.5},
         ),
-        ("spiel_ma", {"learning_rate": 0.05, "eps": 1e-1, "weight_decay": 0.5, "clip_norm": 0.5}),
+        pytest.param(
+            "spiel_ma",
+            {"learning_rate": 0.05, "eps": 1e-1, "weight_decay": 0.5, "clip_norm": 0.5},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_injected_numbers_change_while_it_runs(name, numbers):
@@ -177,7 +186,7 @@ def test_narrow_gradients_leave_nothing_of_dropped_values():
 # optax.partition, optax.masked
 
 
-@both
+@quick_and_slow
 def test_sparse_and_dense_parts_train_in_one_tree(name):
     """The dense part has a parameter of a target's name."""
     method, dense_tx = METHODS[name](), optax.adam(0.1)
@@ -349,7 +358,7 @@ def test_candidates_are_not_refused_around_multi_steps():
 # optax.apply_if_finite
 
 
-@both
+@quick_and_slow
 def test_a_step_that_is_not_finite_changes_nothing(name):
     """Not even one that proposes, estimates or reselects: the phases of the state wait."""
     method = METHODS[name]()
@@ -370,15 +379,22 @@ def test_a_step_that_is_not_finite_changes_nothing(name):
     assert_close(ours[1].inner_state, expected[1])
 
 
+RUNS_AHEAD = sj.Reselection(11, every=4, accumulation=3, rate=sj.constant(0.25))
+
+
+@functools.cache
+def runs_ahead(name):
+    """Few programs for many places where a step may be skipped."""
+    tx = optax.apply_if_finite(METHOD[name](0.1, TARGETS, schedule=RUNS_AHEAD), 5)
+    return tx, stepper(tx)
+
+
 @both
 @pytest.mark.parametrize("skipped", [1, 3, 4, 5, 7])
 def test_a_host_whose_count_runs_ahead_corrupts_nothing(name, skipped):
     """It does not replace everything again either, as the first reselection does."""
-    plan = sj.Reselection(11, every=4, accumulation=3, rate=sj.constant(0.25))
-    tx = optax.apply_if_finite(METHOD[name](0.1, TARGETS, schedule=plan), 5)
-    run = stepper(tx)
-    carry = start(tx)
-    replaced = {}
+    plan, (tx, run) = RUNS_AHEAD, runs_ahead(name)
+    carry, replaced = start(tx), {}
     for number in range(1, 12):
         goal = jax.tree.map(lambda g: g * jnp.nan, weights()) if number == skipped else weights()
         before = sj.deltas(*carry)

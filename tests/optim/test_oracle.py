@@ -75,7 +75,24 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+SLOW = (  # two others have together what is special of each
+    "ag, original, cosine",
+    "ag, original, clipped",
+    "ag, always in a phase",
+    "ag, many candidates",
+    "ma, tiny",
+    "ma, crowded",
+    "ma, large",
+)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name in SLOW else ())
+        for case in CASES
+    ],
+)
 def test_every_step(case):
     assert follow(case, 12, tolerance=TOLERANCE) >= 10
 

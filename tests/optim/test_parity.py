@@ -253,7 +253,14 @@ def test_the_default_is_corrected(corrected):
     assert same(trajectory(tx, PLAN, AccumulatedGradients()), corrected)
 
 
-@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize(
+    "switch",
+    # of the others test_oracle.py tells it by default
+    [
+        switch if switch in ("low_precision", "first") else pytest.param(switch, marks=pytest.mark.slow)
+        for switch in SWITCHES
+    ],
+)
 def test_each_correction_can_be_switched_off_alone(switch, corrected):
     assert not same(accumulated(**SWITCHES[switch]), corrected)
 
