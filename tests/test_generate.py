@@ -40,12 +40,13 @@ CONFIG = ModelConfig(
 )
 WINDOW = dataclasses.replace(CONFIG, sliding_window=4)
 MIXED = dataclasses.replace(WINDOW, sliding_layers=(True, False))
+drawn = jax.jit(init_params, static_argnums=0)
 PROMPTS = [[5, 9, 2], [7], [11, 3, 8, 1, 90, 4, 60, 33]]
 
 
 @pytest.fixture(scope="module")
 def params():
-    return init_params(CONFIG, jax.random.key(0))
+    return drawn(CONFIG, jax.random.key(0))
 
 
 def without_a_cache(config, params, prompt, count):
@@ -156,7 +157,7 @@ def test_a_second_call_does_not_compile(monkeypatch):
     config = dataclasses.replace(CONFIG, vocab_size=50)  # a shape that no other test has compiled
     traced = []
     monkeypatch.setattr(sampling, "bind", lambda *args: traced.append(args) or bind(*args))
-    one, other = (init_params(config, jax.random.key(seed)) for seed in (0, 1))
+    one, other = (drawn(config, jax.random.key(seed)) for seed in (0, 1))
     first = generate(config, one, [[1, 2]], max_new_tokens=4, temperature=1.0)
     assert traced
     traced.clear()
@@ -307,7 +308,7 @@ def save_run(folder, model, *, full=False, **changes):
     if full:
         training = FullMethod(objective, optax.sgd(1.0), jnp.dtype(config.model.dtype))
         state = training.init(base)
-        noise = init_params(source.config, jax.random.key(1))
+        noise = drawn(source.config, jax.random.key(1))
         trainable = {name: state.trainable[name] + 0.1 * noise[name] for name in noise}
     else:
         rules = (r".*\.0\.self_attn.*", r".*_proj.*")  # two targets on one stacked parameter
@@ -316,12 +317,13 @@ def save_run(folder, model, *, full=False, **changes):
         )
         tx = sj.spiel_ma(1e-3, adapted, total_steps=10)
         training = SparseMethod(objective, tx, adapted, sj.MomentApproximation())
-        state = training.init(base)
-        keys = dict(zip(adapted, jax.random.split(jax.random.key(1), len(adapted)), strict=True))
+        state = jax.jit(training.init)(base)
+        rng = np.random.default_rng(1)
         trainable = {
-            name: jax.random.normal(keys[name], values.shape) for name, values in state.trainable.items()
+            name: rng.standard_normal(values.shape).astype(np.float32)
+            for name, values in state.trainable.items()
         }
-    state = training.attach(base, trainable, state.opt_state)
+    state = jax.jit(training.attach)(base, trainable, state.opt_state)
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(3, state, training, metadata)
         checkpoints.wait()

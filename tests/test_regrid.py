@@ -12,13 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from absl import flags
 from support.run_cases import chat_file, losses, run, tiny_config
 from support.sparse_cases import places
 
 import spiel_jax as sj
+from spiel_jax import cli
+from spiel_jax import regrid as command
 from spiel_jax.checkpoint import CheckpointError, Checkpoints, read_metadata, restore_deltas
 from spiel_jax.config import ConfigError, flatten
-from spiel_jax.errors import NotFoundError
+from spiel_jax.errors import NotFoundError, SpielError
 from spiel_jax.methods.method import Method, TrainState
 from spiel_jax.models import open_model
 from spiel_jax.optim import block_grid
@@ -384,21 +387,16 @@ def test_command_line(whole, tmp_path):
     _, _, half = whole
     shutil.copytree(half, tmp_path / "run")
 
-    def command(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "spiel_jax.regrid", *arguments],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-        )
-
-    help = command("--help").stdout
-    assert all(flag in help for flag in ("--workdir", "--grid", "--out", "--step", "spiel_jax.train"))
-    wrong = command("--workdir=run", "--grid=fsdp:2", "--out=new")
-    assert wrong.returncode == 1
-    assert "flag --grid=fsdp:2: expected sizes of mesh axes" in wrong.stderr
-    assert "Traceback" not in wrong.stderr
-    good = command("--workdir=run", "--grid=fsdp=16,tensor=8", "--out=new")
+    wrong = flags.FlagValues()
+    command.define_flags(wrong)
+    with pytest.raises(SpielError, match="flag --grid=fsdp:2: expected sizes of mesh axes"):
+        cli.parse(wrong, ["regrid", "--workdir=run", "--grid=fsdp:2", "--out=new"])
+    good = subprocess.run(
+        [sys.executable, "-m", "spiel_jax.regrid", "--workdir=run", "--grid=fsdp=16,tensor=8", "--out=new"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert good.returncode == 0, good.stderr
     lines = good.stdout.splitlines()
     assert lines[0].split() == ["target", "grid", "slots", "per", "block", "unused"]

@@ -70,6 +70,7 @@ def config(llama_folder, data):
 def few_programs(config):
     """For tests of what no method differs in: of the sparse ones this has the fewest steps to compile."""
     config.method = "spiel_ma"
+    config.eval_batches = 0
 
 
 def run(config, workdir, **options):
@@ -126,7 +127,7 @@ def test_training_lowers_the_heldout_loss(config, tmp_path, method, capsys):
 def test_a_hundred_steps_compile_few_programs(config, tmp_path, monkeypatch, method, programs):
     config.method = method
     config.steps = 100
-    config.checkpoint_every = 0
+    config.checkpoint_every = config.eval_batches = 0
     config.optimizer.learning_rate = 1e-3
     loops = []
     original = Loop.run
@@ -146,15 +147,10 @@ def test_the_seed_determines_every_number(config, tmp_path):
     assert one != three
 
 
+@pytest.mark.slow  # by default of every method in tests/common/test_methods.py
 @pytest.mark.parametrize(
     ("method", "stop"),
-    [
-        ("spiel_ma", 7),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("spiel_ag", 5), ("spiel_ag", 7), ("spiel_ma", 6))
-        ),
-    ],
+    [("spiel_ag", 5), ("spiel_ag", 7), ("spiel_ma", 6), ("spiel_ma", 7)],
 )
 def test_a_continued_run_is_the_uninterrupted_one(config, tmp_path, monkeypatch, method, stop):
     """Stopped inside an estimation phase, at a reselection, and between."""

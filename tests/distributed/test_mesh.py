@@ -168,7 +168,7 @@ def test_candidates_are_exchanged_like_active_entries_and_proposing_reduces_one_
 @pytest.mark.parametrize("sizes", [(1, 8, 1)])
 def test_what_belongs_to_a_weight_lies_like_it(sizes):
     mesh = mesh_of(*sizes)
-    training = method(adapted(), AccumulatedGradients())
+    training = method(adapted(rules=TWO), AccumulatedGradients())
     with jax.set_mesh(mesh):
         state, _ = placed(training, mesh, jnp.bfloat16)
     name = "model.layers.mlp.down_proj.weight"

@@ -118,8 +118,8 @@ def test_only_what_the_rules_name_is_adapted(name):
     tokens = make_batch(0)["tokens"][0]
     of_adapters = lambda t: jnp.mean(jnp.square(logits(config, params, tokens, kind, t)))  # noqa: E731
     of_merged = lambda t: jnp.mean(jnp.square(logits(config, kind.merge(params, t), tokens)))  # noqa: E731
-    value, gradient = jax.value_and_grad(of_adapters)(trainable)
-    expected, exact = jax.value_and_grad(of_merged)(trainable)
+    value, gradient = jax.jit(jax.value_and_grad(of_adapters))(trainable)
+    expected, exact = jax.jit(jax.value_and_grad(of_merged))(trainable)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for one, two in zip(jax.tree.leaves(gradient), jax.tree.leaves(exact), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=2e-5 * np.abs(two).max())
@@ -188,7 +188,7 @@ def test_scaled_biases_have_their_gradient(dtype):
     def merged(trainable):
         return training.objective(kind.merge(wide, trainable), flat) / flat["weights"].sum()
 
-    expected = -np.asarray(jax.grad(merged)(state.trainable)[values])
+    expected = -np.asarray(jax.jit(jax.grad(merged))(state.trainable)[values])
     found = new.trainable[values] - state.trainable[values]
     atol = (1e-5 if dtype == jnp.float32 else 0.05) * np.abs(expected).max()
     assert np.abs(expected).max() > 1e-3

@@ -33,7 +33,7 @@ TOKENS = jnp.array(np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 12)
 
 @pytest.fixture(scope="module")
 def params():
-    return init_params(TINY, jax.random.key(0))
+    return jax.jit(init_params, static_argnums=0)(TINY, jax.random.key(0))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "remat"))

@@ -121,7 +121,8 @@ def test_a_single_entry(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["adamw", pytest.param("sgd, momentum", marks=pytest.mark.slow), "schedule-free adamw", "aged adam"]
+    "name",
+    ["adamw", pytest.param("sgd, momentum", marks=pytest.mark.slow), "schedule-free adamw", "aged adam"],
 )
 def test_narrow_values(name):
     plain, reselected, fresh = both_ways(INNER[name](), TARGETS, 0.5, jnp.bfloat16)

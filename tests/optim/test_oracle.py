@@ -88,10 +88,7 @@ SLOW = (  # two others have together what is special of each
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name in SLOW else ())
-        for case in CASES
-    ],
+    [pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name in SLOW else ()) for case in CASES],
 )
 def test_every_step(case):
     assert follow(case, 12, tolerance=TOLERANCE) >= 10

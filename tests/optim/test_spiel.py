@@ -141,7 +141,9 @@ def test_sorted_deltas_leave_the_run_sorted():
     assert sj.deltas(values, state)["w"].indices.tolist() == [6, 0, 3]
 
 
-@pytest.mark.parametrize("growth", [AccumulatedGradients(), MomentApproximation()])
+@pytest.mark.parametrize(
+    "growth", [AccumulatedGradients(), pytest.param(MomentApproximation(), marks=pytest.mark.slow)]
+)
 def test_long_runs_keep_positions_distinct_and_their_number(growth):
     """Reselection at every step, everything replaced at the first, integer gradients full of ties."""
     targets = {

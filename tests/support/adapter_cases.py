@@ -72,12 +72,20 @@ def perturbed(trainable, seed=1, size=0.1):
 def logits(config, params, tokens, kind=None, trainable=None):
     """Of the model as it is, or with adapters."""
 
+    if kind is None:
+        return _logits(config, params, tokens)
+
     @jax.jit
     def run(params, trainable):
-        params, adapters = (params, {}) if kind is None else kind.attach(params, trainable, None)
-        return bind(config, params)(tokens, adapters=adapters, remat="none")
+        attached, adapters = kind.attach(params, trainable, None)
+        return bind(config, attached)(tokens, adapters=adapters, remat="none")
 
     return run(params, trainable)
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(config, params, tokens):
+    return bind(config, params)(tokens, remat="none")
 
 
 def check_against_peft(model, config, params, kind, theirs):

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,8 @@ def mesh_of(data, fsdp, tensor):
 
 def placed(training, mesh, dtype=jnp.float32, config=CONFIG):
     """The first state on a mesh, and where its arrays lie."""
-    params = init_params(config, jax.random.key(0), dtype, storage=storage_for("none", dtype))
+    draw = partial(init_params, config, dtype=dtype, storage=storage_for("none", dtype))
+    params = jax.jit(draw)(jax.random.key(0))
     params = {
         name: jax.tree.map(lambda x, name=name: jax.device_put(x, param_sharding(name, x.shape, mesh)), param)
         for name, param in params.items()

@@ -44,11 +44,17 @@ pytestmark = pytest.mark.filterwarnings("error")
 dense = jax.jit(as_array)
 
 
-@pytest.fixture(
-    params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
-)
+def kinds(quick):
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
+
+
+@pytest.fixture(params=kinds(QUICK))
 def case(request):
     return KINDS[request.param]
+
+
+# what is the same as on arrays is told by arrays last
+beside_arrays = pytest.mark.parametrize("case", kinds([n for n in QUICK if n != "dense"]), indirect=True)
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (3, 4, 6)])
@@ -142,6 +148,7 @@ def test_entries_are_set_where_they_can_be(case):
     assert bits(dense(changed)) == bits(expected)
 
 
+@beside_arrays
 @pytest.mark.parametrize("delta_case", ["matrix", "two stack axes", "layers and grid"])
 def test_deltas_work_as_on_the_array(case, delta_case):
     array, delta = make(**CASES[delta_case])
@@ -174,7 +181,8 @@ def test_deltas_work_as_on_the_array(case, delta_case):
             set_entries(weight, delta, entries)
 
 
-@pytest.mark.parametrize("largest", [True, False])
+@beside_arrays
+@pytest.mark.parametrize("largest", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_magnitudes_are_those_of_the_array(case, largest):
     array = jnp.array(numbers(3, 4, 6), case.dtype)
     weight = case.hold(array)
@@ -240,6 +248,7 @@ def adapters():
     }
 
 
+@beside_arrays
 @pytest.mark.parametrize("name", adapters())
 def test_products_are_those_with_the_array_bit_for_bit(case, name):
     weight = case.hold(numbers(8, 6))
@@ -273,12 +282,13 @@ def held(params, case):
 
 @pytest.fixture(scope="module")
 def params():
-    return init_params(CONFIG, jax.random.key(0))
+    return jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(0))
 
 
 TOKENS = np.arange(12).reshape(2, 6) % CONFIG.vocab_size
 
 
+@beside_arrays
 def test_a_model_computes_what_it_does_with_the_arrays(case, params):
     stored = held(params, case)
     arrays = {name: dense(param) for name, param in stored.items()}
