@@ -26,6 +26,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
     ]
 )
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # they are not read, and an eighth of lowering
 # Many tests run the same programs: compile each once.
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers share the controller's
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="spiel_jax_test_cache_")

@@ -61,7 +61,14 @@ def without_a_cache(config, params, prompt, count):
 
 
 class TestGenerate:
-    @pytest.mark.parametrize("config", [CONFIG, WINDOW, MIXED], ids=["full", "window", "mixed"])
+    @pytest.mark.parametrize(
+        "config",
+        [
+            pytest.param(CONFIG, id="full"),
+            pytest.param(WINDOW, id="window", marks=pytest.mark.slow),  # mixed has both
+            pytest.param(MIXED, id="mixed"),
+        ],
+    )
     def test_a_batch_equals_the_model_without_a_cache(self, params, config):
         expected = [without_a_cache(config, params, prompt, 12) for prompt in PROMPTS]
         assert generate(config, params, PROMPTS, max_new_tokens=12) == expected
@@ -362,7 +369,10 @@ class TestLoadRun:
             assert run.base is None
         assert run.tokenizer.decode(run.tokenizer.encode("Hi<|im_end|>")) == "Hi<|im_end|>"
 
-    @pytest.mark.parametrize(("dtype", "keep_base"), [("float32", False), ("bfloat16", True)])
+    @pytest.mark.parametrize(
+        ("dtype", "keep_base"),
+        [pytest.param("float32", False, marks=pytest.mark.slow), ("bfloat16", True)],
+    )
     def test_full(self, tmp_path, llama_folder, dtype, keep_base):
         tuned = save_run(tmp_path, llama_folder, full=True, **{"model.dtype": dtype})
         run = load_run(tmp_path, keep_base=keep_base)

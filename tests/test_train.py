@@ -120,8 +120,8 @@ def test_training_lowers_the_heldout_loss(config, tmp_path, method, capsys):
 @pytest.mark.parametrize(
     ("method", "programs"),
     [
-        ("spiel_ag", 4),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("spiel_ma", 2), ("lora", 1))),
+        ("spiel_ma", 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("spiel_ag", 4), ("lora", 1))),
     ],
 )
 def test_a_hundred_steps_compile_few_programs(config, tmp_path, monkeypatch, method, programs):

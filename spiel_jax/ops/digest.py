@@ -24,6 +24,7 @@ def _digests(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: digest(leaf) for name, leaf in leaves.items()}
 
 
+@jax.jit  # traced once for all arrays of a shape
 def digest(array: jax.Array, first: jax.Array | int = 0) -> jax.Array:
     """A 32-bit digest of an array's bits, each with its place: the sum of their hashes.
 

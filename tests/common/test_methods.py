@@ -117,7 +117,7 @@ class TestMethods:
         source = open_model(config.model.source)
         jax.tree.map(np.testing.assert_array_equal, loaded.base, source.load("float32", progress=False))
         batches = load_data(data_config(config), loaded.tokenizer).heldout_batches(2)
-        objective = Objective(loaded.config, "none", 64)
+        objective = jax.jit(Objective(loaded.config, "none", 64))
         loss = sum(objective(loaded.tuned, batch) for batch in batches)
         loss = loss / sum(batch["weights"].sum() for batch in batches)
         assert float(loss) == pytest.approx(whole.heldout[-1][1], rel=1e-5)

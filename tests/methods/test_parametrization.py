@@ -29,6 +29,9 @@ from spiel_jax.models.io.fingerprint import fingerprint
 # one or two of the seven linears where the others would only take time to compile
 ONE, TWO = (r".*\.down_proj\.weight",), (r".*\.(k|down)_proj\.weight",)
 
+# what is of any parametrization
+lora_and_slow = pytest.mark.parametrize("name", ["lora", pytest.param("ia3", marks=pytest.mark.slow)])
+
 
 @functools.lru_cache
 def tiny():
@@ -131,7 +134,7 @@ def test_rules_for_no_linear_of_the_blocks_are_refused(rule):
         adapted(tiny()[0], (rule,))
 
 
-@pytest.mark.parametrize("name", ["lora", "ia3"])
+@lora_and_slow
 def test_micro_batches_do_not_change_the_step(name):
     params, (training, step) = tiny()[1], standard(name)
     one = other = started(training, params)
@@ -145,7 +148,7 @@ def test_micro_batches_do_not_change_the_step(name):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dropout", "ia3"])
+@pytest.mark.parametrize("name", ["dropout", pytest.param("ia3", marks=pytest.mark.slow)])
 def test_what_is_stored_for_the_backward_pass_does_not_change_it(name):
     """The dropout drawn again is the same dropout."""
     params, data = tiny()[1], make_batch(0)
@@ -159,7 +162,7 @@ def test_what_is_stored_for_the_backward_pass_does_not_change_it(name):
             np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["lora", "ia3"])
+@lora_and_slow
 def test_a_bfloat16_base_keeps_float32_adapters(name):
     params, data = tiny()[1], make_batch(0)
     training, step = standard(name)
@@ -171,7 +174,7 @@ def test_a_bfloat16_base_keeps_float32_adapters(name):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.trainable))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_scaled_biases_have_their_gradient(dtype):
     """Values that are their bias only: without its gradient there would be none."""
     config, params = tiny()
@@ -289,7 +292,7 @@ def save_run(folder, source, name):
     return training, base, state
 
 
-@pytest.mark.parametrize("name", ["lora", "ia3"])
+@lora_and_slow
 def test_a_checkpoint_gives_the_state_and_the_tuned_model_back(name, llama_folder, tmp_path):
     training, base, state = save_run(tmp_path / "run", llama_folder, name)
     restored = restore_state(tmp_path / "run", training.init(base), training)

@@ -49,7 +49,9 @@ def test_one_program_takes_strange_arguments_and_all_steps_of_a_run(name):
     assert all(np.isfinite(leaf).all() and np.any(leaf) for leaf in jax.tree.leaves(values))
 
 
-@pytest.mark.parametrize(("name", "programs"), [("spiel_ag", 4), ("spiel_ma", 2)])
+@pytest.mark.parametrize(
+    ("name", "programs"), [("spiel_ag", 4), pytest.param("spiel_ma", 2, marks=pytest.mark.slow)]
+)
 def test_static_phases_take_few_programs_and_the_same_steps(name, programs):
     method = METHODS[name]()
     told = jax.jit(

@@ -159,7 +159,14 @@ HALF_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", HALF_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        # the narrow ones are the harder
+        pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name in ("ag", "ag, adam") else ())
+        for case in HALF_CASES
+    ],
+)
 def test_bfloat16_values(case):
     """Their statistics and moments are float32, and as accurate as others."""
     exact = case.rules.inner == "sgd" or case.narrow  # small integers are exact in bfloat16 too

@@ -219,11 +219,14 @@ def test_a_damaged_newest_checkpoint_is_gone_round(half):
         run(config, folder / "damaged")
     with pytest.raises(CheckpointError, match=r"no checkpoint 5 in .*: there are 4, 6"):
         run(config, folder / "damaged", resume_from=5)
+    with pytest.raises(CheckpointError, match=r"--resume_from: .* holds no run to continue"):
+        run(config, folder / "empty", resume_from=4)
     run(config, folder / "damaged", resume_from=4)
     assert_same_run(folder / "damaged", folder / "whole")
     assert (folder / "damaged" / "set_aside" / "6").is_dir()
 
 
+@pytest.mark.slow  # by default of every method in tests/common/test_methods.py
 def test_an_earlier_checkpoint_can_be_continued(half):
     folder, config = half
     shutil.copytree(folder / "whole", folder / "again")
@@ -231,8 +234,6 @@ def test_an_earlier_checkpoint_can_be_continued(half):
     assert read_metadata(folder / "again")["step"] == 5
     run(config, folder / "again")
     assert_same_run(folder / "again", folder / "whole")
-    with pytest.raises(CheckpointError, match=r"--resume_from: .* holds no run to continue"):
-        run(config, folder / "empty", resume_from=4)
 
 
 def test_a_checkpoint_without_digests_is_continued_and_says_so(half, caplog):
