@@ -101,7 +101,7 @@ def regrid(
     like = jax.eval_shape(lambda: TrainState({}, {}, values, tx.init(values)))
     state = restore_state(workdir, like, method, metadata["step"])
     settings = settings | {f"targets.grid.{axis}": number for axis, number in blocks.items()}
-    grid_of = configured_grid(unflatten(settings), model)
+    grid_of = configured_grid(unflatten(settings), shape)
     grids = {name: grid_of(parameter_name(name)) for name in targets}
     method, state, changed = method.regridded(state, grids)
 
