@@ -28,3 +28,14 @@ def _distance(queries: int, keys: int, offset: int | jax.Array) -> jax.Array:
     """Slots from a key forward to a query, [1, 1, queries, keys] int32."""
     query = jnp.arange(queries, dtype=jnp.int32) + offset
     return (query[:, None] - jnp.arange(keys, dtype=jnp.int32)[None, :])[None, None]
+
+
+def sees_past(reach: jax.Array, slots: int) -> jax.Array:
+    """Which of ``slots`` earlier tokens a query sees, [B, S, slots] bool; see ``models.cache.Sight``."""
+    return jnp.arange(slots, dtype=jnp.int32) < reach[..., None]
+
+
+def sees_tree(until: jax.Array) -> jax.Array:
+    """Which tokens of a tree, laid out depth first, see which: [B, S, S] bool; see ``models.cache.Sight``."""
+    place = jnp.arange(until.shape[1], dtype=jnp.int32)
+    return (place[None, None, :] <= place[None, :, None]) & (place[None, :, None] < until[:, None, :])

@@ -1,4 +1,4 @@
-"""The key-value cache of generation: a functional pytree of static shape."""
+"""The key-value caches of generation: functional pytrees of static shape."""
 
 from dataclasses import dataclass, replace
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from spiel_jax.models.config import ModelConfig
+from spiel_jax.ops.sharded import BATCH_AXES, constrain
 
 
 @jax.tree_util.register_dataclass
@@ -84,3 +85,69 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike = 
         segment_ids=jnp.zeros((batch, length), jnp.int32),
         length=jnp.zeros((), jnp.int32),
     )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Past:
+    """Keys and values of earlier tokens, each row's at slots of its own: a token's slot is its position.
+
+    Attributes:
+        keys: [L, B, K, T, head_dim], after RoPE.
+        values: [L, B, K, T, head_dim].
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+    @property
+    def slots(self) -> int:
+        """T."""
+        return self.keys.shape[3]
+
+    def spread(self) -> "Past":
+        """Laid over the current mesh: rows like those of a batch, heads like those of the weights."""
+        return jax.tree.map(lambda x: constrain(x, None, BATCH_AXES, "tensor", None, None), self)
+
+    def with_tokens(self, new: "Past", slots: jax.Array) -> "Past":
+        """With the keys and values of further tokens.
+
+        Args:
+            new: Of S tokens, [L, B, K, S, head_dim].
+            slots: [B, S] int32, where they go; T or more: nowhere.
+        """
+        rows = jnp.arange(slots.shape[0])[:, None]
+
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            moved = jnp.transpose(new, (1, 3, 0, 2, 4)).astype(old.dtype)  # indexed axes come first
+            return old.at[:, rows, :, slots].set(moved, mode="drop", unique_indices=True)
+
+        return jax.tree.map(put, self, new).spread()
+
+
+def init_past(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike = jnp.bfloat16) -> Past:
+    """No tokens yet.
+
+    Args:
+        config: The model's.
+        batch: Number of rows.
+        slots: The longest row, in tokens.
+        dtype: Of keys and values.
+    """
+    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
+    return Past(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)).spread()
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sight:
+    """What tokens see that follow a ``Past``; each sees itself.
+
+    Attributes:
+        reach: [B, S] int32, how many slots of the past.
+        until: [B, S] int32: the tokens of these S from this one to before that number see it. Of a text
+            without branches S everywhere; of a tree, laid out depth first, the end of a token's subtree.
+    """
+
+    reach: jax.Array
+    until: jax.Array

@@ -15,6 +15,7 @@ Example:
 import functools
 import zlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -23,9 +24,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from spiel_jax.models.attention_masks import visible, within
+from spiel_jax.models.attention_masks import sees_past, sees_tree, visible, within
 from spiel_jax.models.axes import LAYERS, all_gathered
-from spiel_jax.models.cache import KVCache
+from spiel_jax.models.cache import KVCache, Past, Sight
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder_layer import ATTENTION, DecoderLayer
 from spiel_jax.models.layers import PROJECTION, AdaptedLinear, Embedding, Linear, RMSNorm
@@ -162,30 +163,69 @@ class CausalLM(nnx.Module):
         masks = None if segment_ids is None else _masks(self.config, segment_ids, cache)
         turn = _turn(self.config, _positions(tokens, masks) if positions is None else positions)
 
-        x, cache = self._through_layers(tokens, turn, masks, adapters, cache, remat, frozen)
+        x, cache, _ = self._through_layers(tokens, turn, masks, adapters, cache, None, remat, frozen)
         x = self.model.norm(x)
         if cache is not None:  # a full cache would otherwise overwrite its last slots unnoticed
             x = jnp.where(cache.length <= cache.segment_ids.shape[1], x, jnp.nan)
         return x, cache
 
+    def following(
+        self,
+        past: Past,
+        tokens: jax.Array,
+        sight: Sight,
+        *,
+        positions: jax.Array,
+        adapters: Mapping[str, AdaptedLinear] | None = None,
+    ) -> tuple[jax.Array, Past]:
+        """Hidden states after the final norm of tokens that follow others, as inference wants them.
+
+        Rows may be of different lengths, and the tokens of a row a tree.
+
+        Args:
+            past: The earlier tokens; a token's slot is its position.
+            tokens: [B, S] integers.
+            sight: What each of them sees.
+            positions: [B, S] integers, for RoPE and for a window.
+            adapters: See ``hidden``; their names are those of ``ADAPTED``.
+
+        Returns:
+            [B, S, D] in the dtype of the embedding, and the keys and values of these tokens
+            [L, B, K, S, head_dim], which ``Past.with_tokens`` takes.
+        """
+        adapters = {name.removeprefix(LAYERS): adapter for name, adapter in (adapters or {}).items()}
+        full = near = (sees_past(sight.reach, past.slots), sees_tree(sight.until))
+        if self.config.sliding_window is not None:
+            least = positions - (self.config.sliding_window - 1)  # the first position in the window
+            near = (
+                full[0] & (jnp.arange(past.slots) >= least[..., None]),
+                full[1] & (positions[:, None, :] >= least[..., None]),
+            )
+        turn = _turn(self.config, positions)
+        x, _, new = self._through_layers(tokens, turn, (full, near), adapters, None, past, "none", True)
+        return self.model.norm(x), new
+
     def _through_layers(
         self,
         tokens: jax.Array,
         turn: tuple[jax.Array, jax.Array],
-        masks: tuple[jax.Array, jax.Array] | None,
+        masks: tuple[Any, Any] | None,
         adapters: Mapping[str, AdaptedLinear],
         cache: KVCache | None,
+        past: Past | None,
         remat: Remat,
         frozen: bool,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, KVCache | None, Any]:
         """The scan over layers: hidden states [B, S, D] before the final norm, and the new cache.
 
         Args:
             tokens: [B, S].
             turn: From ``rotation``.
-            masks: From ``_masks``; None: every layer sees all that precedes, in its window.
+            masks: From ``_masks``; None: every layer sees all that precedes, in its window. After a past
+                pairs of them, see ``DecoderLayer``.
             adapters: By name within the layer.
             cache: With the slots of these tokens claimed, or None.
+            past: Instead of a cache; the last result is then that of these tokens.
             remat: See ``hidden``.
             frozen: See ``hidden``.
         """
@@ -196,14 +236,17 @@ class CausalLM(nnx.Module):
         def body(carry: tuple, inputs: tuple) -> tuple:
             x, cache = carry
             x = x.astype(dtype)
-            weights, adapters, layer, slides = inputs
+            weights, adapters, layer, slides, past = inputs
             used = {name: _used(name, weights[name], name in trained) for name in weights}
             mask = None
             if masks is not None:
-                mask = masks[1] if slides is None else jnp.where(slides, masks[1], masks[0])
-            x, cache = nnx.merge(graphdef, _as_state(used))(x, turn, mask, adapters, cache, layer)
+                mask = masks[1]
+                if slides is not None:
+                    mask = jax.tree.map(partial(jnp.where, slides), masks[1], masks[0])
+            block = nnx.merge(graphdef, _as_state(used))
+            x, kept = block(x, turn, mask, adapters, cache if past is None else past, layer)
             x = constrain(x, BATCH_AXES, None, None)
-            return (x.astype(carried), cache), None
+            return (x.astype(carried), kept if past is None else cache), None if past is None else kept
 
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         slides = None if self.config.sliding_layers is None else jnp.array(self.config.sliding_layers)
@@ -211,9 +254,9 @@ class CausalLM(nnx.Module):
         dtype, carried = x.dtype, loop_dtype(x.dtype)
         carry = (x.astype(carried), cache)
         looped = {name: weight if name in trained else _looped(weight) for name, weight in weights.items()}
-        inputs = (looped, adapters, layers, slides)
-        (x, cache), _ = jax.lax.scan(_rematerialised(body, remat), carry, inputs)
-        return x.astype(dtype), cache
+        inputs = (looped, adapters, layers, slides, past)
+        (x, cache), new = jax.lax.scan(_rematerialised(body, remat), carry, inputs)
+        return x.astype(dtype), cache, new
 
 
 def _masks(config: ModelConfig, segment_ids: jax.Array, cache: KVCache | None) -> tuple[jax.Array, jax.Array]:

@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from spiel_jax.models.cache import KVCache
+from spiel_jax.models.cache import KVCache, Past
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.layers import AdaptedLinear, Linear, RMSNorm
 from spiel_jax.models.rope import rotate
@@ -37,11 +39,11 @@ class Attention(nnx.Module):
         self,
         x: jax.Array,
         turn: tuple[jax.Array, jax.Array],
-        mask: jax.Array | None,
+        mask: Any,
         adapters: Mapping[str, AdaptedLinear],
-        cache: KVCache | None,
+        cache: KVCache | Past | None,
         layer: jax.Array,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, KVCache | Past | None]:
         """Attend; see ``DecoderLayer``."""
 
         def heads(projection: Linear, name: str, norm: RMSNorm | None) -> jax.Array:
@@ -52,6 +54,9 @@ class Attention(nnx.Module):
         queries = named(rotate(heads(self.q_proj, "q_proj", self.q_norm), *turn), ATTENTION)
         keys = named(rotate(heads(self.k_proj, "k_proj", self.k_norm), *turn), ATTENTION)
         values = heads(self.v_proj, "v_proj", None)
+        if isinstance(cache, Past):
+            seen, cache = _after(cache, queries, keys, values, mask)
+            return self.o_proj(seen, adapters.get("self_attn.o_proj.weight")), cache
         if cache is not None:
             cache, keys, values = cache.write(layer, keys, values)
         if mask is None:  # leave it to the implementation to skip what is not visible
@@ -63,6 +68,46 @@ class Attention(nnx.Module):
             seen = jax.nn.dot_product_attention(queries, keys, values, mask=mask)
         seen = named(seen.reshape(*seen.shape[:-2], -1), ATTENTION)  # [B, S, H * head_dim]
         return self.o_proj(seen, adapters.get("self_attn.o_proj.weight")), cache
+
+
+def _after(
+    past: Past, queries: jax.Array, keys: jax.Array, values: jax.Array, masks: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, Past]:
+    """What tokens see of the past and of each other, [B, S, H * head_dim], and their own keys and values.
+
+    The past is read where it lies: scores are joined, not keys.
+
+    Args:
+        past: One layer's, [B, K, T, head_dim].
+        queries: [B, S, H, head_dim].
+        keys: [B, S, K, head_dim].
+        values: [B, S, K, head_dim].
+        masks: See ``DecoderLayer``.
+    """
+    batch, length, heads, size = queries.shape
+    own = Past(*(jnp.swapaxes(x, 1, 2) for x in (keys, values)))  # [B, K, S, head_dim]
+    groups = heads // own.keys.shape[1]
+    asked = jnp.swapaxes(queries, 1, 2).reshape(batch, -1, groups * length, size)  # [B, K, groups * S, head_dim]
+
+    def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:
+        product = jnp.einsum(
+            "bkqd,bktd->bkqt", asked, keys.astype(asked.dtype), preferred_element_type=jnp.float32
+        )
+        masked = jnp.tile(mask, (1, groups, 1))[:, None]
+        return jnp.where(masked, product * size**-0.5, jnp.finfo(jnp.float32).min)
+
+    joined = jnp.concatenate([scores(past.keys, masks[0]), scores(own.keys, masks[1])], axis=-1)
+    shares = jax.nn.softmax(joined, axis=-1).astype(asked.dtype)
+    slots = past.keys.shape[2]
+
+    def taken(shares: jax.Array, values: jax.Array) -> jax.Array:
+        return jnp.einsum(
+            "bkqt,bktd->bkqd", shares, values.astype(shares.dtype), preferred_element_type=jnp.float32
+        )
+
+    seen = taken(shares[..., :slots], past.values) + taken(shares[..., slots:], own.values)
+    seen = seen.astype(queries.dtype).reshape(batch, heads, length, size)
+    return jnp.swapaxes(seen, 1, 2).reshape(batch, length, heads * size), own
 
 
 class MLP(nnx.Module):
@@ -97,19 +142,21 @@ class DecoderLayer(nnx.Module):
         self,
         x: jax.Array,
         turn: tuple[jax.Array, jax.Array],
-        mask: jax.Array | None,
+        mask: Any,
         adapters: Mapping[str, AdaptedLinear],
-        cache: KVCache | None,
+        cache: KVCache | Past | None,
         layer: jax.Array,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, KVCache | Past | None]:
         """Apply one layer.
 
         Args:
             x: [B, S, D].
             turn: Cosine and sine of the positions, from ``rotation``.
-            mask: [B or 1, 1, S, T] bool, True where a key is visible; None: causal, windowed.
+            mask: [B or 1, 1, S, T] bool, True where a key is visible; None: causal, windowed. After a
+                ``Past`` two masks: of its slots [B, S, T], and of these tokens [B, S, S].
             adapters: This layer's, by name within the layer.
-            cache: With the slots of these tokens claimed, or None.
+            cache: With the slots of these tokens claimed, or None. Or a ``Past``, this layer's only; what is
+                returned for it is that of these tokens.
             layer: [] int32, the place in the cache.
         """
         y, cache = self.self_attn(self.input_layernorm(x), turn, mask, adapters, cache, layer)

@@ -1,0 +1,105 @@
+"""A model as inference runs it, and how much of it fits into memory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spiel_jax.errors import SpielError
+from spiel_jax.models import AdaptedLinear, ModelConfig
+from spiel_jax.models.decoder import EMBEDDING
+from spiel_jax.models.storage.packed import runs_on_cpu
+from spiel_jax.ops.sharded import BATCH_AXES, axis_size
+
+LEAST_SLOTS = 64
+"""Rows of a cache have at least so many slots; else a power of two times it."""
+
+_ON_CPU = 1 << 30  # bytes of a cache where nothing tells how many there are
+_SHARE = 0.6  # of what is free on a device
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model to ask: merged, or with what stands beside its weights.
+
+    Attributes:
+        config: Its shape.
+        params: Its parameters; some can be stored weights.
+        adapters: By parameter name, see ``CausalLM.hidden``; empty for a merged model.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from spiel_jax.models import init_params
+        >>> config = replace(ModelConfig.smollm2_135m(), num_layers=2, vocab_size=100)
+        >>> served = Served(config, init_params(config, jax.random.key(0), jnp.bfloat16))
+        >>> served.slot_bytes
+        1536
+    """
+
+    config: ModelConfig
+    params: Mapping[str, Any]
+    adapters: Mapping[str, AdaptedLinear] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> Any:
+        """Of the activations and of what is kept of them: that of the base model."""
+        return self.params[EMBEDDING].dtype
+
+    @property
+    def slot_bytes(self) -> int:
+        """What keys and values of one token take, in all layers."""
+        config = self.config
+        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(self.dtype).itemsize
+
+
+def slots_for(length: int) -> int:
+    """Slots of the cache for rows of so many tokens: few sizes, so that few programs are compiled.
+
+    >>> [slots_for(length) for length in (1, 64, 65, 700)]
+    [64, 64, 128, 1024]
+    """
+    slots = LEAST_SLOTS
+    while slots < length:
+        slots *= 2
+    return slots
+
+
+def batch_devices() -> int:
+    """Over how many devices the current mesh spreads the rows of a batch."""
+    return int(np.prod([axis_size(name) for name in BATCH_AXES]))
+
+
+def rows_for(served: Served, length: int, memory: int | None, most: int) -> int:
+    """How many rows of so many tokens a cache holds at once.
+
+    Args:
+        served: The model.
+        length: Of the longest row, in tokens.
+        memory: Bytes that the cache may take on all devices together; None: what ``cache_memory`` finds.
+        most: No more rows than this.
+
+    Raises:
+        SpielError: If not even one row fits.
+    """
+    memory = cache_memory() if memory is None else memory
+    row = slots_for(length) * served.slot_bytes
+    if row > memory:
+        raise SpielError(
+            f"a text of {length} tokens takes {row / 2**20:,.0f} MiB of cache, more than the "
+            f"{memory / 2**20:,.0f} MiB there are for it: allow more memory, or shorten the text"
+        )
+    fit, devices = min(memory // row, most), batch_devices()
+    return max(fit // devices, 1) * devices
+
+
+def cache_memory() -> int:
+    """Bytes for a cache: most of what is free on the devices; 1 GiB where they do not tell."""
+    mesh = jax.sharding.get_abstract_mesh()
+    count = 1 if mesh.empty else mesh.size
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if runs_on_cpu() or "bytes_limit" not in stats:
+        return _ON_CPU
+    return int(_SHARE * (stats["bytes_limit"] - stats.get("bytes_in_use", 0))) * count
