@@ -1,6 +1,7 @@
 """The next token of each row of a batch, chosen as the row asks: the likeliest, or drawn."""
 
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,12 @@ class Choice(NamedTuple):
         min_p: float32, among those at least so many times as likely as the likeliest.
     """
 
-    seed: jax.Array
-    draw: jax.Array
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
+    seed: Any
+    draw: Any
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
 
 
 def choose(logits: jax.Array, choice: Choice, made: jax.Array, way: Way) -> jax.Array:
@@ -46,7 +47,7 @@ def choose(logits: jax.Array, choice: Choice, made: jax.Array, way: Way) -> jax.
     """
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if way != "greedy":
-        drawn = jax.vmap(lambda *row: _draw(*row, way == "filtered"))(logits, choice, made)
+        drawn = jax.vmap(partial(_draw, filtered=way == "filtered"))(logits, choice, made)
         tokens = jnp.where(choice.temperature > 0, drawn, tokens)
     return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), tokens, NOT_FINITE)
 

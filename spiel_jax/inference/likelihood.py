@@ -186,7 +186,12 @@ class _Reader:
 
 @partial(jax.jit, static_argnames="config", donate_argnames="past")
 def _read(
-    config: ModelConfig, params: Any, adapters: Any, past: Past, pieces: dict[str, jax.Array], slots: jax.Array
+    config: ModelConfig,
+    params: Any,
+    adapters: Any,
+    past: Past,
+    pieces: dict[str, jax.Array],
+    slots: jax.Array,
 ) -> tuple[jax.Array, Past]:
     """Final hidden states [B * S, D], and the past with what is kept of these tokens."""
     hidden, new = bind(config, params).following(

@@ -87,7 +87,9 @@ def _after(
     batch, length, heads, size = queries.shape
     own = Past(*(jnp.swapaxes(x, 1, 2) for x in (keys, values)))  # [B, K, S, head_dim]
     groups = heads // own.keys.shape[1]
-    asked = jnp.swapaxes(queries, 1, 2).reshape(batch, -1, groups * length, size)  # [B, K, groups * S, head_dim]
+    asked = jnp.swapaxes(queries, 1, 2).reshape(
+        batch, -1, groups * length, size
+    )  # [B, K, groups * S, head_dim]
 
     def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:
         product = jnp.einsum(

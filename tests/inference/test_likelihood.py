@@ -1,29 +1,14 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.decoders import CONFIG, MIXED, WINDOW
 
 from spiel_jax.inference import likelihood
 from spiel_jax.inference.likelihood import likelihoods, token_likelihoods
 from spiel_jax.inference.served import Served, rows_for, slots_for
 from spiel_jax.inference.tree import lay_out
-from spiel_jax.models import ModelConfig, bind, init_params
-
-CONFIG = ModelConfig(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_positions=512,
-    initializer_range=0.3,
-)
-WINDOW = dataclasses.replace(CONFIG, sliding_window=4)
-MIXED = dataclasses.replace(WINDOW, sliding_layers=(True, False))
+from spiel_jax.models import bind, init_params
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +22,7 @@ def a_family(rng, count=40, longest=90):
     for _ in range(count - 2):
         parent = family[rng.integers(len(family))]
         own = rng.integers(0, 96, rng.integers(1, longest)).tolist()
-        family.append((parent[: rng.integers(0, len(parent) + 1)] + own)[: 3 * longest] + [7])
+        family.append([*(parent[: rng.integers(0, len(parent) + 1)] + own)[: 3 * longest], 7])
     return [*family, family[-1]]
 
 
@@ -106,7 +91,9 @@ class TestLikelihoods:
         prompt = [5, 9, 2]
         table = bind(CONFIG, params)(jnp.array([prompt]), remat="none")[0]
         best = int(table[-1].argmax())
-        one, other = likelihoods(Served(CONFIG, params), [[*prompt, best], [*prompt, (best + 1) % 96]], [3, 3])
+        one, other = likelihoods(
+            Served(CONFIG, params), [[*prompt, best], [*prompt, (best + 1) % 96]], [3, 3]
+        )
         assert one.greedy
         assert not other.greedy
         assert one.log_probability > other.log_probability
@@ -148,5 +135,5 @@ class TestMemory:
         assert rows_for(served, 100, 5 * row, 3) == 3
 
     def test_not_even_one(self, params):
-        with pytest.raises(ValueError, match="a text of 100 tokens takes .* allow more memory"):
+        with pytest.raises(ValueError, match=r"a text of 100 tokens takes .* allow more memory"):
             rows_for(Served(CONFIG, params), 100, 1000, 64)

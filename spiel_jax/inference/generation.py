@@ -1,0 +1,316 @@
+"""Continuations of many texts at once: a row that has ended makes room for the next text.
+
+The host decides which text is in which row; the device reads prompts in pieces and makes tokens for all rows
+in blocks. What a prompt begins with and some row holds already is copied from there, not read again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from spiel_jax.errors import SpielError
+from spiel_jax.inference import steps
+from spiel_jax.inference.choosing import NOT_FINITE, Choice, Way
+from spiel_jax.inference.requests import Request
+from spiel_jax.inference.served import Served, batch_devices, rows_for, slots_for
+from spiel_jax.models.cache import init_past
+from spiel_jax.models.storage.packed import runs_on_cpu
+
+BLOCK = 8
+"""Tokens that are made for every row before the host looks at them."""
+
+_PIECES = {"cpu": ((8, 32), (2, 128)), "other": ((16, 64), (4, 512))}
+"""Prompts that are read at once, and tokens of each."""
+
+_WORTH = 32  # tokens from which on a beginning is copied
+_MOST_ROWS = 64
+
+
+def continuations(
+    served: Served,
+    requests: Sequence[Request],
+    *,
+    memory: int | None = None,
+    most_rows: int = _MOST_ROWS,
+    progress: bool = False,
+    programs: set[tuple] | None = None,
+) -> list[list[int]]:
+    """Continues texts.
+
+    Texts of about the same length run together, as many as the cache's memory allows. Compiled for each
+    power of two that the longest row reaches, and for the numbers of rows: the most, and a quarter and a
+    sixteenth of it when few are left.
+
+    Args:
+        served: The model.
+        requests: What to continue, and how.
+        memory: Bytes of the cache, see ``rows_for``.
+        most_rows: At most so many texts at once.
+        progress: Whether to show a progress bar.
+        programs: Is given the shapes that were compiled for.
+
+    Returns:
+        The new tokens of each text, up to its stop token, which is left out. Where ``ended`` said so there
+        can be a few more than it needed.
+
+    Raises:
+        SpielError: If a request is not allowed, one row does not fit into the memory, or the model's logits
+            are not finite.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from dataclasses import replace
+        >>> from spiel_jax.models import ModelConfig, init_params
+        >>> config = replace(ModelConfig.smollm2_135m(), num_layers=2, vocab_size=100)
+        >>> served = Served(config, init_params(config, jax.random.key(0), jnp.bfloat16))
+        >>> requests = [Request(tokens=[1, 2], max_new_tokens=n) for n in (3, 5)]
+        >>> [len(new) for new in continuations(served, requests)]
+        [3, 5]
+    """
+    for number, request in enumerate(requests):
+        request.check(served.config, number)
+    groups: dict[int, list[int]] = {}
+    for number, request in enumerate(requests):
+        groups.setdefault(slots_for(request.length), []).append(number)
+    results: list[list[int]] = [[] for _ in requests]
+    with tqdm(total=len(requests), unit="text", disable=not progress) as bar:
+        for slots, numbers in sorted(groups.items()):
+            numbers.sort(key=lambda number: list(requests[number].tokens))  # neighbours begin alike
+            most = min(most_rows, 1 << (len(numbers) - 1).bit_length())
+            rows = rows_for(served, slots, memory, max(most, batch_devices()))
+            batch = _Batch(served, requests, numbers, rows, set() if programs is None else programs, bar)
+            for number, new in batch.run().items():
+                results[number] = new
+    return results
+
+
+@dataclass
+class _Row:
+    """A row of the batch: the text in it, and what of it is in the cache."""
+
+    number: int | None = None  # of the request; None: free
+    held: list[int] = field(default_factory=list)  # tokens in the cache
+    new: list[int] = field(default_factory=list)
+
+
+class _Batch:
+    """The rows of one cache, and the texts that wait for a place."""
+
+    def __init__(
+        self,
+        served: Served,
+        requests: Sequence[Request],
+        waiting: list[int],
+        rows: int,
+        programs: set[tuple],
+        bar: Any,
+    ):
+        self.served, self.requests, self.programs, self.bar = served, requests, programs, bar
+        self.waiting = waiting[::-1]
+        self.rows = [_Row() for _ in range(rows)]
+        self.past = init_past(served.config, rows, slots_for(1), served.dtype)
+        own = [requests[number] for number in waiting]
+        self.way: Way = "greedy"
+        if not all(request.greedy for request in own):
+            filters = any(not r.greedy and (r.top_k or r.top_p < 1) for r in own)
+            self.way = "filtered" if filters else "drawn"
+        self.stops = 1 << (max(len(request.stop) for request in own) - 1).bit_length()
+        self.results: dict[int, list[int]] = {}
+        self.arguments = (served.config, dict(served.params), dict(served.adapters))
+
+    def run(self) -> dict[int, list[int]]:
+        """The new tokens of every request."""
+        while self.waiting or self._live():
+            self._refill()
+            self._compact()
+            if self._live():
+                self._decode()
+        return self.results
+
+    def _live(self) -> list[int]:
+        return [place for place, row in enumerate(self.rows) if row.number is not None]
+
+    def _fit(self, length: int) -> None:
+        """Makes sure of so many slots; gives back those that are not needed."""
+        slots = slots_for(length)
+        if slots != self.past.slots:
+            self._move(range(len(self.rows)), slots)
+
+    def _move(self, places: Sequence[int], slots: int) -> None:
+        self._used("move", len(places))
+        self.past = steps.moved(self.past, np.array(places, np.int32), slots)
+        for row in self.rows:
+            del row.held[slots:]
+        self.rows = [self.rows[place] for place in places]
+
+    def _compact(self) -> None:
+        """A quarter of the rows, when no more are needed for what is left."""
+        live = self._live()
+        few = len(self.rows) // 4
+        if self.waiting or not live or few < batch_devices() or len(live) > few or few % batch_devices():
+            return
+        free = [place for place in range(len(self.rows)) if place not in live]
+        self._move((live + free)[:few], self.past.slots)
+
+    def _used(self, what: str, *more: Any) -> None:
+        self.programs.add((what, len(self.rows), self.past.slots, *more))
+
+    def _refill(self) -> None:
+        """Gives the free rows to texts that wait, and reads these."""
+        free = [place for place, row in enumerate(self.rows) if row.number is None]
+        reading: list[tuple[int, int]] = []  # places, and how much of the text is there
+        while free and self.waiting:
+            number = self.waiting[-1]
+            tokens = list(self.requests[number].tokens)
+            shared = [_common(row.held, tokens[:-1]) for row in self.rows]
+            asked = [_common(list(self.requests[self._number(p)].tokens), tokens[:-1]) for p, _ in reading]
+            best = int(np.argmax(shared))
+            if max(asked, default=0) >= max(shared[best], _WORTH - 1) + 1:
+                self._read(reading)  # one of these will hold what this one begins with
+                reading = []
+                continue
+            self.waiting.pop()
+            place = best if best in free else min(free, key=lambda place: shared[place])
+            free.remove(place)
+            if shared[place] < shared[best] and shared[best] >= _WORTH:
+                self._used("copy")
+                self.past = steps.copied(self.past, np.array([best], np.int32), np.array([place], np.int32))
+                self.rows[place].held = list(self.rows[best].held[: shared[best]])
+            row = self.rows[place]
+            start = _common(row.held, tokens[:-1])
+            self.rows[place] = _Row(number, row.held[:start])
+            reading.append((place, start))
+        self._read(reading)
+
+    def _number(self, place: int) -> int:
+        number = self.rows[place].number
+        assert number is not None
+        return number
+
+    def _read(self, reading: list[tuple[int, int]]) -> None:
+        """Reads what is missing of the rows' prompts, in pieces, and chooses their first tokens."""
+        todo = [place for place, _ in reading]
+        if not todo:
+            return
+        lengths = [len(self.requests[self._number(place)].tokens) for place in todo]
+        self._fit(max(self.past.slots, *lengths))
+        pieces = _PIECES["cpu" if runs_on_cpu() else "other"]
+
+        def left(place: int) -> int:
+            return len(self.requests[self._number(place)].tokens) - len(self.rows[place].held)
+
+        while todo:
+            todo.sort(key=left, reverse=True)
+            count, size = next((piece for piece in pieces if left(todo[0]) <= piece[1]), pieces[-1])
+            count = max(count // batch_devices(), 1) * batch_devices()
+            self._read_piece(todo[:count], count, size)
+            todo = [place for place in todo if self.rows[place].number is not None and left(place)]
+
+    def _read_piece(self, places: list[int], count: int, size: int) -> None:
+        tokens = np.zeros((count, size), np.int32)
+        start, used = np.zeros((2, count), np.int32)
+        for slot, place in enumerate(places):
+            row = self.rows[place]
+            piece = self.requests[self._number(place)].tokens[len(row.held) :][:size]
+            tokens[slot, : len(piece)] = piece
+            start[slot], used[slot] = len(row.held), len(piece)
+            row.held += piece
+        where = np.full(count, len(self.rows), np.int32)
+        where[: len(places)] = places
+        asked = [self.requests[self._number(place)] for place in places]
+        choice = _choice(asked + [asked[0]] * (count - len(asked)))
+        self._used("fill", count, size, self.way)
+        self.past, chosen = steps.fill(
+            *self.arguments, self.past, where, tokens, start, used, choice, way=self.way
+        )
+        done = [p for p in places if len(self.rows[p].held) == len(self.requests[self._number(p)].tokens)]
+        if done:
+            tokens = np.asarray(chosen)
+            for slot, place in enumerate(places):
+                if place in done:
+                    self._take(place, [int(tokens[slot])])
+
+    def _decode(self) -> None:
+        live = self._live()
+        longest = max(len(self.rows[place].held) for place in live)
+        self._fit(longest + BLOCK)
+        ended = len(self.rows) - len(live)
+        enough = len(self.rows)
+        if self.waiting:  # do not stop for each row by itself
+            enough = min(ended + max(len(self.rows) // 8, 1), enough)
+        self._used("decode", self.stops, self.way)
+        self.past, tokens, made = steps.decode(
+            *self.arguments, self.past, self._state(), np.int32(enough), steps=BLOCK, way=self.way
+        )
+        tokens, made = np.asarray(tokens), np.asarray(made)
+        for place in live:
+            row, new = self.rows[place], tokens[place, : made[place]].tolist()
+            row.held += [row.new[-1], *new[:-1]]
+            self._take(place, new)
+
+    def _take(self, place: int, new: list[int]) -> None:
+        """Further tokens of a row, which may end it."""
+        row = self.rows[place]
+        assert row.number is not None
+        request = self.requests[row.number]
+        if NOT_FINITE in new:
+            raise SpielError(f"the model's logits are not finite for prompt {row.number}: are its weights?")
+        row.new += new
+        stopped = row.new[-1] in request.stop
+        if stopped:
+            row.new.pop()
+        full = len(row.new) >= request.max_new_tokens
+        if stopped or full or (request.ended is not None and request.ended(row.new)):
+            self.results[row.number] = row.new
+            row.number = None
+            self.bar.update()
+
+    def _state(self) -> steps.Rows:
+        """The rows as the device wants them."""
+        anyone = self.requests[self._number(self._live()[0])]
+        asked = [anyone if row.number is None else self.requests[row.number] for row in self.rows]
+        stop = np.full((len(asked), self.stops), -2, np.int32)
+        for slot, request in enumerate(asked):
+            stop[slot, : len(request.stop)] = sorted(request.stop)
+
+        def numbers(of: Any) -> np.ndarray:
+            return np.array([of(row) for row in self.rows], np.int32)
+
+        return steps.Rows(
+            last=numbers(lambda row: 0 if row.number is None else row.new[-1]),
+            length=numbers(lambda row: 0 if row.number is None else len(row.held)),
+            made=numbers(lambda row: len(row.new)),
+            limit=np.array([request.max_new_tokens for request in asked], np.int32),
+            ended=np.array([row.number is None for row in self.rows]),
+            stop=stop,
+            choice=_choice(asked),
+        )
+
+
+def _choice(requests: Sequence[Request]) -> Choice:
+    def each(name: str, dtype: Any) -> np.ndarray:
+        return np.array([getattr(request, name) for request in requests], dtype)
+
+    return Choice(
+        seed=each("seed", np.uint32),
+        draw=each("draw", np.uint32),
+        temperature=each("temperature", np.float32),
+        top_k=each("top_k", np.int32),
+        top_p=each("top_p", np.float32),
+        min_p=each("min_p", np.float32),
+    )
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """How many tokens two lists begin with alike."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # slices are compared faster than elements
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,198 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from support.decoders import CONFIG, MIXED, WINDOW
+
+from spiel_jax.inference import generation
+from spiel_jax.inference.choosing import Choice, choose
+from spiel_jax.inference.generation import continuations
+from spiel_jax.inference.requests import Request
+from spiel_jax.inference.sampling import generate
+from spiel_jax.inference.served import Served, slots_for
+from spiel_jax.models import init_params
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_params(CONFIG, jax.random.key(0))
+
+
+def prompts(count=13, longest=60, seed=0):
+    """Of mixed lengths; some begin alike."""
+    rng = np.random.default_rng(seed)
+    shared = rng.integers(0, 96, 60).tolist()
+    own = [rng.integers(0, 96, rng.integers(1, longest)).tolist() for _ in range(count)]
+    return [shared + tokens[:40] if number % 3 == 0 else tokens for number, tokens in enumerate(own)]
+
+
+def requests(texts, **options):
+    rng = np.random.default_rng(1)
+    limits = [int(rng.integers(1, 40)) for _ in texts]
+    return [
+        Request(tokens=tokens, max_new_tokens=limit, draw=number, **options)
+        for number, (tokens, limit) in enumerate(zip(texts, limits, strict=True))
+    ]
+
+
+class TestContinuations:
+    @pytest.mark.parametrize("config", [CONFIG, WINDOW, MIXED], ids=["full", "window", "mixed"])
+    def test_equal_those_of_one_batch_without_refill(self, params, config):
+        asked = requests(prompts())
+        whole = generate(config, params, [r.tokens for r in asked], max_new_tokens=40)
+        found = continuations(Served(config, params), asked, most_rows=5)
+        assert found == [row[: r.max_new_tokens] for row, r in zip(whole, asked, strict=True)]
+
+    def test_stop_tokens(self, params):
+        asked = requests(prompts())
+        served = Served(CONFIG, params)
+        free = continuations(served, asked, most_rows=4)
+        stop = {free[0][0], free[1][-1]}
+        stopped = continuations(served, [dataclasses.replace(r, stop=stop) for r in asked], most_rows=4)
+        expected = [row[: next((i for i, t in enumerate(row) if t in stop), None)] for row in free]
+        assert stopped == expected
+        assert stopped[0] == []
+
+    def test_ends_when_told(self, params):
+        (free,) = continuations(Served(CONFIG, params), [Request(tokens=[1, 2], max_new_tokens=64)])
+        enough = Request(tokens=[1, 2], max_new_tokens=64, ended=lambda new: len(new) > 10)
+        (found,) = continuations(Served(CONFIG, params), [enough])
+        assert found == free[: len(found)]
+        assert 10 < len(found) <= 10 + generation.BLOCK
+
+    def test_what_begins_alike_is_read_once(self, params, monkeypatch):
+        read = []
+        fill = generation.steps.fill
+        monkeypatch.setattr(
+            generation.steps, "fill", lambda *a, **k: read.append(int(np.sum(a[7]))) or fill(*a, **k)
+        )
+        shared = np.random.default_rng(0).integers(0, 96, 100).tolist()
+        asked = [Request(tokens=[*shared, 3 * n, n], max_new_tokens=9) for n in range(20)]
+        found = continuations(Served(CONFIG, params), asked, most_rows=6)
+        assert sum(read) <= 102 + 19 * 3
+        assert found == generate(CONFIG, params, [r.tokens for r in asked], max_new_tokens=9)
+
+    def test_draws_depend_on_the_request_alone(self, params):
+        asked = requests(prompts(), temperature=1.0, seed=3)
+        found = continuations(Served(CONFIG, params), asked, most_rows=4)
+        alone = [continuations(Served(CONFIG, params), [r])[0] for r in asked[:2]]
+        assert found[:2] == alone
+        # and are those of the simple way, draw by draw
+        whole = generate(
+            CONFIG, params, [r.tokens for r in asked], max_new_tokens=40, temperature=1.0, seed=3
+        )
+        assert found == [row[: r.max_new_tokens] for row, r in zip(whole, asked, strict=True)]
+        others = [dataclasses.replace(r, seed=4) for r in asked]
+        assert continuations(Served(CONFIG, params), others, most_rows=4) != found
+
+    def test_each_request_has_its_own_settings(self, params):
+        greedy, drawn = (requests(prompts(6), temperature=t)[:6] for t in (0.0, 1.0))
+        narrow = [dataclasses.replace(r, top_k=1) for r in drawn]
+        served = Served(CONFIG, params)
+        mixed = [
+            greedy[0],
+            drawn[1],
+            narrow[2],
+            dataclasses.replace(drawn[3], top_p=1e-9),
+            greedy[4],
+            drawn[5],
+        ]
+        found = continuations(served, mixed)
+        likeliest, free = continuations(served, greedy), continuations(served, drawn)
+        assert [found[i] for i in (0, 2, 3, 4)] == [likeliest[i] for i in (0, 2, 3, 4)]
+        assert [found[i] for i in (1, 5)] == [free[i] for i in (1, 5)]
+
+    def test_bounded_programs(self, params):
+        programs = set()
+        asked = requests(prompts(40, 300))
+        asked = [r for r in asked if r.length <= 512]
+        continuations(Served(CONFIG, params), asked, most_rows=16, programs=programs)
+        decoders = {used for used in programs if used[0] == "decode"}
+        assert {slots for _, _, slots, *_ in decoders} <= {64, 128, 256, 512}
+        assert {rows for _, rows, *_ in decoders} <= {16, 8, 4, 2, 1}
+        assert len(decoders) < 16
+        assert len(programs) < 60
+
+    def test_memory_decides_how_many_run_at_once(self, params):
+        served, programs = Served(CONFIG, params), set()
+        asked = [Request(tokens=[n, 1], max_new_tokens=20) for n in range(9)]
+        continuations(served, asked, memory=3 * slots_for(22) * served.slot_bytes, programs=programs)
+        assert max(rows for _, rows, *_ in programs) == 3
+
+    def test_bfloat16(self, params):
+        half = {name: param.astype(jnp.bfloat16) for name, param in params.items()}
+        served = Served(CONFIG, half)
+        assert served.slot_bytes == Served(CONFIG, params).slot_bytes / 2
+        asked = [Request(tokens=[5, 9, 2], max_new_tokens=8)]
+        assert continuations(served, asked) == generate(CONFIG, half, [[5, 9, 2]], max_new_tokens=8)
+
+    def test_parameters_that_are_not_finite(self, params):
+        broken = params | {"model.norm.weight": params["model.norm.weight"].at[3].set(jnp.nan)}
+        with pytest.raises(ValueError, match="logits are not finite for prompt 0"):
+            continuations(Served(CONFIG, broken), [Request(tokens=[1], max_new_tokens=4)])
+
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({"max_new_tokens": 0}, "max_new_tokens = 0: expected at least 1"),
+            ({"temperature": -1.0}, "temperature = -1.0: expected 0 or more"),
+            ({"top_k": -1}, "top_k = -1: expected 0 or more"),
+            ({"top_p": 0.0}, "top_p = 0.0: expected more than 0"),
+            ({"min_p": 1.5}, "min_p = 1.5: expected 0 to 1"),
+            ({"seed": -1}, "seed = -1"),
+            ({"tokens": []}, "prompt 0 has no tokens"),
+            ({"tokens": [96]}, "prompt 0: token 96 is not in 0 to 95"),
+            ({"tokens": [1] * 510}, "prompt 0 has 510 tokens: with max_new_tokens = 4 it does not fit"),
+        ],
+    )
+    def test_refused(self, params, options, match):
+        with pytest.raises(ValueError, match=match):
+            continuations(
+                Served(CONFIG, params), [Request(**{"tokens": [1], "max_new_tokens": 4, **options})]
+            )
+
+
+def support(logits, draws=4000, **options):
+    """What is drawn at all, with how often."""
+    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | options
+    full = {name: jnp.full(draws, value) for name, value in options.items()}
+    choice = Choice(seed=jnp.zeros(draws, jnp.uint32), draw=jnp.arange(draws, dtype=jnp.uint32), **full)
+    rows = jnp.broadcast_to(logits, (draws, logits.size))
+    drawn = choose(rows, choice, jnp.zeros(draws, jnp.int32), "filtered")
+    return np.bincount(np.asarray(drawn), minlength=logits.size) / draws
+
+
+class TestChoose:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"top_k": 2},
+            {"top_p": 0.75},
+            {"top_p": 0.6},
+            {"min_p": 0.6},
+            {"top_k": 3, "top_p": 0.7},
+            {"temperature": 2.0, "top_p": 0.75},
+            {"temperature": 0.5, "min_p": 0.2, "top_k": 3},
+        ],
+        ids=str,
+    )
+    def test_frequencies_are_those_of_transformers(self, options):
+        from transformers.generation import logits_process as theirs
+
+        logits = np.log([0.1, 0.2, 0.3, 0.4]).astype(np.float32) + 5
+        scores = torch.tensor(logits)[None]
+        for name, process in (
+            ("temperature", theirs.TemperatureLogitsWarper),
+            ("top_k", theirs.TopKLogitsWarper),
+            ("top_p", theirs.TopPLogitsWarper),
+            ("min_p", theirs.MinPLogitsWarper),
+        ):
+            if name in options:
+                scores = process(options[name])(None, scores)
+        expected = torch.softmax(scores, -1)[0].numpy()
+        found = support(jnp.array(logits), **options)
+        np.testing.assert_allclose(found, expected, atol=0.03)
+        assert not found[expected == 0].any()
