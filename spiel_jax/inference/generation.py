@@ -4,7 +4,7 @@ The host decides which text is in which row; the device reads prompts in pieces 
 in blocks. What a prompt begins with and some row holds already is copied from there, not read again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ def continuations(
     most_rows: int = _MOST_ROWS,
     progress: bool = False,
     programs: set[tuple] | None = None,
+    done: Callable[[int, list[int]], None] = lambda number, new: None,
 ) -> list[list[int]]:
     """Continues texts.
 
@@ -51,6 +52,7 @@ def continuations(
         most_rows: At most so many texts at once.
         progress: Whether to show a progress bar.
         programs: Is given the shapes that were compiled for.
+        done: Is told of each text, by its number, as soon as it has ended.
 
     Returns:
         The new tokens of each text, up to its stop token, which is left out. Where ``ended`` said so there
@@ -81,9 +83,11 @@ def continuations(
             numbers.sort(key=lambda number: list(requests[number].tokens))  # neighbours begin alike
             most = min(most_rows, 1 << (len(numbers) - 1).bit_length())
             rows = rows_for(served, slots, memory, max(most, batch_devices()))
-            batch = _Batch(served, requests, numbers, rows, set() if programs is None else programs, bar)
-            for number, new in batch.run().items():
+            batch = _Batch(served, requests, numbers, rows, set() if programs is None else programs)
+            for number, new in batch.run():
                 results[number] = new
+                done(number, new)
+                bar.update()
     return results
 
 
@@ -106,9 +110,8 @@ class _Batch:
         waiting: list[int],
         rows: int,
         programs: set[tuple],
-        bar: Any,
     ):
-        self.served, self.requests, self.programs, self.bar = served, requests, programs, bar
+        self.served, self.requests, self.programs = served, requests, programs
         self.waiting = waiting[::-1]
         self.rows = [_Row() for _ in range(rows)]
         self.past = init_past(served.config, rows, slots_for(1), served.dtype)
@@ -118,17 +121,18 @@ class _Batch:
             filters = any(not r.greedy and (r.top_k or r.top_p < 1) for r in own)
             self.way = "filtered" if filters else "drawn"
         self.stops = 1 << (max(len(request.stop) for request in own) - 1).bit_length()
-        self.results: dict[int, list[int]] = {}
+        self.finished: list[tuple[int, list[int]]] = []
         self.arguments = (served.config, dict(served.params), dict(served.adapters))
 
-    def run(self) -> dict[int, list[int]]:
-        """The new tokens of every request."""
+    def run(self) -> Iterator[tuple[int, list[int]]]:
+        """The new tokens of every request, as they end."""
         while self.waiting or self._live():
             self._refill()
             self._compact()
             if self._live():
                 self._decode()
-        return self.results
+            yield from self.finished
+            self.finished.clear()
 
     def _live(self) -> list[int]:
         return [place for place, row in enumerate(self.rows) if row.number is not None]
@@ -264,9 +268,8 @@ class _Batch:
             row.new.pop()
         full = len(row.new) >= request.max_new_tokens
         if stopped or full or (request.ended is not None and request.ended(row.new)):
-            self.results[row.number] = row.new
+            self.finished.append((row.number, row.new))
             row.number = None
-            self.bar.update()
 
     def _state(self) -> steps.Rows:
         """The rows as the device wants them."""

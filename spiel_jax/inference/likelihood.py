@@ -1,6 +1,6 @@
 """How likely a model finds texts, many at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -44,6 +44,7 @@ def likelihoods(
     memory: int | None = None,
     progress: bool = False,
     programs: set[tuple] | None = None,
+    done: Callable[[int, Likelihood], None] = lambda number, found: None,
 ) -> list[Likelihood]:
     """How likely continuations are after their contexts.
 
@@ -58,6 +59,7 @@ def likelihoods(
         memory: See ``rows_for``.
         progress: Whether to show a progress bar.
         programs: Is given the shapes that were compiled for.
+        done: Is told of each sequence, by its number, as soon as it is known.
 
     Raises:
         SpielError: If a sequence is not allowed, or the model's logits are not finite.
@@ -70,12 +72,11 @@ def likelihoods(
         >>> [x.greedy for x in likelihoods(served, [[1, 2, 3], [1, 2, 4]], [2, 2])]
         [False, False]
     """
-    return [
-        Likelihood(float(np.sum(values)), bool(np.all(greedy)))
-        for values, greedy in token_likelihoods(
-            served, sequences, first, memory=memory, progress=progress, programs=programs
-        )
-    ]
+    found: list[Any] = [None] * len(sequences)
+    for number, values, greedy in _answers(served, sequences, first, memory, progress, programs):
+        found[number] = Likelihood(float(np.sum(values)), bool(np.all(greedy)))
+        done(number, found[number])
+    return found
 
 
 def token_likelihoods(
@@ -91,37 +92,51 @@ def token_likelihoods(
 
     See ``likelihoods``.
     """
+    found: list[Any] = [None] * len(sequences)
+    for number, values, greedy in _answers(served, sequences, first, memory, progress, programs):
+        found[number] = (values, greedy)
+    return found
+
+
+def _answers(
+    served: Served,
+    sequences: Sequence[Sequence[int]],
+    first: Sequence[int],
+    memory: int | None,
+    progress: bool,
+    programs: set[tuple] | None,
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """The number of a sequence, and what ``token_likelihoods`` says of it; as they become known."""
     _check(served.config, sequences, first)
-    results = [
-        (np.full(len(tokens) - start, np.nan), np.zeros(len(tokens) - start, bool))
-        for tokens, start in zip(sequences, first, strict=True)
-    ]
     if not sequences:
-        return []
+        return
+    rows_for(served, max(map(len, sequences)), memory, 1)  # whether one fits
     size = _PIECE["cpu" if runs_on_cpu() else "other"]
     streams = [
         (numbers, lay_out([sequences[i] for i in numbers], [first[i] for i in numbers], size))
         for numbers in _parts(sequences, batch_devices())
     ]
-    steps = max(len(pieces) for _, pieces in streams)
-    rows_for(served, max(map(len, sequences)), memory, 1)  # whether one fits
-    filled = [0] * len(sequences)
+    open_answers: list[list[tuple[float, bool]]] = [[] for _ in sequences]
     reader = _Reader(served, len(streams), size, set() if programs is None else programs)
-    bar = tqdm(total=sum(p.used for _, ps in streams for p in ps), unit="token", disable=not progress)
-    for step in range(steps):
-        if step % _STEADY == 0:
-            near = [piece for _, pieces in streams for piece in pieces[step : step + _STEADY]]
-            reader.resize(max(piece.depth for piece in near))
-        pieces = [ps[step] if step < len(ps) else Piece.empty(size) for _, ps in streams]
-        for (row, target), answer in reader.read(pieces):
-            number = streams[row][0][target]
-            results[number][0][filled[number]], results[number][1][filled[number]] = answer
-            filled[number] += 1
-        bar.update(sum(piece.used for piece in pieces))
-    bar.close()
-    if bad := [number for number, (values, _) in enumerate(results) if not np.isfinite(values).all()]:
-        raise SpielError(f"the model's logits are not finite for text {bad[0]}: are its weights?")
-    return results
+    total = sum(piece.used for _, pieces in streams for piece in pieces)
+    with tqdm(total=total, unit="token", disable=not progress) as bar:
+        for step in range(max(len(pieces) for _, pieces in streams)):
+            if step % _STEADY == 0:
+                near = [piece for _, pieces in streams for piece in pieces[step : step + _STEADY]]
+                reader.resize(max(piece.depth for piece in near))
+            now = [pieces[step] if step < len(pieces) else Piece.empty(size) for _, pieces in streams]
+            for row, own, answer in reader.read(now):
+                number = streams[row][0][own]
+                answers = open_answers[number]
+                answers.append(answer)
+                if len(answers) == len(sequences[number]) - first[number]:
+                    values, greedy = zip(*answers, strict=True)
+                    if not np.isfinite(values).all():
+                        raise SpielError(
+                            f"the model's logits are not finite for text {number}: are its weights?"
+                        )
+                    yield number, np.array(values), np.array(greedy)
+            bar.update(sum(piece.used for piece in now))
 
 
 def _check(config: ModelConfig, sequences: Sequence[Sequence[int]], first: Sequence[int]) -> None:
@@ -155,8 +170,8 @@ class _Reader:
         if slots != self.past.slots:
             self.past = resized(self.past, slots)
 
-    def read(self, pieces: list[Piece]) -> list[tuple[tuple[int, int], tuple[float, bool]]]:
-        """Row and sequence of each question, with log-probability and whether it is the likeliest."""
+    def read(self, pieces: list[Piece]) -> list[tuple[int, int, tuple[float, bool]]]:
+        """Of what is asked the row, its sequence, and the log-probability and whether it is the likeliest."""
         stacked = {
             name: np.stack([getattr(piece, name) for piece in pieces])
             for name in ("tokens", "positions", "reach", "until")
@@ -179,7 +194,7 @@ class _Reader:
             answers.append(_answer(served.config, dict(served.params), hidden, places, targets))
         found = [np.concatenate(part) for part in zip(*jax.device_get(answers), strict=True)] or [[], []]
         return [
-            ((row, number), (float(value), bool(likeliest)))
+            (row, number, (float(value), bool(likeliest)))
             for (row, _, _, number), value, likeliest in zip(asked, *found, strict=False)
         ]
 
