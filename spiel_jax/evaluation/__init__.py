@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks by the harness that everyone uses (lm-eval), and what a fine-tune forgets."""
