@@ -1,7 +1,7 @@
 """Models of this library as lm-eval knows models: ``spiel_jax`` in its registry.
 
-What a text is as tokens, where it is cut and where it ends is as in lm-eval's own model ``hf``, so that scores
-are the same; only how the model is run is ours.
+What a text is as tokens, where it is cut and where it ends is as in lm-eval's own model ``hf``, so that
+scores are the same; only how the model is run is ours.
 """
 
 import zlib
@@ -34,8 +34,8 @@ _IGNORED = ("do_sample", "use_cache", "num_beams")
 class SpielLM(TemplateLM):
     """A model to evaluate.
 
-    lm-eval's own command line makes it from ``--model_args``: ``checkpoint=RUN`` or ``model=SOURCE``, and what
-    else is named below.
+    lm-eval's own command line makes it from ``--model_args``: ``checkpoint=RUN`` or ``model=SOURCE``, and
+    what else is named below.
 
     Args:
         served: A model at hand; None: it is loaded.
@@ -172,8 +172,8 @@ class SpielLM(TemplateLM):
         for _, context, continuation in requests:
             if not context or not continuation or len(continuation) > self.max_length:
                 raise SpielError(
-                    f"a context of {len(context)} tokens and a continuation of {len(continuation)}: both need "
-                    f"one at least, and the continuation must fit the model's {self.max_length} positions"
+                    f"a context of {len(context)} tokens and a continuation of {len(continuation)}: both "
+                    f"need one at least, and the continuation must fit the model's {self.max_length} positions"
                 )
             kept = (context + continuation)[-(self.max_length + 1) :]
             whole.append(kept)
@@ -257,7 +257,7 @@ class SpielLM(TemplateLM):
         count = kwargs["max_gen_toks"]
         room = self.max_length - count
         if room < 1:
-            raise SpielError(f"max_gen_toks = {count} leaves no room in the model's {self.max_length} positions")
+            raise SpielError(f"max_gen_toks = {count} leaves no room in {self.max_length} positions")
         settings = {name: kwargs[name] for name in _SETTINGS if kwargs.get(name) is not None}
         return Request(
             tokens=self.tok_encode(context)[-room:],

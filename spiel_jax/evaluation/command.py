@@ -1,0 +1,156 @@
+"""What ``python -m spiel_jax.evaluate`` does."""
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from spiel_jax.distributed import processes
+from spiel_jax.distributed.mesh import make_mesh
+from spiel_jax.errors import SpielError
+from spiel_jax.evaluation import forgetting as forgotten
+from spiel_jax.evaluation.harness import Wanted, numbers, scores, table, write
+from spiel_jax.evaluation.lm import SpielLM
+from spiel_jax.inference.served import Served
+from spiel_jax.models.io.fingerprint import fingerprint
+from spiel_jax.places import local_path, remembered
+
+
+def evaluate(
+    *,
+    checkpoint: str | None = None,
+    step: Any = None,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    dtype: str = "bfloat16",
+    base: bool = False,
+    merge: bool = True,
+    tasks: Sequence[str] = (),
+    data_dir: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    paper_subsets: bool = False,
+    chat: bool = False,
+    system: str | None = None,
+    allow_code_execution: bool = False,
+    forgetting: bool = False,
+    texts: str | None = None,
+    output: str | None = None,
+    mesh: dict[str, int] | None = None,
+    memory: int | None = None,
+    progress: bool = True,
+) -> str:
+    """Evaluates as the command's flags of these names say; the table that it prints.
+
+    Raises:
+        SpielError: If a model cannot be loaded, a task is not known, or its data are not there.
+    """
+    with contextlib.ExitStack() as stack:
+        if mesh is not None:
+            sizes = {name: mesh.get(name, 1) for name in ("data", "fsdp", "tensor")}
+            stack.enter_context(jax.set_mesh(make_mesh(sizes)))
+        models, read, source = _models(checkpoint, step, model, tokenizer, dtype, base or forgetting, merge)
+        wanted = Wanted(
+            tasks=tasks,
+            data_dir=None if data_dir is None else str(local_path(data_dir, "--data_dir").absolute()),
+            limit=limit,
+            num_fewshot=num_fewshot,
+            paper_subsets=paper_subsets,
+            allow_code=allow_code_execution,
+            chat=chat,
+            system=system,
+            tokenizer=source,
+        )
+        folder = _folder(checkpoint, output)
+        columns: dict[str, dict] = {label: {} for label in models if base or label != "base" or forgetting}
+        for label, served in models.items():
+            if not tasks or (label == "base" and not base):
+                continue
+            lm = SpielLM(served, read, name=label, memory=memory, progress=progress and processes.is_first())
+            began = time.perf_counter()
+            found = scores(lm, wanted, cache=_cache(folder, served, wanted))
+            found["seconds"], found["programs"] = time.perf_counter() - began, len(lm.programs)
+            columns[label] = numbers(found)
+            if processes.is_first():
+                print(
+                    f"[{label}] {found['seconds']:.0f} s, {len(lm.programs)} compiled programs; "
+                    f"{write(folder, label, found)}"
+                )
+        if forgetting:
+            _add_forgetting(columns, models, read, texts, data_dir)
+        shown = table(columns)
+        if processes.is_first():
+            print(shown)
+            (folder / "table.md").write_text(shown + "\n", encoding="utf-8")
+        return shown
+
+
+def _models(
+    checkpoint: str | None,
+    step: Any,
+    model: str | None,
+    tokenizer: str | None,
+    dtype: str,
+    base: bool,
+    merge: bool,
+) -> tuple[dict[str, Served], Any, str | None]:
+    """The models by their label, their tokenizer, and where that can be found again."""
+    if checkpoint is None:
+        from spiel_jax.models.io.loading import open_model
+
+        assert model is not None
+        source = open_model(model)
+        named = source if tokenizer is None else open_model(tokenizer)
+        served = Served(source.config, source.load(dtype, progress=False))
+        return {model: served}, named.tokenizer(), remembered(tokenizer or model)
+    from spiel_jax.adapters.load import load_run
+
+    run = load_run(checkpoint, step, keep_base=base, model=model, tokenizer=tokenizer, merge=merge)
+    where = tokenizer or model or run.settings["model.tokenizer"] or run.settings["model.source"]
+    models = {f"step {run.step}": Served(run.config, run.tuned, run.adapters)}
+    if run.base is not None:
+        models = {"base": Served(run.config, run.base)} | models
+    return models, run.tokenizer, None if where is None else remembered(where)
+
+
+def _folder(checkpoint: str | None, output: str | None) -> Path:
+    folder = (
+        Path("evaluations") if checkpoint is None else local_path(checkpoint, "--checkpoint") / "evaluations"
+    )
+    folder = run / "evaluations" if output is None else local_path(output, "--output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpielError(f"--output {folder}: no folder can be made there: {error}") from error
+    return folder
+
+
+def _cache(folder: Path, served: Served, wanted: Wanted) -> Path:
+    """A file that is of this model and these prompts alone, so that no other's answers are taken."""
+    parts = [fingerprint(dict(served.params)), wanted.chat, wanted.system]
+    if served.adapters:
+        leaves = jax.tree.leaves(dict(served.adapters))
+        parts.append(fingerprint({str(number): leaf for number, leaf in enumerate(leaves)}))
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return folder / "cache" / key
+
+
+def _add_forgetting(
+    columns: dict[str, dict],
+    models: dict[str, Served],
+    tokenizer: Any,
+    texts: str | None,
+    data_dir: str | None,
+) -> None:
+    if texts is None and data_dir is None:
+        raise SpielError("--forgetting needs texts: name --texts=FILE, or --data_dir with benchmarks in it")
+    written = forgotten.default_texts(str(data_dir)) if texts is None else forgotten.texts_of(texts)
+    before, after = models.values()
+    found = forgotten.forgetting(before, after, [tokenizer.encode(text) for text in written])
+    for label, rows in zip(models, found.columns("other texts"), strict=True):
+        columns[label] = columns[label] | rows

@@ -1,0 +1,197 @@
+"""Benchmarks of models by lm-eval: which tasks, on which data, and where scores and samples are written."""
+
+import datetime
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.tasks import TaskManager
+
+from spiel_jax.errors import SpielError
+from spiel_jax.evaluation.lm import SpielLM
+
+TASKS = Path(__file__).parent / "tasks"
+"""Where the task files are that read local data."""
+
+LOCAL = ("mmlu", "gsm8k", "bbh", "tydiqa", "humaneval")
+"""Benchmarks that are here as tasks over local files; ``local_`` stands before their names in lm-eval."""
+
+_ONE_DRAW, _DRAWS = "local_humaneval", "local_humaneval_20"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What to evaluate.
+
+    Attributes:
+        tasks: Names that lm-eval knows. With ``data_dir`` the names in ``LOCAL`` are those over local files.
+        data_dir: Folder with the benchmarks' files.
+        limit: Of documents of each task.
+        num_fewshot: Examples before each; None: as the task has it.
+        paper_subsets: The SpIEL paper's subsets: 200 problems of GSM8K, 40 of each BBH task, 100 of each
+            language of TyDiQA, 20 draws at temperature 0.1 for HumanEval.
+        allow_code: Whether programs that the model wrote are run.
+        chat: Whether prompts are written with the chat template.
+        system: A system message.
+        tokenizer: A place to find the tokenizer at, with which local tasks measure prompts.
+    """
+
+    tasks: Sequence[str]
+    data_dir: str | None = None
+    limit: float | None = None
+    num_fewshot: int | None = None
+    paper_subsets: bool = False
+    allow_code: bool = False
+    chat: bool = False
+    system: str | None = None
+    tokenizer: str | None = None
+
+    def names(self) -> list[str]:
+        """The tasks as lm-eval knows them.
+
+        Raises:
+            SpielError: If none is named, or programs would have to be run.
+        """
+        if not self.tasks:
+            raise SpielError("no task is named: --tasks=gsm8k,mmlu (lm-eval ls tasks shows lm-eval's own)")
+        found = []
+        for name in self.tasks:
+            if self.data_dir is not None and name in LOCAL:
+                name = f"local_{name}"
+            if name == _ONE_DRAW and self.paper_subsets:
+                name = _DRAWS
+            if "humaneval" in name and not self.allow_code:
+                raise SpielError(
+                    f"{name} runs programs that the model writes: that takes --allow_code_execution (they "
+                    "run in a sandbox, which is no wall against an attacker)"
+                )
+            found.append(name)
+        return found
+
+    def metadata(self) -> dict[str, Any]:
+        """What the task files are told."""
+        told = {
+            "data_dir": self.data_dir,
+            "paper": self.paper_subsets,
+            "tokenizer": self.tokenizer,
+            "shots": self.num_fewshot,
+        }
+        return {name: value for name, value in told.items() if value is not None}
+
+
+def scores(lm: SpielLM, wanted: Wanted, *, cache: Path | None = None) -> dict[str, Any]:
+    """What ``lm_eval.simple_evaluate`` says of a model.
+
+    Args:
+        lm: The model.
+        wanted: The tasks.
+        cache: A file in which answers are kept: the same evaluation goes on where it was interrupted.
+
+    Raises:
+        SpielError: If a task is not known, or its data are not there.
+    """
+    names = wanted.names()
+    manager = TaskManager(include_path=str(TASKS), metadata=wanted.metadata())
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        raise SpielError(
+            f"unknown tasks: {', '.join(unknown)}. lm-eval ls tasks shows lm-eval's; with --data_dir there "
+            f"are {', '.join(LOCAL)} over local files"
+        )
+    own = all(name.startswith("local_") for name in names)
+    found = lm_eval.simple_evaluate(
+        model=lm,
+        tasks=names,
+        num_fewshot=None if own else wanted.num_fewshot,
+        limit=wanted.limit,
+        use_cache=None if cache is None else str(cache),
+        task_manager=manager,
+        apply_chat_template=wanted.chat,
+        system_instruction=wanted.system,
+        confirm_run_unsafe_code=wanted.allow_code,
+        bootstrap_iters=1000,
+    )
+    if found is None:
+        raise SpielError("lm-eval gave no results")
+    return found
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number of the table.
+
+    Attributes:
+        value: It.
+        error: Its standard error, if there is one.
+        count: Of documents.
+    """
+
+    value: float
+    error: float | None
+    count: int | None
+
+
+def numbers(results: Mapping[str, Any]) -> dict[tuple[str, str], Score]:
+    """The scores in what ``scores`` gives, by task and metric (with the filter, where a task has several)."""
+    found = {}
+    counts = results.get("n-samples", {})
+    for task, entries in results["results"].items():
+        filters = {key.partition(",")[2] for key in entries if "," in key}
+        for key, value in entries.items():
+            metric, comma, filtered = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = entries.get(f"{metric}_stderr,{filtered}")
+            error = float(error) if isinstance(error, int | float) else None
+            name = metric if len(filters) == 1 else f"{metric} ({filtered})"
+            count = counts.get(task, {}).get("effective")
+            found[task.removeprefix("local_"), name] = Score(float(value), error, count)
+    return found
+
+
+def table(columns: Mapping[str, Mapping[tuple[str, str], Score]]) -> str:
+    """Scores of models side by side, in Markdown; with two models, what the second has more.
+
+    Args:
+        columns: For each model, what ``numbers`` gives.
+    """
+    labels = list(columns)
+    heads = ["task", "metric", "n", *labels, *(["difference"] if len(labels) == 2 else [])]
+    rows = []
+    for key in dict.fromkeys(key for column in columns.values() for key in column):
+        shown = [columns[label].get(key) for label in labels]
+        there = [score for score in shown if score is not None]
+        cells = [*key, str(there[0].count or ""), *map(_shown, shown)]
+        if len(labels) == 2:
+            cells.append(f"{there[1].value - there[0].value:+.4f}" if len(there) == 2 else "")
+        rows.append(cells)
+    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
+    lines = [heads, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def _shown(score: Score | None) -> str:
+    if score is None:
+        return ""
+    return f"{score.value:.4f}" + ("" if score.error is None else f" ± {score.error:.4f}")
+
+
+def write(folder: Path, label: str, results: Mapping[str, Any]) -> Path:
+    """Writes scores as JSON and each task's samples as JSONL; the path of the former."""
+    folder.mkdir(parents=True, exist_ok=True)
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = re.sub(r"[^\w.-]+", "-", label).strip("-")
+    for task, samples in results.get("samples", {}).items():
+        with (folder / f"samples-{name}-{task}-{now}.jsonl").open("w", encoding="utf-8") as file:
+            for sample in samples:
+                file.write(json.dumps(sample, default=str, ensure_ascii=False) + "\n")
+    path = folder / f"scores-{name}-{now}.json"
+    kept = {key: value for key, value in results.items() if key != "samples"}
+    path.write_text(json.dumps(kept, default=str, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
