@@ -25,8 +25,6 @@ from absl import app, flags, logging
 from spiel_jax.errors import SpielError
 from spiel_jax.training.interrupts import ended_by_signals
 
-_EXTRAS = {"lm_eval": "eval"}  # packages that the plain installation has not
-
 flags.disclaim_key_flags()  # what is defined here is the command's own, for --help
 
 
@@ -82,8 +80,7 @@ def shown_plainly(options: flags.FlagValues, failure: int = 1) -> Iterator[None]
             package = str(error.name).partition(".")[0]
             if importlib.util.find_spec(package) is not None:
                 raise
-            extra = f"[{_EXTRAS[package]}]" if package in _EXTRAS else ""
-            message = f"this needs {package}, which is not installed: pip install spiel_jax{extra}"
+            message = f"this needs {package}, which is not installed: pip install spiel_jax"
         if options["traceback"].value:
             traceback.print_exc()
         print(f"error: {message}", file=sys.stderr, flush=True)

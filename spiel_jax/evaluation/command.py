@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from spiel_jax.adapters.adapted import load_adapter
+from spiel_jax.adapters.load import load_run
 from spiel_jax.distributed import processes
 from spiel_jax.distributed.mesh import make_mesh
 from spiel_jax.errors import SpielError
@@ -18,6 +20,7 @@ from spiel_jax.evaluation.harness import Wanted, numbers, scores, table, write
 from spiel_jax.evaluation.lm import SpielLM
 from spiel_jax.inference.served import Served
 from spiel_jax.models.io.fingerprint import fingerprint
+from spiel_jax.models.io.loading import open_model
 from spiel_jax.places import local_path, remembered
 
 
@@ -27,6 +30,8 @@ def evaluate(
     step: Any = None,
     model: str | None = None,
     tokenizer: str | None = None,
+    adapter: str | None = None,
+    any_base: bool = False,
     dtype: str = "bfloat16",
     base: bool = False,
     merge: bool = True,
@@ -54,7 +59,11 @@ def evaluate(
         if mesh is not None:
             sizes = {name: mesh.get(name, 1) for name in ("data", "fsdp", "tensor")}
             stack.enter_context(jax.set_mesh(make_mesh(sizes)))
-        models, read, source = _models(checkpoint, step, model, tokenizer, dtype, base or forgetting, merge)
+        if checkpoint is None:
+            models, read = _named(model, tokenizer, adapter, any_base, dtype, base or forgetting)
+            source = remembered(tokenizer or str(model))
+        else:
+            models, read, source = _run(checkpoint, step, model, tokenizer, base or forgetting, merge)
         wanted = Wanted(
             tasks=tasks,
             data_dir=None if data_dir is None else str(local_path(data_dir, "--data_dir").absolute()),
@@ -90,26 +99,27 @@ def evaluate(
         return shown
 
 
-def _models(
-    checkpoint: str | None,
-    step: Any,
-    model: str | None,
-    tokenizer: str | None,
-    dtype: str,
-    base: bool,
-    merge: bool,
+def _named(
+    model: str | None, tokenizer: str | None, adapter: str | None, any_base: bool, dtype: str, base: bool
+) -> tuple[dict[str, Served], Any]:
+    """A model that is named, with an adapter or without: the models by their label, and the tokenizer."""
+    assert model is not None
+    source = open_model(model)
+    read = (source if tokenizer is None else open_model(tokenizer)).tokenizer()
+    models = {}
+    if adapter is None or base:
+        plain = Served(source.config, source.load(dtype, progress=False))
+        models["base" if adapter else model] = plain
+    if adapter is not None:
+        adapted = load_adapter(adapter, model, tokenizer=tokenizer, check=not any_base)
+        models[adapter] = Served(adapted.config, adapted.params)
+    return models, read
+
+
+def _run(
+    checkpoint: str, step: Any, model: str | None, tokenizer: str | None, base: bool, merge: bool
 ) -> tuple[dict[str, Served], Any, str | None]:
-    """The models by their label, their tokenizer, and where that can be found again."""
-    if checkpoint is None:
-        from spiel_jax.models.io.loading import open_model
-
-        assert model is not None
-        source = open_model(model)
-        named = source if tokenizer is None else open_model(tokenizer)
-        served = Served(source.config, source.load(dtype, progress=False))
-        return {model: served}, named.tokenizer(), remembered(tokenizer or model)
-    from spiel_jax.adapters.load import load_run
-
+    """What a run has trained: the models by their label, the tokenizer, and where that can be found again."""
     run = load_run(checkpoint, step, keep_base=base, model=model, tokenizer=tokenizer, merge=merge)
     where = tokenizer or model or run.settings["model.tokenizer"] or run.settings["model.source"]
     models = {f"step {run.step}": Served(run.config, run.tuned, run.adapters)}
@@ -119,9 +129,7 @@ def _models(
 
 
 def _folder(checkpoint: str | None, output: str | None) -> Path:
-    folder = (
-        Path("evaluations") if checkpoint is None else local_path(checkpoint, "--checkpoint") / "evaluations"
-    )
+    run = Path() if checkpoint is None else local_path(checkpoint, "--checkpoint")
     folder = run / "evaluations" if output is None else local_path(output, "--output")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spiel_jax.errors import DataError, SpielError
+from spiel_jax.data.files import DataError
+from spiel_jax.errors import SpielError
 from spiel_jax.evaluation.harness import Score
 from spiel_jax.inference.served import Served, batch_devices
 from spiel_jax.models import ModelConfig, bind

@@ -116,7 +116,7 @@ def scores(lm: SpielLM, wanted: Wanted, *, cache: Path | None = None) -> dict[st
     )
     if found is None:
         raise SpielError("lm-eval gave no results")
-    return found
+    return dict(found)
 
 
 @dataclass(frozen=True)

@@ -126,8 +126,9 @@ class SpielLM(TemplateLM):
         """Part of the key of lm-eval's cache of requests."""
         return (self.tokenizer.name_or_path or self._name).replace("/", "__")
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; a BOS that the text has already is not added."""
+        del kwargs
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
         elif add_special_tokens is None:
@@ -166,14 +167,15 @@ class SpielLM(TemplateLM):
         self,
         requests: list[tuple[tuple[str, str], list[int], list[int]]],
         disable_tqdm: bool = False,
-        **_: Any,
+        **kwargs: Any,
     ) -> list[tuple[float, bool]]:
+        del kwargs  # batch sizes
         whole, first = [], []
-        for _, context, continuation in requests:
+        for _key, context, continuation in requests:
             if not context or not continuation or len(continuation) > self.max_length:
                 raise SpielError(
                     f"a context of {len(context)} tokens and a continuation of {len(continuation)}: both "
-                    f"need one at least, and the continuation must fit the model's {self.max_length} positions"
+                    f"need one at least, and the continuation must fit {self.max_length} positions"
                 )
             kept = (context + continuation)[-(self.max_length + 1) :]
             whole.append(kept)

@@ -20,7 +20,7 @@ HOSTILE = {
     "shell": "import os; assert os.system('true') == 0",
     "spawn": "import os; os.posix_spawn('/bin/true', ['true'], {})",
     "multiprocessing": "import multiprocessing as m; p = m.Process(target=print); p.start(); p.join()",
-    "threads without end": "import threading, time\nwhile 1: threading.Thread(target=time.sleep, args=(9,)).start()",
+    "threads without end": "import threading as t\nwhile 1: t.Thread(target=t.Event().wait).start()",
     "reads the system's files": "open('/etc/passwd').read()",
     "reads the parent's files": "import os; open(f'/proc/{os.getppid()}/environ', 'rb').read()",
     "reads what its parent has open": "import os; os.listdir(f'/proc/{os.getppid()}/fd')",

@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("datasets")
 
-from spiel_jax.errors import DataError
+from spiel_jax.data.files import DataError
 from spiel_jax.evaluation.tasks import bbh, gsm8k, humaneval, mmlu, tydiqa
 
 
@@ -143,7 +143,12 @@ class TestRefused:
         ("task", "file", "content", "match"),
         [
             (mmlu, "mmlu/test/art.csv", "a,b,c,d,e,X\n", "art.csv, row 1: expected a question, four choices"),
-            (gsm8k, "gsm8k/test.jsonl", '{"question": 1}\n', "test.jsonl, line 1: expected .* question, answer"),
+            (
+                gsm8k,
+                "gsm8k/test.jsonl",
+                '{"question": 1}\n',
+                "test.jsonl, line 1: .* question, answer",
+            ),
             (bbh, "bbh/tasks/navigate.json", "[]", "navigate.json: expected examples"),
             (bbh, "bbh/tasks/navigate.json", "{", "navigate.json cannot be read as JSON"),
             (tydiqa, "tydiqa/x-dev.json", '{"data": [{}]}', "x-dev.json is no file of TyDiQA"),

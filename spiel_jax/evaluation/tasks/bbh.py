@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from spiel_jax.errors import DataError
+from spiel_jax.data.files import DataError
 from spiel_jax.evaluation.tasks import reading
 
 _SUBSET = 40  # of each task

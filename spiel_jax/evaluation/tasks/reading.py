@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spiel_jax.errors import DataError
+from spiel_jax.data.files import DataError
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from spiel_jax.errors import DataError
+from spiel_jax.data.files import DataError
 from spiel_jax.evaluation.tasks import reading
 
 _SUBSET = 100  # of each language
@@ -71,7 +71,7 @@ def documents(
         if len(known) < shots:
             raise DataError(f"{place}: {len(known)} questions in {language} to train on, {shots} are shown")
         shown = draw.sample(known, shots)
-        instruction, _ = TEMPLATES[language]
+        instruction = TEMPLATES[language][0]
         head = "\n\n".join(
             [instruction, *(_asked(language, one, tokenizer) + f" {one['answers'][0]}" for one in shown)]
         )
@@ -106,7 +106,7 @@ def _questions(place: Any, split: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def _asked(language: str, one: dict[str, Any], tokenizer: str | None) -> str:
-    _, (passage, question, answer) = TEMPLATES[language]
+    passage, question, answer = TEMPLATES[language][1]
     context = reading.first_tokens(one["context"], _LONGEST, tokenizer)
     return f"{passage} {context}\n{question} {one['question']}\n{answer}"
 
