@@ -39,6 +39,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "num_fewshot", None, "Examples before each document.", lower_bound=0, flag_values=values
     )
+    flags.DEFINE_integer(
+        "max_new_tokens", None, "Of a continuation; default: the task's.", lower_bound=1, flag_values=values
+    )
     switch("paper_subsets", False, "The paper's subsets of the local tasks.", flag_values=values)
     switch("chat", False, "Write prompts with the chat template.", flag_values=values)
     text("system", None, "A system message, with --chat.", flag_values=values)
@@ -95,9 +98,8 @@ def main(options: flags.FlagValues) -> None:
 
 _PASSED = (
     "checkpoint", "step", "model", "tokenizer", "adapter", "any_base", "dtype", "base", "merge",
-    "tasks", "data_dir", "limit",
-    "num_fewshot", "paper_subsets", "chat", "system", "allow_code_execution", "forgetting", "texts", "output",
-    "mesh",
+    "tasks", "data_dir", "limit", "num_fewshot", "max_new_tokens", "paper_subsets", "chat", "system",
+    "allow_code_execution", "forgetting", "texts", "output", "mesh",
 )  # fmt: skip
 
 if __name__ == "__main__":

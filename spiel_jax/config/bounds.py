@@ -256,6 +256,22 @@ class Several(Kind):
         raise NotImplementedError
 
 
+class Texts(Several):
+    """Texts, or none.
+
+    >>> Texts("names").expected(()) is None, Texts("names").expected(("a", 1)) is None
+    (True, False)
+    """
+
+    def expected(self, value: Any) -> str | None:
+        """See ``Kind``."""
+        return None if isinstance(value, tuple | list) and not value else super().expected(value)
+
+    def _expected_part(self, part: Any) -> str | None:
+        fine = isinstance(part, str) and _is_unicode(part)
+        return None if fine else f"a tuple of {self.what}: \"('a', 'b')\" on the command line"
+
+
 class Rules(Several):
     """Regular expressions."""
 
@@ -375,5 +391,11 @@ KEYS: dict[str, Kind] = {
     "skip_limit": Whole(1),
     "sample.prompt": OrNone(Text(empty=True)),
     "sample.max_new_tokens": Whole(1),
+    "sample.prompts": Texts("prompts"),
+    "eval_tasks.names": Texts("names of tasks"),
+    "eval_tasks.every": Whole(),
+    "eval_tasks.limit": Whole(1),
+    "eval_tasks.data_dir": OrNone(Text("a folder")),
+    "eval_tasks.max_new_tokens": OrNone(Whole(1)),
 }
 """Every key of ``default_config`` to what it may be."""

@@ -107,8 +107,11 @@ def _idle_keys(config: Config) -> Iterator[tuple[str, str, str]]:
     """Keys that another one makes idle, whatever the method: pattern, that other one, and what would do."""
     if config.steps is not None:
         yield "epochs", f"steps = {config.steps}", "unset that: --config.steps=None"
-    if not config.sample.prompt:
+    if not config.sample.prompt and not config.sample.prompts:
         yield "sample.max_new_tokens", "sample.prompt = None", "set that"
+    if not config.eval_tasks.names:
+        for key in ("every", "limit", "data_dir", "max_new_tokens"):
+            yield f"eval_tasks.{key}", "eval_tasks.names = ()", "name tasks"
     if config.on_nonfinite == "stop":
         yield "skip_limit", "on_nonfinite = 'stop'", "skip such steps: --config.on_nonfinite=skip"
     if not config.data.heldout:

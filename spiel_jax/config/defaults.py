@@ -151,6 +151,16 @@ def default_config() -> Config:
             "sample": {
                 "prompt": optional(str),  # shown to the base and the tuned model at the end
                 "max_new_tokens": 64,
+                # tuple of prompts whose replies are recorded (samples.jsonl, TensorBoard) at each evaluation
+                "prompts": (),
+            },
+            # benchmarks whose scores are recorded beside the held-out loss; needs spiel_jax[eval]
+            "eval_tasks": {
+                "names": (),  # tuple of lm-eval's tasks; with data_dir mmlu, gsm8k, bbh, tydiqa: local files
+                "every": 0,  # steps between; 0: only at the end
+                "limit": 50,  # documents of each
+                "data_dir": optional(str),
+                "max_new_tokens": optional(int),  # of a continuation; default: the task's
             },
         }
     )

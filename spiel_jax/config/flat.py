@@ -8,7 +8,7 @@ import ml_collections
 from spiel_jax.config.defaults import Config, default_config
 
 ADJUSTABLE = (
-    *("log_every", "checkpoint_every", "checkpoint_keep", "mesh.*", "profile", "sample.*"),
+    *("log_every", "checkpoint_every", "checkpoint_keep", "mesh.*", "profile", "sample.*", "eval_tasks.*"),
     *("checkpoint_keep_best", "on_nonfinite", "on_record_failure", "skip_limit", "data.on_mismatch"),
 )
 """Keys that may differ when a run is continued: they change nothing that was trained."""

@@ -32,6 +32,7 @@ class Wanted:
         data_dir: Folder with the benchmarks' files.
         limit: Of documents of each task.
         num_fewshot: Examples before each; None: as the task has it.
+        max_new_tokens: Of a continuation; None: as the task has it.
         paper_subsets: The SpIEL paper's subsets: 200 problems of GSM8K, 40 of each BBH task, 100 of each
             language of TyDiQA, 20 draws at temperature 0.1 for HumanEval.
         allow_code: Whether programs that the model wrote are run.
@@ -44,6 +45,7 @@ class Wanted:
     data_dir: str | None = None
     limit: float | None = None
     num_fewshot: int | None = None
+    max_new_tokens: int | None = None
     paper_subsets: bool = False
     allow_code: bool = False
     chat: bool = False
@@ -83,6 +85,26 @@ class Wanted:
         return {name: value for name, value in told.items() if value is not None}
 
 
+def _manager(wanted: Wanted) -> TaskManager:
+    """Knows lm-eval's tasks and ours."""
+    manager = TaskManager(include_path=str(TASKS), metadata=wanted.metadata())
+    if unknown := [name for name in wanted.names() if not manager.match_tasks([name])]:
+        raise SpielError(
+            f"unknown tasks: {', '.join(unknown)}. lm-eval ls tasks shows lm-eval's; with --data_dir there "
+            f"are {', '.join(LOCAL)} over local files"
+        )
+    return manager
+
+
+def check(wanted: Wanted) -> None:
+    """Makes sure that all tasks are known and their data can be read, before anything is computed.
+
+    Raises:
+        SpielError: If not.
+    """
+    _manager(wanted).load(wanted.names())
+
+
 def scores(lm: SpielLM, wanted: Wanted, *, cache: Path | None = None) -> dict[str, Any]:
     """What ``lm_eval.simple_evaluate`` says of a model.
 
@@ -94,13 +116,7 @@ def scores(lm: SpielLM, wanted: Wanted, *, cache: Path | None = None) -> dict[st
     Raises:
         SpielError: If a task is not known, or its data are not there.
     """
-    names = wanted.names()
-    manager = TaskManager(include_path=str(TASKS), metadata=wanted.metadata())
-    if unknown := [name for name in names if not manager.match_tasks([name])]:
-        raise SpielError(
-            f"unknown tasks: {', '.join(unknown)}. lm-eval ls tasks shows lm-eval's; with --data_dir there "
-            f"are {', '.join(LOCAL)} over local files"
-        )
+    names, manager = wanted.names(), _manager(wanted)
     own = all(name.startswith("local_") for name in names)
     found = lm_eval.simple_evaluate(
         model=lm,
@@ -109,6 +125,7 @@ def scores(lm: SpielLM, wanted: Wanted, *, cache: Path | None = None) -> dict[st
         limit=wanted.limit,
         use_cache=None if cache is None else str(cache),
         task_manager=manager,
+        gen_kwargs=None if wanted.max_new_tokens is None else {"max_gen_toks": wanted.max_new_tokens},
         apply_chat_template=wanted.chat,
         system_instruction=wanted.system,
         confirm_run_unsafe_code=wanted.allow_code,

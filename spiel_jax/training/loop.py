@@ -15,6 +15,7 @@ from spiel_jax.methods.method import Method, TrainState, compiled_step, compiler
 from spiel_jax.training.metrics import Recorder
 from spiel_jax.training.nonfinite import NonFiniteError, step_lost, values_lost
 from spiel_jax.training.profiler import Profile
+from spiel_jax.training.watching import Watch
 
 
 def heldout_loss(
@@ -39,6 +40,7 @@ class Loop:
     recorder: Recorder
     save: Callable[[int, TrainState, float | None], None]  # step, state, its held-out loss if evaluated
     profile: Profile
+    watch: Watch
     best: float | None = None  # lowest held-out loss that is saved; None: lower ones need not be
 
     def __post_init__(self):
@@ -82,16 +84,19 @@ class Loop:
             self.profile.end(step, state, last=stopping or step == total)
             saving = stopping or step == total or _due(step, config.checkpoint_every)
             evaluating = step == total or _due(step, config.eval_every)
-            if saving or evaluating:
+            watching = evaluating or _due(step, config.eval_tasks.every)
+            if saving or watching:
                 self._read(keep=0)
             elif _due(step, config.log_every):
                 self._read(keep=1)
             loss = self._evaluate_now(step, state) if evaluating else None
+            if watching:
+                self.watch(step, state, self.recorder, step == total)
             if loss is not None and self.best is not None and loss < self.best:
                 self.best, saving = loss, True
             if saving:
                 self.save(step, state, loss)
-            if saving or evaluating:
+            if saving or watching:
                 self.recorder.restart_clock()
             if stopping:
                 break

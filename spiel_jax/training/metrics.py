@@ -15,6 +15,7 @@ from spiel_jax.training.records import JsonLines, TensorBoard, Watched
 
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
+SAMPLES = "samples.jsonl"
 
 
 class Recorder:
@@ -29,12 +30,15 @@ class Recorder:
         start: Steps done already; lines of later steps, of a run that was interrupted, are cut off.
         total: Steps of the run, for the progress bar.
         progress: Whether to show the bar.
+        samples: Whether replies are recorded too, in ``samples.jsonl``.
     """
 
-    def __init__(self, directory: Path | None, start: int, total: int, progress: bool = True):
+    def __init__(
+        self, directory: Path | None, start: int, total: int, progress: bool = True, samples: bool = False
+    ):
         self._files: dict[str, Watched] = {}
         if directory is not None:
-            for name in (METRICS, TIMING):
+            for name in (METRICS, TIMING, *([SAMPLES] if samples else [])):
                 self._files[name] = Watched(name, partial(JsonLines, directory / name, start))
             board = directory / "tensorboard"
             self._files[board.name] = Watched(board.name, partial(TensorBoard, board, start))
@@ -64,8 +68,8 @@ class Recorder:
         """Whether something could not be written."""
         return any(file.failed for file in self._files.values())
 
-    def write(self, step: int, numbers: Mapping[str, float], file: str = METRICS) -> None:
-        """Records numbers of a step; a number that is not finite is written as a string."""
+    def write(self, step: int, numbers: Mapping[str, float | str], file: str = METRICS) -> None:
+        """Records numbers of a step, or texts; a number that is not finite is written as a string."""
         for record in (file, "tensorboard") if self._files else ():
             self._files[record].write(step, numbers)
 

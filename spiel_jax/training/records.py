@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 class Record(Protocol):
     """A file of numbers by step. Its methods raise ``OSError`` where it cannot be written."""
 
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+    def write(self, step: int, numbers: Mapping[str, float | str]) -> None:
         """Adds the numbers of a step."""
         ...
 
@@ -46,7 +46,7 @@ class Watched:
         self._name, self.failed = name, False
         self._record: Record | None = self._tried(opened)
 
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+    def write(self, step: int, numbers: Mapping[str, float | str]) -> None:
         """See ``Record``; raises nothing."""
         if (record := self._record) is not None:
             self._tried(lambda: record.write(step, numbers))
@@ -89,9 +89,12 @@ class JsonLines:
         self._file = path.open("r+b", buffering=0)
         self._size, self._unwritten = len(whole), b""
 
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+    def write(self, step: int, numbers: Mapping[str, float | str]) -> None:
         """See ``Record``."""
-        line = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
+        line = {
+            name: value if isinstance(value, str) or math.isfinite(value) else str(value)
+            for name, value in numbers.items()
+        }
         self._unwritten += json.dumps({"step": step, **line}).encode() + b"\n"
         self._file.seek(self._size)  # over what an earlier try may have left there
         while self._unwritten:
@@ -137,6 +140,7 @@ class TensorBoard:
 
         folder.mkdir(parents=True, exist_ok=True)
         self._scalar: Any = summary.scalar
+        self._text: Any = summary.text
         self._events: Any = event_pb2
         self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")  # a file of its own
         if start:
@@ -144,10 +148,12 @@ class TensorBoard:
             self._add(step=start + 1, session_log=session)
         self._flushed = time.monotonic()
 
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+    def write(self, step: int, numbers: Mapping[str, float | str]) -> None:
         """See ``Record``; numbers that are not finite are left out."""
         for name, number in numbers.items():
-            if math.isfinite(number):
+            if isinstance(number, str):
+                self._add(step=step, summary=self._text(name, number))
+            elif math.isfinite(number):
                 self._add(step=step, summary=self._scalar(name, number))
         if time.monotonic() > self._flushed + 10:  # seconds that a viewer may lag behind
             self._writer.flush()

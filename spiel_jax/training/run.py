@@ -56,6 +56,7 @@ from spiel_jax.training.loop import Loop
 from spiel_jax.training.metrics import Recorder, table
 from spiel_jax.training.nonfinite import check_base
 from spiel_jax.training.profiler import Profile
+from spiel_jax.training.watching import watch
 from spiel_jax.training.workdir import (
     as_given,
     check_usable,
@@ -187,6 +188,8 @@ def _run(config: Config, claim: Claim, source: ModelSource, mesh: Mesh, progress
         processes.together(lambda: write_config(workdir, config) if first else None)
     steps = inputs.course.steps
     method = _method(config, known, source, steps, begin)
+    place = config.model.tokenizer or config.model.source
+    watched = processes.together(lambda: watch(config, source.config, method, inputs.tokenizer, date, place))
     trained = begin and begin.trainable(method)
     params, base_print = _base(config, claim, source, mesh, method, progress)
     if begin:
@@ -228,7 +231,8 @@ def _run(config: Config, claim: Claim, source: ModelSource, mesh: Mesh, progress
 
         if jax.process_count() > 1:
             stop_asked = processes.stop_agreed(start)
-        with Recorder(workdir if first else None, start, steps, progress) as recorder:
+        samples = bool(config.sample.prompts)
+        with Recorder(workdir if first else None, start, steps, progress, samples) as recorder:
             loop = Loop(
                 config=config,
                 method=method,
@@ -238,6 +242,7 @@ def _run(config: Config, claim: Claim, source: ModelSource, mesh: Mesh, progress
                 heldout=inputs.heldout,
                 recorder=recorder,
                 save=save,
+                watch=watched,
                 best=checkpoints.best_loss if config.checkpoint_keep_best else None,
                 profile=Profile(workdir / "profile", start + 3, config.profile if first else 0),
             )

@@ -1,0 +1,155 @@
+"""Ours beside lm-eval's own model, on the same weights."""
+
+import json
+import random
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+from absl import flags
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+
+from spiel_jax.errors import SpielError
+from spiel_jax.evaluate import define_flags, main
+from spiel_jax.evaluation.lm import SpielLM
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # lm-eval leaves files open
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def instances(kind, arguments):
+    return [
+        Instance(request_type=kind, doc={}, arguments=one, idx=number) for number, one in enumerate(arguments)
+    ]
+
+
+def texts(count, longest, seed=0):
+    draw = random.Random(seed)
+    return ["".join(draw.choices("abc de.\n", k=draw.randrange(1, longest))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def models(llama_folder):
+    from lm_eval.models.huggingface import HFLM
+
+    ours = SpielLM(model=str(llama_folder), dtype="float32", progress=False)
+    theirs = HFLM(pretrained=str(llama_folder), dtype="float32", batch_size=4, device="cpu")
+    assert ours.max_length == theirs.max_length
+    return ours, theirs
+
+
+def test_is_registered_beside_the_harness_own():
+    assert get_model("spiel_jax") is SpielLM
+    assert get_model("hf").__name__ == "HFLM"
+
+
+class TestScoring:
+    def test_log_likelihoods(self, models):
+        pairs = [
+            (context, continuation)
+            for context in ["", "a ", *texts(4, 60), *texts(2, 400)]
+            for continuation in (" a", "b", " Longer text.")
+        ]
+        found, expected = (
+            lm.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True) for lm in models
+        )
+        for mine, right in zip(found, expected, strict=True):
+            assert mine[0] == pytest.approx(right[0], abs=1e-3)
+            assert mine[1] == right[1]
+
+    def test_rolling(self, models):
+        long = instances("loglikelihood_rolling", [(text,) for text in [*texts(2, 900), "x"]])
+        found, expected = (lm.loglikelihood_rolling(long, disable_tqdm=True) for lm in models)
+        assert found == pytest.approx(expected, rel=1e-5)
+
+    @pytest.mark.parametrize("until", [["a"], ["\n\n", ". "], [], "b"])
+    def test_greedy_texts(self, models, until):
+        asked = [
+            (text, {"until": until, "max_gen_toks": limit, "do_sample": False})
+            for text, limit in zip(texts(7, 300, seed=1), (1, 5, 9, 17, 24, 9, 9), strict=True)
+        ]
+        found, expected = (
+            lm.generate_until(instances("generate_until", asked), disable_tqdm=True) for lm in models
+        )
+        assert found == expected
+
+    def test_chat_template(self, models):
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+        ours, theirs = models
+        for add in (True, False):
+            shown = turns[: 1 if add else 2]
+            assert ours.apply_chat_template(shown, add) == theirs.apply_chat_template(shown, add)
+
+    def test_draws_differ_from_repeat_to_repeat_but_not_from_run_to_run(self, models):
+        ours, _ = models
+        options = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0, "top_p": 0.9}
+        asked = instances("generate_until", [*[("abc", options)] * 3, ("cab", options)])
+        found = ours.generate_until(asked)
+        assert len(set(found[:3])) == 3
+        assert ours.generate_until(asked[2:]) != found[2:]  # that one is now the first of its kind
+        assert ours.generate_until([asked[3], asked[0]]) == [found[3], found[0]]
+
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({"repetition_penalty": 2.0}, "generation_kwargs repetition_penalty: not known here"),
+            ({"max_gen_toks": 100_000}, "leaves no room"),
+        ],
+    )
+    def test_refused(self, models, options, match):
+        with pytest.raises(SpielError, match=match):
+            models[0].generate_until(instances("generate_until", [("a", {"until": [], **options})]))
+
+
+def run_command(*arguments):
+    options = flags.FlagValues()
+    define_flags(options)
+    assert options(["evaluate", *arguments]) == ["evaluate"]
+    main(options)
+
+
+class TestCommand:
+    def test_local_tasks(self, llama_folder, tmp_path, capsys, monkeypatch):
+        (tmp_path / "data/gsm8k").mkdir(parents=True)
+        problems = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(5)]
+        file = tmp_path / "data/gsm8k/test.jsonl"
+        file.write_text("".join(json.dumps(one) + "\n" for one in problems))
+        command = (
+            f"--model={llama_folder}",
+            "--tasks=gsm8k",
+            f"--data_dir={tmp_path / 'data'}",
+            "--limit=2",
+            "--num_fewshot=0",
+            "--max_new_tokens=7",
+            f"--output={tmp_path / 'out'}",
+        )
+        run_command(*command)
+        shown = capsys.readouterr().out
+        assert "| gsm8k | exact_match | 2 |" in " ".join(shown.split())
+        (samples,) = (tmp_path / "out").glob("samples-*gsm8k*.jsonl")
+        assert len(samples.read_text().splitlines()) == 2
+        (scores,) = (tmp_path / "out").glob("scores-*.json")
+        assert json.loads(scores.read_text())["results"]["local_gsm8k"]["exact_match,none"] == 0
+        monkeypatch.setattr(SpielLM, "generate_until", None)  # what was answered is not asked again
+        run_command(*command)
+        assert "| gsm8k | exact_match | 2 |" in " ".join(capsys.readouterr().out.split())
+
+    @pytest.mark.parametrize(
+        ("arguments", "match"),
+        [
+            (["--tasks=humaneval"], "--allow_code_execution"),
+            (["--tasks=no_such_task"], "unknown tasks: no_such_task"),
+        ],
+    )
+    def test_refused(self, llama_folder, tmp_path, arguments, match):
+        with pytest.raises(SpielError, match=match):
+            run_command(
+                f"--model={llama_folder}", f"--data_dir={tmp_path}", f"--output={tmp_path}", *arguments
+            )
