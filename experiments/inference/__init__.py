@@ -1,0 +1,1 @@
+"""How fast texts are scored and continued."""

