@@ -59,8 +59,7 @@ class SpielLM(TemplateLM):
         SpielError: If the model cannot be loaded.
 
     Example:
-        >>> lm = SpielLM(model="random", dtype="float32")  # doctest: +SKIP
-        >>> lm_eval.simple_evaluate(lm, tasks=["gsm8k"])  # doctest: +SKIP
+        ``lm_eval.simple_evaluate(SpielLM(checkpoint="runs/smollm2"), tasks=["gsm8k"])``
     """
 
     def __init__(
