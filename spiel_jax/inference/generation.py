@@ -63,6 +63,7 @@ def continuations(
             are not finite.
 
     Example:
+        >>> import jax
         >>> import jax.numpy as jnp
         >>> from dataclasses import replace
         >>> from spiel_jax.models import ModelConfig, init_params
