@@ -36,6 +36,7 @@ FLOORS = (
     "planning",
     "cli",
     "adapters.__main__",
+    "evaluation.__main__",
     "evaluate",
     "export",
     "generate",
