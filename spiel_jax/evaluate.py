@@ -32,7 +32,9 @@ def define_flags(values: flags.FlagValues) -> None:
     switch("any_base", False, "Take the adapter even if it is of another base model.", flag_values=values)
     text("dtype", "bfloat16", "Of --model.", flag_values=values)
     switch("base", False, "Evaluate the base model too.", flag_values=values)
-    switch("merge", True, "Merge deltas into the weights; --nomerge keeps them beside.", flag_values=values)
+    switch(
+        "merge", True, "Merge deltas into arrays; --nomerge: what is quantised stays so.", flag_values=values
+    )
     flags.DEFINE_list("tasks", [], "Names of tasks, separated by commas.", flag_values=values)
     text("data_dir", None, "Folder of the benchmarks' files.", flag_values=values)
     flags.DEFINE_integer("limit", None, "Documents of each task.", lower_bound=1, flag_values=values)

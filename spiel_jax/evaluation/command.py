@@ -19,7 +19,7 @@ from spiel_jax.evaluation import forgetting as forgotten
 from spiel_jax.evaluation.harness import Wanted, numbers, scores, table, write
 from spiel_jax.evaluation.lm import SpielLM
 from spiel_jax.inference.served import Served
-from spiel_jax.models.io.fingerprint import fingerprint
+from spiel_jax.models.io.fingerprint import arithmetic, fingerprint
 from spiel_jax.models.io.loading import open_model
 from spiel_jax.places import local_path, remembered
 
@@ -122,9 +122,9 @@ def _run(
     checkpoint: str, step: Any, model: str | None, tokenizer: str | None, base: bool, merge: bool
 ) -> tuple[dict[str, Served], Any, str | None]:
     """What a run has trained: the models by their label, the tokenizer, and where that can be found again."""
-    run = load_run(checkpoint, step, keep_base=base, model=model, tokenizer=tokenizer, merge=merge)
+    run = load_run(checkpoint, step, keep_base=base, unmerged=not merge, model=model, tokenizer=tokenizer)
     where = tokenizer or model or run.settings["model.tokenizer"] or run.settings["model.source"]
-    models = {f"step {run.step}": Served(run.config, run.tuned, run.adapters)}
+    models = {f"step {run.step}": Served(run.config, run.tuned)}
     if run.base is not None:
         models = {"base": Served(run.config, run.base)} | models
     return models, run.tokenizer, None if where is None else remembered(where)
@@ -142,10 +142,7 @@ def _folder(checkpoint: str | None, output: str | None) -> Path:
 
 def _cache(folder: Path, served: Served, wanted: Wanted) -> Path:
     """A file that is of this model and these prompts alone, so that no other's answers are taken."""
-    parts = [fingerprint(dict(served.params)), wanted.chat, wanted.system]
-    if served.adapters:
-        leaves = jax.tree.leaves(dict(served.adapters))
-        parts.append(fingerprint({str(number): leaf for number, leaf in enumerate(leaves)}))
+    parts = [fingerprint(served.params), arithmetic(served.config), wanted.chat, wanted.system]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     return folder / "cache" / key
 

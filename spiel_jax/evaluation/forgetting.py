@@ -76,10 +76,7 @@ def forgetting(base: Served, tuned: Served, texts: Sequence[Sequence[int]]) -> F
         for row, window in enumerate(windows[start : start + rows]):
             tokens[row, : len(window)] = window
             segments[row, : len(window)] = 1
-        hidden = [
-            _hidden(served.config, dict(served.params), dict(served.adapters), tokens, segments)
-            for served in (base, tuned)
-        ]
+        hidden = [_hidden(served.config, dict(served.params), tokens, segments) for served in (base, tuned)]
         found = _compared(base.config, dict(base.params), dict(tuned.params), *hidden, tokens, segments)
         totals += np.asarray(found, np.float64)
     means = totals[:4] / totals[4]
@@ -87,9 +84,9 @@ def forgetting(base: Served, tuned: Served, texts: Sequence[Sequence[int]]) -> F
 
 
 @partial(jax.jit, static_argnames="config")
-def _hidden(config: ModelConfig, params: Any, adapters: Any, tokens: Any, segments: Any) -> jax.Array:
+def _hidden(config: ModelConfig, params: Any, tokens: Any, segments: Any) -> jax.Array:
     model = bind(config, params)
-    hidden, _ = model.hidden(tokens, segment_ids=segments, adapters=adapters, remat="none", frozen=True)
+    hidden, _ = model.hidden(tokens, segment_ids=segments, remat="none", frozen=True)
     return hidden
 
 

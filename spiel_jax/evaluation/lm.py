@@ -44,7 +44,7 @@ class SpielLM(TemplateLM):
         model: A model to load (see ``open_model``); with ``checkpoint``, where its base is now.
         step: Of the checkpoint.
         dtype: To load a model in.
-        merge: Whether deltas are merged into the weights, see ``load_run``.
+        unmerged: Whether quantised weights of a run stay so, see ``load_run``.
         name: Of the tokenizer, for lm-eval's cache of requests.
         max_length: Tokens of context and continuation; None: the model's positions.
         prefix_token_id: Before texts without a context; None: BOS, else EOS.
@@ -71,7 +71,7 @@ class SpielLM(TemplateLM):
         model: str | None = None,
         step: int | str | None = None,
         dtype: str = "bfloat16",
-        merge: bool = True,
+        unmerged: bool = False,
         name: str | None = None,
         max_length: int | None = None,
         prefix_token_id: int | None = None,
@@ -85,7 +85,7 @@ class SpielLM(TemplateLM):
         super().__init__()
         del batch_size, max_batch_size, device
         if served is None:
-            served, tokenizer = load(checkpoint, model, tokenizer, step=step, dtype=dtype, merge=merge)
+            served, tokenizer = load(checkpoint, model, tokenizer, step=step, dtype=dtype, unmerged=unmerged)
         self.served, self.tokenizer = served, tokenizer
         self.add_bos_token, self.memory, self.progress = add_bos_token, memory, progress
         self.programs: set[tuple] = set()
@@ -284,7 +284,7 @@ def load(
     *,
     step: Any = None,
     dtype: str = "bfloat16",
-    merge: bool = True,
+    unmerged: bool = False,
 ) -> tuple[Served, Any]:
     """A model to evaluate, and its tokenizer; see ``SpielLM``.
 
@@ -294,8 +294,8 @@ def load(
     if checkpoint is not None:
         from spiel_jax.adapters.load import load_run
 
-        run = load_run(checkpoint, step, model=model, tokenizer=tokenizer, merge=merge)
-        return Served(run.config, run.tuned, run.adapters), run.tokenizer
+        run = load_run(checkpoint, step, model=model, tokenizer=tokenizer, unmerged=unmerged)
+        return Served(run.config, run.tuned), run.tokenizer
     if model is None:
         raise SpielError("give checkpoint=DIR (a run's folder) or model=SOURCE")
     from spiel_jax.models.io.loading import open_model

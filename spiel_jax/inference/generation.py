@@ -123,7 +123,7 @@ class _Batch:
             self.way = "filtered" if filters else "drawn"
         self.stops = 1 << (max(len(request.stop) for request in own) - 1).bit_length()
         self.finished: list[tuple[int, list[int]]] = []
-        self.arguments = (served.config, dict(served.params), dict(served.adapters))
+        self.arguments = (served.config, dict(served.params))
 
     def run(self) -> Iterator[tuple[int, list[int]]]:
         """The new tokens of every request, as they end."""

@@ -180,9 +180,7 @@ class _Reader:
         slots = np.where(keep, stacked["positions"], self.past.slots).astype(np.int32)
         served = self.served
         self.programs.add(("read", self.rows, self.size, self.past.slots))
-        hidden, self.past = _read(
-            served.config, dict(served.params), dict(served.adapters), self.past, stacked, slots
-        )
+        hidden, self.past = _read(served.config, dict(served.params), self.past, stacked, slots)
         asked = [(row, *one) for row, piece in enumerate(pieces) for one in piece.asked]
         answers = []
         for start in range(0, len(asked), _ASKED):
@@ -203,7 +201,6 @@ class _Reader:
 def _read(
     config: ModelConfig,
     params: Any,
-    adapters: Any,
     past: Past,
     pieces: dict[str, jax.Array],
     slots: jax.Array,
@@ -214,7 +211,6 @@ def _read(
         pieces["tokens"],
         Sight(pieces["reach"], pieces["until"]),
         positions=pieces["positions"],
-        adapters=adapters,
     )
     return hidden.reshape(-1, hidden.shape[-1]), past.with_tokens(new, slots)
 

@@ -1,7 +1,7 @@
 """A model as inference runs it, and how much of it fits into memory."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spiel_jax.errors import SpielError
-from spiel_jax.models import AdaptedLinear, ModelConfig
+from spiel_jax.models import ModelConfig
 from spiel_jax.models.decoder import EMBEDDING
 from spiel_jax.models.storage.packed import runs_on_cpu
 from spiel_jax.ops.sharded import BATCH_AXES, axis_size
@@ -23,12 +23,11 @@ _SHARE = 0.6  # of what is free on a device
 
 @dataclass(frozen=True)
 class Served:
-    """A model to ask: merged, or with what stands beside its weights.
+    """A model to ask.
 
     Attributes:
         config: Its shape.
-        params: Its parameters; some can be stored weights.
-        adapters: By parameter name, see ``CausalLM.hidden``; empty for a merged model.
+        params: Its parameters; some can be stored weights, also with deltas beside them.
 
     Example:
         >>> from dataclasses import replace
@@ -41,7 +40,6 @@ class Served:
 
     config: ModelConfig
     params: Mapping[str, Any]
-    adapters: Mapping[str, AdaptedLinear] = field(default_factory=dict)
 
     @property
     def dtype(self) -> Any:

@@ -39,7 +39,6 @@ class Rows(NamedTuple):
 def fill(
     config: ModelConfig,
     params: Any,
-    adapters: Any,
     past: Past,
     places: jax.Array,
     tokens: jax.Array,
@@ -54,7 +53,6 @@ def fill(
     Args:
         config: The model's shape.
         params: Its parameters.
-        adapters: What stands beside them.
         past: Of all rows.
         places: [R] int32, which rows these are; B or more: none.
         tokens: [R, C] int32.
@@ -69,7 +67,7 @@ def fill(
     positions = start[:, None] + steps
     sight = Sight(jnp.broadcast_to(start[:, None], tokens.shape), jnp.full_like(tokens, tokens.shape[1]))
     model = bind(config, params)
-    hidden, new = model.following(own, tokens, sight, positions=positions, adapters=adapters)
+    hidden, new = model.following(own, tokens, sight, positions=positions)
     slots = jnp.where(steps < count[:, None], positions, past.slots)
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -86,7 +84,6 @@ def fill(
 def decode(
     config: ModelConfig,
     params: Any,
-    adapters: Any,
     past: Past,
     rows: Rows,
     enough: jax.Array,
@@ -99,7 +96,6 @@ def decode(
     Args:
         config: The model's shape.
         params: Its parameters.
-        adapters: What stands beside them.
         past: Of all rows; the longest has slots for so many more.
         rows: Where they are.
         enough: [] int32: how many rows have ended when it stops before.
@@ -123,7 +119,6 @@ def decode(
             rows.last[:, None],
             Sight(rows.length[:, None], ones),
             positions=rows.length[:, None],
-            adapters=adapters,
         )
         slots = jnp.where(rows.ended, past.slots, rows.length)
         past = past.with_tokens(new, slots[:, None])

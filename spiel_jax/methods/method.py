@@ -21,7 +21,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from spiel_jax.losses.next_token import Objective, Params, TokenBatch, supervised
 from spiel_jax.models.axes import logical_axes, param_sharding
 from spiel_jax.models.config import ModelConfig
-from spiel_jax.models.layers import AdaptedLinear
 from spiel_jax.models.storage.packed import runs_on_cpu
 from spiel_jax.ops.tree import all_finite, parameter_name
 from spiel_jax.optim.criteria.criterion import Complaint
@@ -110,10 +109,6 @@ class Method:
         """The tuned model's parameters; some can be stored weights (see ``models.storage``)."""
         raise NotImplementedError
 
-    def running(self, state: TrainState) -> tuple[Params, Mapping[str, AdaptedLinear]]:
-        """What the tuned model runs with during training: parameters, and what stands beside them."""
-        return self.tuned(state), {}
-
     def pretrained(self, state: TrainState) -> Params | None:
         """The base model's parameters, exactly, stored weights too; None where they are not kept."""
         return state.params
@@ -149,10 +144,6 @@ class Method:
     def beside(self, params: Params, trained: Any) -> Params:
         """As ``merge``; quantised weights stay so, with what was trained beside them, if the method can."""
         return self.merge(params, trained)
-
-    def unmerged(self, params: Params, trained: Any) -> tuple[Params, Mapping[str, AdaptedLinear]]:
-        """Like ``merge``, but what can stand beside the pretrained parameters is not merged into them."""
-        return params | self.merge(params, trained), {}
 
     def items(self, state: TrainState) -> dict[str, Any]:
         """What a checkpoint holds, as named parts."""

@@ -204,16 +204,8 @@ class ParametrizationMethod(Method):
 
     def evaluate(self, state: TrainState, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
         """See ``Method``; without dropout."""
-        params, adapters = self.running(state)
+        params, adapters = self.kind.attach(state.params, state.trainable, None)
         return self.objective(params, batch, adapters, frozen=True), jnp.sum(batch["weights"])
-
-    def running(self, state: TrainState) -> tuple[Params, dict[str, AdaptedLinear]]:
-        """See ``Method``."""
-        return self.kind.attach(state.params, state.trainable, None)
-
-    def unmerged(self, params: Params, trained: Any) -> tuple[Params, dict[str, AdaptedLinear]]:
-        """See ``Method``."""
-        return self.kind.attach(params, trained, None)
 
     def changed(self, trained: Any) -> Set[str]:
         """See ``Method``."""

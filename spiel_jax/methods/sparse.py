@@ -135,10 +135,6 @@ class SparseMethod(Method):
         """See ``Method``."""
         return self.beside(state.params, self._unmerged(state))
 
-    def running(self, state: TrainState) -> tuple[Params, dict[str, SparseLinear]]:
-        """See ``Method``: as in training, so that no second copy of a weight is made."""
-        return state.params, self._adapters(self._unmerged(state), None, None, state.base)
-
     def pretrained(self, state: TrainState) -> Params:
         """See ``Method``."""
         zipped = deltas(state.trainable, state.opt_state)
@@ -197,8 +193,8 @@ class SparseMethod(Method):
 
     def evaluate(self, state: TrainState, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
         """See ``Method``."""
-        params, adapters = self.running(state)
-        return self.objective(params, batch, adapters, frozen=True), jnp.sum(batch["weights"])
+        adapters = self._adapters(self._unmerged(state), None, None, state.base)
+        return self.objective(state.params, batch, adapters, frozen=True), jnp.sum(batch["weights"])
 
     def changed(self, trained: Mapping[str, SparseDelta]) -> Set[str]:
         """See ``Method``."""
@@ -216,12 +212,6 @@ class SparseMethod(Method):
                 held[name] = Unmerged(params[name], _joined(trained, group, layers))
         written = {name: delta for name, delta in trained.items() if parameter_name(name) not in held}
         return merge(params, written) | held
-
-    def unmerged(
-        self, params: Params, trained: Mapping[str, SparseDelta]
-    ) -> tuple[Params, dict[str, SparseLinear]]:
-        """See ``Method``: a weight is given its deltas for each product."""
-        return params, self._adapters(dict(trained), None, None, ())
 
     def items(self, state: TrainState) -> dict[str, Any]:
         """See ``Method``: the positions are in "deltas" and nowhere else."""

@@ -176,7 +176,6 @@ class CausalLM(nnx.Module):
         sight: Sight,
         *,
         positions: jax.Array,
-        adapters: Mapping[str, AdaptedLinear] | None = None,
     ) -> tuple[jax.Array, Past]:
         """Hidden states after the final norm of tokens that follow others, as inference wants them.
 
@@ -187,13 +186,11 @@ class CausalLM(nnx.Module):
             tokens: [B, S] integers.
             sight: What each of them sees.
             positions: [B, S] integers, for RoPE and for a window.
-            adapters: See ``hidden``; their names are those of ``ADAPTED``.
 
         Returns:
             [B, S, D] in the dtype of the embedding, and the keys and values of these tokens
             [L, B, K, S, head_dim], which ``Past.with_tokens`` takes.
         """
-        adapters = {name.removeprefix(LAYERS): adapter for name, adapter in (adapters or {}).items()}
         full = near = (sees_past(sight.reach, past.slots), sees_tree(sight.until))
         if self.config.sliding_window is not None:
             least = positions - (self.config.sliding_window - 1)  # the first position in the window
@@ -202,7 +199,7 @@ class CausalLM(nnx.Module):
                 full[1] & (positions[:, None, :] >= least[..., None]),
             )
         turn = _turn(self.config, positions)
-        x, _, new = self._through_layers(tokens, turn, (full, near), adapters, None, past, "none", True)
+        x, _, new = self._through_layers(tokens, turn, (full, near), {}, None, past, "none", True)
         return self.model.norm(x), new
 
     def _through_layers(

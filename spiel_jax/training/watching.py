@@ -24,7 +24,7 @@ def watch(
     Args:
         config: See ``default_config``.
         model: The model's shape.
-        method: Knows what the model runs with.
+        method: Knows the tuned model.
         tokenizer: The run's.
         date: What a chat template that asks for the date is told.
         source: Where the tokenizer can be found, for tasks that measure prompts.
@@ -51,12 +51,16 @@ def watch(
 
     def look(step: int, state: TrainState, recorder: Recorder, last: bool) -> None:
         every = config.eval_tasks.every
-        if wanted and (last or (every and step % every == 0)):
-            lm = SpielLM(Served(model, *method.running(state)), tokenizer, progress=False)
+        scoring = wanted and (last or (every and step % every == 0))
+        if not (scoring or config.sample.prompts):
+            return
+        tuned = method.tuned(state)
+        if scoring:
+            lm = SpielLM(Served(model, tuned), tokenizer, progress=False)
             found = harness.numbers(harness.scores(lm, wanted))
             recorder.write(step, {f"{task}/{metric}": one.value for (task, metric), one in found.items()})
         if config.sample.prompts:
-            recorder.write(step, _replies(config, model, method.tuned(state), tokenizer, told), SAMPLES)
+            recorder.write(step, _replies(config, model, tuned, tokenizer, told), SAMPLES)
 
     return look
 
