@@ -71,6 +71,7 @@ def load_adapters(
     tokenizer: str | None = None,
     check: bool = True,
     keep_base: bool = False,
+    in_place: bool = True,
 ) -> AdaptedModel:
     """Loads a model and adapters for it; one copy of the model is held where they are sparse.
 
@@ -84,6 +85,8 @@ def load_adapters(
         check: Whether it must be the one that the adapters were trained on, by its fingerprint, where they
             have one.
         keep_base: Whether the pretrained weights are asked for too.
+        in_place: Whether what ``use`` gave may be lost with its next call. Otherwise weights that change are
+            copied, and the base can be held beside a tuned model.
 
     Raises:
         NotFoundError: If the one or the other is not there.
@@ -101,7 +104,7 @@ def load_adapters(
     for name, adapter in adapters.items():
         check_fingerprint(adapter.origin.fingerprint if check else {}, found or {}, name, model)
     return AdaptedModel(
-        opened.config, opened.tokenizer(), _weights(params, opened.config, adapters, keep_base)
+        opened.config, opened.tokenizer(), _weights(params, opened.config, adapters, keep_base, in_place)
     )
 
 
@@ -118,10 +121,11 @@ def _opened(adapters: Mapping[str, Adapter], model: str, tokenizer: str | None) 
 
 
 def _weights(
-    params: Params, model: ModelConfig, adapters: Mapping[str, Adapter], keep_base: bool
+    params: Params, model: ModelConfig, adapters: Mapping[str, Adapter], keep_base: bool, in_place: bool
 ) -> "HotSwap | Merging | Merged":
     changed = [weight for one in adapters.values() for weight in _changed(params, one, model).values()]
-    if all(one.kind == "sparse" for one in adapters.values()) and all(map(is_writable, changed)):
+    sparse = all(one.kind == "sparse" for one in adapters.values())
+    if in_place and sparse and all(map(is_writable, changed)):
         swap = HotSwap(params, model)
         for name, adapter in adapters.items():
             swap.add(name, adapter)

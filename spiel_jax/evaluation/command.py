@@ -5,18 +5,19 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from spiel_jax.adapters.adapted import load_adapter
+from spiel_jax.adapters.adapted import load_adapters
 from spiel_jax.adapters.load import load_run
 from spiel_jax.distributed import processes
 from spiel_jax.distributed.mesh import make_mesh
 from spiel_jax.errors import SpielError
 from spiel_jax.evaluation import forgetting as forgotten
-from spiel_jax.evaluation.harness import Wanted, numbers, scores, table, write
+from spiel_jax.evaluation.harness import Wanted, check, numbers, scores, table, write
 from spiel_jax.evaluation.lm import SpielLM
 from spiel_jax.inference.served import Served
 from spiel_jax.models.io.fingerprint import arithmetic, fingerprint
@@ -60,11 +61,6 @@ def evaluate(
         if mesh is not None:
             sizes = {name: mesh.get(name, 1) for name in ("data", "fsdp", "tensor")}
             stack.enter_context(jax.set_mesh(make_mesh(sizes)))
-        if checkpoint is None:
-            models, read = _named(model, tokenizer, adapter, any_base, dtype, base or forgetting)
-            source = remembered(tokenizer or str(model))
-        else:
-            models, read, source = _run(checkpoint, step, model, tokenizer, base or forgetting, merge)
         wanted = Wanted(
             tasks=tasks,
             data_dir=None if data_dir is None else str(local_path(data_dir, "--data_dir").absolute()),
@@ -75,8 +71,15 @@ def evaluate(
             allow_code=allow_code_execution,
             chat=chat,
             system=system,
-            tokenizer=source,
         )
+        if tasks:
+            check(wanted)  # before a model is loaded
+        if checkpoint is None:
+            models, read = _named(model, tokenizer, adapter, any_base, dtype, base or forgetting)
+            source = remembered(tokenizer or str(model))
+        else:
+            models, read, source = _run(checkpoint, step, model, tokenizer, base or forgetting, merge)
+        wanted = replace(wanted, tokenizer=source)
         folder = _folder(checkpoint, output)
         columns: dict[str, dict] = {label: {} for label in models if base or label != "base" or forgetting}
         for label, served in models.items():
@@ -106,16 +109,16 @@ def _named(
 ) -> tuple[dict[str, Served], Any]:
     """A model that is named, with an adapter or without: the models by their label, and the tokenizer."""
     assert model is not None
-    source = open_model(model)
-    read = (source if tokenizer is None else open_model(tokenizer)).tokenizer()
-    models = {}
-    if adapter is None or base:
-        plain = Served(source.config, source.load(dtype, progress=False))
-        models["base" if adapter else model] = plain
-    if adapter is not None:
-        adapted = load_adapter(adapter, model, tokenizer=tokenizer, check=not any_base)
-        models[adapter] = Served(adapted.config, adapted.params)
-    return models, read
+    if adapter is None:
+        source = open_model(model)
+        read = (source if tokenizer is None else open_model(tokenizer)).tokenizer()
+        return {model: Served(source.config, source.load(dtype, progress=False))}, read
+    found = load_adapters(
+        [adapter], model, tokenizer=tokenizer, check=not any_base, keep_base=base, in_place=not base
+    )
+    labels = {"base": None, adapter: adapter} if base else {adapter: adapter}
+    models = {label: Served(found.config, found.weights.use(name)) for label, name in labels.items()}
+    return models, found.tokenizer
 
 
 def _run(

@@ -79,8 +79,8 @@ def forgetting(base: Served, tuned: Served, texts: Sequence[Sequence[int]]) -> F
         hidden = [_hidden(served.config, dict(served.params), tokens, segments) for served in (base, tuned)]
         found = _compared(base.config, dict(base.params), dict(tuned.params), *hidden, tokens, segments)
         totals += np.asarray(found, np.float64)
-    means = totals[:4] / totals[4]
-    return Forgetting(*map(float, means), int(totals[4]))
+    before, after, divergence, agreement = (totals[:4] / totals[4]).tolist()
+    return Forgetting(before, after, divergence, agreement, int(totals[4]))
 
 
 @partial(jax.jit, static_argnames="config")

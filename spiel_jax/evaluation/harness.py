@@ -86,9 +86,16 @@ class Wanted:
 
 
 def _manager(wanted: Wanted) -> TaskManager:
-    """Knows lm-eval's tasks and ours."""
-    manager = TaskManager(include_path=str(TASKS), metadata=wanted.metadata())
-    if unknown := [name for name in wanted.names() if not manager.match_tasks([name])]:
+    """Knows the tasks: ours, and where others are wanted lm-eval's, which take seconds to look through."""
+    names = wanted.names()
+
+    def knowing(defaults: bool) -> TaskManager:
+        return TaskManager(include_path=str(TASKS), include_defaults=defaults, metadata=wanted.metadata())
+
+    manager = knowing(defaults=False)
+    if not all(manager.match_tasks([name]) for name in names):
+        manager = knowing(defaults=True)
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
         raise SpielError(
             f"unknown tasks: {', '.join(unknown)}. lm-eval ls tasks shows lm-eval's; with --data_dir there "
             f"are {', '.join(LOCAL)} over local files"
@@ -118,7 +125,8 @@ def scores(lm: SpielLM, wanted: Wanted, *, cache: Path | None = None) -> dict[st
     """
     names, manager = wanted.names(), _manager(wanted)
     own = all(name.startswith("local_") for name in names)
-    found = lm_eval.simple_evaluate(
+    evaluate: Any = lm_eval.simple_evaluate  # its decorator hides what it takes
+    found = evaluate(
         model=lm,
         tasks=names,
         num_fewshot=None if own else wanted.num_fewshot,

@@ -30,7 +30,6 @@ _SETTINGS = ("temperature", "top_k", "top_p", "min_p", "seed")
 _IGNORED = ("do_sample", "use_cache", "num_beams")
 
 
-@register_model("spiel_jax")
 class SpielLM(TemplateLM):
     """A model to evaluate.
 
@@ -275,6 +274,9 @@ class SpielLM(TemplateLM):
         params = self.served.params.values()
         size = sum(param.size for param in params)
         return {"model_num_parameters": size, "model_dtype": str(self.served.dtype)}
+
+
+register_model("spiel_jax")(SpielLM)  # as a decorator it would hide what the class is
 
 
 def load(

@@ -14,6 +14,7 @@ from spiel_jax.inference.requests import Request
 from spiel_jax.inference.sampling import generate
 from spiel_jax.inference.served import Served, slots_for
 from spiel_jax.models import init_params
+from spiel_jax.models.cache import init_past
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +22,21 @@ def params():
     return init_params(CONFIG, jax.random.key(0))
 
 
-def prompts(count=13, longest=60, seed=0):
+ROWS = 3
+"""Of the batches here, whose texts have 64 tokens at most: so that most tests run the same programs."""
+
+
+def prompts(count=9, longest=30):
     """Of mixed lengths; some begin alike."""
-    rng = np.random.default_rng(seed)
-    shared = rng.integers(0, 96, 60).tolist()
+    rng = np.random.default_rng(0)
+    shared = rng.integers(0, 96, longest).tolist()
     own = [rng.integers(0, 96, rng.integers(1, longest)).tolist() for _ in range(count)]
-    return [shared + tokens[:40] if number % 3 == 0 else tokens for number, tokens in enumerate(own)]
+    return [shared + tokens[:10] if number % 3 == 0 else tokens for number, tokens in enumerate(own)]
 
 
 def requests(texts, **options):
     rng = np.random.default_rng(1)
-    limits = [int(rng.integers(1, 40)) for _ in texts]
+    limits = [int(rng.integers(1, 24)) for _ in texts]
     return [
         Request(tokens=tokens, max_new_tokens=limit, draw=number, **options)
         for number, (tokens, limit) in enumerate(zip(texts, limits, strict=True))
@@ -39,29 +44,39 @@ def requests(texts, **options):
 
 
 class TestContinuations:
-    @pytest.mark.parametrize("config", [CONFIG, WINDOW, MIXED], ids=["full", "window", "mixed"])
-    def test_equal_those_of_one_batch_without_refill(self, params, config):
-        asked = requests(prompts())
-        whole = generate(config, params, [r.tokens for r in asked], max_new_tokens=40)
-        found = continuations(Served(config, params), asked, most_rows=5)
+    @pytest.mark.parametrize(
+        ("config", "longest"),
+        [
+            pytest.param(CONFIG, 30, id="full"),
+            *(
+                pytest.param(*case, marks=pytest.mark.slow)
+                for case in [(CONFIG, 150), (WINDOW, 80), (MIXED, 80)]
+            ),
+        ],
+    )
+    def test_equal_those_of_one_batch_without_refill(self, params, config, longest):
+        asked = requests(prompts(longest=longest))
+        whole = generate(config, params, [r.tokens for r in asked], max_new_tokens=24)
+        found = continuations(Served(config, params), asked, most_rows=ROWS + 1)  # and 1, for what is left
         assert found == [row[: r.max_new_tokens] for row, r in zip(whole, asked, strict=True)]
 
     def test_stop_tokens(self, params):
         asked = requests(prompts())
         served = Served(CONFIG, params)
-        free = continuations(served, asked, most_rows=4)
+        free = continuations(served, asked, most_rows=ROWS)
         stop = {free[0][0], free[1][-1]}
-        stopped = continuations(served, [dataclasses.replace(r, stop=stop) for r in asked], most_rows=4)
+        stopped = continuations(served, [dataclasses.replace(r, stop=stop) for r in asked], most_rows=ROWS)
         expected = [row[: next((i for i, t in enumerate(row) if t in stop), None)] for row in free]
         assert stopped == expected
         assert stopped[0] == []
 
     def test_ends_when_told(self, params):
-        (free,) = continuations(Served(CONFIG, params), [Request(tokens=[1, 2], max_new_tokens=64)])
-        enough = Request(tokens=[1, 2], max_new_tokens=64, ended=lambda new: len(new) > 10)
-        (found,) = continuations(Served(CONFIG, params), [enough])
-        assert found == free[: len(found)]
-        assert 10 < len(found) <= 10 + generation.BLOCK
+        asked = [Request(tokens=[1, 2], max_new_tokens=60, ended=lambda new: len(new) > 10)] * ROWS
+        asked[2] = dataclasses.replace(asked[2], ended=None)
+        found = continuations(Served(CONFIG, params), asked, most_rows=ROWS)
+        assert found[0] == found[2][: len(found[0])]
+        assert 10 < len(found[0]) <= 10 + generation.BLOCK
+        assert len(found[2]) == 60
 
     def test_what_begins_alike_is_read_once(self, params, monkeypatch):
         read = []
@@ -69,24 +84,24 @@ class TestContinuations:
         monkeypatch.setattr(
             generation.steps, "fill", lambda *a, **k: read.append(int(np.sum(a[7]))) or fill(*a, **k)
         )
-        shared = np.random.default_rng(0).integers(0, 96, 100).tolist()
-        asked = [Request(tokens=[*shared, 3 * n, n], max_new_tokens=9) for n in range(20)]
-        found = continuations(Served(CONFIG, params), asked, most_rows=6)
-        assert sum(read) <= 102 + 19 * 3
+        shared = np.random.default_rng(0).integers(0, 96, 40).tolist()
+        asked = [Request(tokens=[*shared, 3 * n, n], max_new_tokens=9) for n in range(9)]
+        found = continuations(Served(CONFIG, params), asked, most_rows=ROWS)
+        assert sum(read) <= 42 + 8 * 3
         assert found == generate(CONFIG, params, [r.tokens for r in asked], max_new_tokens=9)
 
     def test_draws_depend_on_the_request_alone(self, params):
         asked = requests(prompts(), temperature=1.0, seed=3)
-        found = continuations(Served(CONFIG, params), asked, most_rows=4)
-        alone = [continuations(Served(CONFIG, params), [r])[0] for r in asked[:2]]
-        assert found[:2] == alone
+        found = continuations(Served(CONFIG, params), asked, most_rows=ROWS)
+        others = continuations(Served(CONFIG, params), asked[4::-1], most_rows=ROWS)
+        assert found[:5] == others[::-1]
         # and are those of the simple way, draw by draw
         whole = generate(
-            CONFIG, params, [r.tokens for r in asked], max_new_tokens=40, temperature=1.0, seed=3
+            CONFIG, params, [r.tokens for r in asked], max_new_tokens=24, temperature=1.0, seed=3
         )
         assert found == [row[: r.max_new_tokens] for row, r in zip(whole, asked, strict=True)]
         others = [dataclasses.replace(r, seed=4) for r in asked]
-        assert continuations(Served(CONFIG, params), others, most_rows=4) != found
+        assert continuations(Served(CONFIG, params), others, most_rows=ROWS) != found
 
     def test_each_request_has_its_own_settings(self, params):
         greedy, drawn = (requests(prompts(6), temperature=t)[:6] for t in (0.0, 1.0))
@@ -100,28 +115,47 @@ class TestContinuations:
             greedy[4],
             drawn[5],
         ]
-        found = continuations(served, mixed)
-        likeliest, free = continuations(served, greedy), continuations(served, drawn)
+        found, likeliest, free = (continuations(served, x, most_rows=ROWS) for x in (mixed, greedy, drawn))
         assert [found[i] for i in (0, 2, 3, 4)] == [likeliest[i] for i in (0, 2, 3, 4)]
         assert [found[i] for i in (1, 5)] == [free[i] for i in (1, 5)]
 
-    def test_bounded_programs(self, params):
-        programs = set()
-        asked = requests(prompts(40, 300))
-        asked = [r for r in asked if r.length <= 512]
-        continuations(Served(CONFIG, params), asked, most_rows=16, programs=programs)
-        decoders = {used for used in programs if used[0] == "decode"}
-        assert {slots for _, _, slots, *_ in decoders} <= {64, 128, 256, 512}
-        assert {rows for _, rows, *_ in decoders} <= {16, 8, 4, 2, 1}
-        assert len(decoders) < 16
-        assert len(programs) < 60
+    @pytest.fixture
+    def not_run(self, monkeypatch):
+        """Batches without a model: each token is a 1."""
+        steps = generation.steps
 
-    def test_memory_decides_how_many_run_at_once(self, params):
+        def decode(config, params, past, rows, enough, *, steps, way):
+            return past, np.ones((len(rows.last), steps)), np.minimum(rows.limit - rows.made, steps)
+
+        monkeypatch.setattr(steps, "fill", lambda config, params, past, where, *_, way: (past, where * 0 + 1))
+        monkeypatch.setattr(steps, "decode", decode)
+        monkeypatch.setattr(steps, "copied", lambda past, *_: past)
+        monkeypatch.setattr(steps, "moved", lambda past, rows, slots: init_past(CONFIG, len(rows), slots))
+
+    def test_bounded_programs(self, params, not_run):
+        programs, rng = set(), np.random.default_rng(0)
+        shared = rng.integers(0, 96, 300).tolist()
+        lengths = rng.integers(1, 200, (400, 3)).tolist()
+        asked = [
+            Request(tokens=[*shared[: s if s > 120 else 0], *[n % 96] * own], max_new_tokens=most)
+            for n, (s, own, most) in enumerate(lengths)
+            if s + own + most <= 512
+        ]
+        found = continuations(Served(CONFIG, params), asked, most_rows=16, programs=programs)
+        assert [len(new) for new in found] == [r.max_new_tokens for r in asked]
+        decoders = {used for used in programs if used[0] == "decode"}
+        assert {slots for _, _, slots, *_ in decoders} == {64, 128, 256, 512}
+        assert {rows for _, rows, *_ in decoders} == {16, 4, 1}
+        assert len(decoders) <= 12
+        assert len(programs) <= 48
+
+    def test_memory_decides_how_many_run_at_once(self, params, not_run):
         served, programs = Served(CONFIG, params), set()
         asked = [Request(tokens=[n, 1], max_new_tokens=20) for n in range(9)]
         continuations(served, asked, memory=3 * slots_for(22) * served.slot_bytes, programs=programs)
         assert max(rows for _, rows, *_ in programs) == 3
 
+    @pytest.mark.slow
     def test_bfloat16(self, params):
         half = {name: param.astype(jnp.bfloat16) for name, param in params.items()}
         served = Served(CONFIG, half)
@@ -132,7 +166,7 @@ class TestContinuations:
     def test_parameters_that_are_not_finite(self, params):
         broken = params | {"model.norm.weight": params["model.norm.weight"].at[3].set(jnp.nan)}
         with pytest.raises(ValueError, match="logits are not finite for prompt 0"):
-            continuations(Served(CONFIG, broken), [Request(tokens=[1], max_new_tokens=4)])
+            continuations(Served(CONFIG, broken), [Request(tokens=[1], max_new_tokens=4)] * ROWS)
 
     @pytest.mark.parametrize(
         ("options", "match"),
@@ -161,7 +195,7 @@ def support(logits, draws=4000, **options):
     full = {name: jnp.full(draws, value) for name, value in options.items()}
     choice = Choice(seed=jnp.zeros(draws, jnp.uint32), draw=jnp.arange(draws, dtype=jnp.uint32), **full)
     rows = jnp.broadcast_to(logits, (draws, logits.size))
-    drawn = choose(rows, choice, jnp.zeros(draws, jnp.int32), "filtered")
+    drawn = jax.jit(choose, static_argnames="way")(rows, choice, jnp.zeros(draws, jnp.int32), way="filtered")
     return np.bincount(np.asarray(drawn), minlength=logits.size) / draws
 
 
