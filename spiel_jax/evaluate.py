@@ -30,7 +30,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text("tokenizer", None, "Where the tokenizer is, if not with the model.", flag_values=values)
     text("adapter", None, "With --model: an adapter to merge into it, its folder.", flag_values=values)
     switch("any_base", False, "Take the adapter even if it is of another base model.", flag_values=values)
-    text("dtype", "bfloat16", "Of --model.", flag_values=values)
+    text("dtype", "bfloat16", "Of --model, where that is alone.", flag_values=values)
     switch("base", False, "Evaluate the base model too.", flag_values=values)
     switch(
         "merge", True, "Merge deltas into arrays; --nomerge: what is quantised stays so.", flag_values=values
@@ -75,22 +75,34 @@ def define_flags(values: flags.FlagValues) -> None:
     cli.define_sizes(values, "mesh", "Over which devices the model is spread, such as fsdp=4,tensor=2.")
 
 
+def _check(options: flags.FlagValues) -> None:
+    """Refuses flags that contradict each other."""
+    run, adapter = options.checkpoint is not None, options.adapter is not None
+    if not run and options.model is None:
+        raise app.UsageError("give --checkpoint=DIR (a run's folder) or --model=SOURCE")
+    compares = "compares with a base: it goes with --checkpoint or --adapter"
+    for wrong, problem in (
+        (run and adapter, "--adapter goes with --model=SOURCE, the base model that it is for, alone"),
+        (not run and options.step is not None, "--step is for a run: it goes with --checkpoint"),
+        (not run and not options.merge, "--nomerge is for a run: it goes with --checkpoint"),
+        (not (run or adapter) and options.base, f"--base {compares}"),
+        (not (run or adapter) and options.forgetting, f"--forgetting {compares}"),
+        (not adapter and options.any_base, "--any_base goes with --adapter"),
+        (
+            (run or adapter) and options["dtype"].present,
+            "--dtype is of --model alone: a run or an adapter has its own",
+        ),
+        (not (options.tasks or options.forgetting), "nothing to evaluate: --tasks=NAME,... or --forgetting"),
+        (options.texts is not None and not options.forgetting, "--texts goes with --forgetting"),
+        (options.system is not None and not options.chat, "--system goes with --chat"),
+    ):
+        if wrong:
+            raise app.UsageError(problem)
+
+
 def main(options: flags.FlagValues) -> None:
     """Evaluates, prints the table and writes what it found."""
-    if options.checkpoint is None and options.model is None:
-        raise app.UsageError("give --checkpoint=DIR (a run's folder) or --model=SOURCE")
-    if options.checkpoint is None:
-        if options.step is not None:
-            raise app.UsageError("--step is for a run: it goes with --checkpoint")
-        for name in ("base", "forgetting"):
-            if options[name].value and options.adapter is None:
-                raise app.UsageError(f"--{name} compares with a base: it goes with --checkpoint or --adapter")
-    elif options.adapter is not None:
-        raise app.UsageError("--adapter goes with --model=SOURCE, the base model that it is for, alone")
-    if not options.tasks and not options.forgetting:
-        raise app.UsageError("nothing to evaluate: give --tasks=NAME,..., or --forgetting")
-    if options.system is not None and not options.chat:
-        raise app.UsageError("--system goes with --chat")
+    _check(options)
     extra("lm_eval", "eval")
     from spiel_jax.evaluation.command import evaluate
 

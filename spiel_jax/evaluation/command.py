@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from spiel_jax.adapters.adapted import load_adapters
 from spiel_jax.adapters.load import load_run
 from spiel_jax.distributed import processes
-from spiel_jax.distributed.mesh import make_mesh
+from spiel_jax.distributed.mesh import MESH_AXES, make_mesh
 from spiel_jax.errors import SpielError
 from spiel_jax.evaluation import forgetting as forgotten
-from spiel_jax.evaluation.harness import Wanted, check, numbers, scores, table, write
+from spiel_jax.evaluation.harness import Score, Wanted, check, numbers, scores, table, write
 from spiel_jax.evaluation.lm import SpielLM
-from spiel_jax.inference.served import Served
+from spiel_jax.inference.served import Served, on_host
 from spiel_jax.models.io.fingerprint import arithmetic, fingerprint
 from spiel_jax.models.io.loading import open_model
 from spiel_jax.places import local_path, remembered
@@ -57,51 +58,68 @@ def evaluate(
     Raises:
         SpielError: If a model cannot be loaded, a task is not known, or its data are not there.
     """
-    with contextlib.ExitStack() as stack:
-        if mesh is not None:
-            sizes = {name: mesh.get(name, 1) for name in ("data", "fsdp", "tensor")}
-            stack.enter_context(jax.set_mesh(make_mesh(sizes)))
-        wanted = Wanted(
-            tasks=tasks,
-            data_dir=None if data_dir is None else str(local_path(data_dir, "--data_dir").absolute()),
-            limit=limit,
-            num_fewshot=num_fewshot,
-            max_new_tokens=max_new_tokens,
-            paper_subsets=paper_subsets,
-            allow_code=allow_code_execution,
-            chat=chat,
-            system=system,
-        )
-        if tasks:
-            check(wanted)  # before a model is loaded
+    wanted = Wanted(
+        tasks=tasks,
+        data_dir=None if data_dir is None else str(local_path(data_dir, "--data_dir").absolute()),
+        limit=limit,
+        num_fewshot=num_fewshot,
+        max_new_tokens=max_new_tokens,
+        paper_subsets=paper_subsets,
+        allow_code=allow_code_execution,
+        chat=chat,
+        system=system,
+    )
+    if tasks:
+        check(wanted)  # before a model is loaded
+    written = forgotten.texts_for(texts, data_dir) if forgetting else []
+    devices = None if mesh is None else _devices(mesh)
+    folder = _folder(checkpoint, output)
+    with contextlib.nullcontext() if devices is None else on_host():
         if checkpoint is None:
             models, read = _named(model, tokenizer, adapter, any_base, dtype, base or forgetting)
             source = remembered(tokenizer or str(model))
         else:
             models, read, source = _run(checkpoint, step, model, tokenizer, base or forgetting, merge)
-        wanted = replace(wanted, tokenizer=source)
-        folder = _folder(checkpoint, output)
-        columns: dict[str, dict] = {label: {} for label in models if base or label != "base" or forgetting}
+    if devices is not None:
+        models = {label: served.spread(devices) for label, served in models.items()}
+    wanted = replace(wanted, tokenizer=source)
+    columns: dict[str, dict] = {label: {} for label in models if base or label != "base" or forgetting}
+    with contextlib.nullcontext() if devices is None else jax.set_mesh(devices):
         for label, served in models.items():
-            if not tasks or (label == "base" and not base):
-                continue
-            lm = SpielLM(served, read, name=label, memory=memory, progress=progress and processes.is_first())
-            began = time.perf_counter()
-            found = scores(lm, wanted, cache=_cache(folder, served, wanted))
-            found["seconds"], found["programs"] = time.perf_counter() - began, len(lm.programs)
-            columns[label] = numbers(found)
-            if processes.is_first():
-                print(
-                    f"[{label}] {found['seconds']:.0f} s, {len(lm.programs)} compiled programs; "
-                    f"{write(folder, label, found)}"
+            if tasks and (base or label != "base"):
+                lm = SpielLM(
+                    served, read, name=label, memory=memory, progress=progress and processes.is_first()
                 )
+                columns[label] = _scored(lm, label, wanted, folder)
         if forgetting:
-            _add_forgetting(columns, models, read, texts, data_dir)
-        shown = table(columns)
-        if processes.is_first():
-            print(shown)
-            (folder / "table.md").write_text(shown + "\n", encoding="utf-8")
-        return shown
+            before, after = models.values()
+            found = forgotten.forgetting(before, after, [read.encode(text) for text in written])
+            for label, rows in zip(models, found.columns("other texts"), strict=True):
+                columns[label] = columns[label] | rows
+    shown = table(columns)
+    if processes.is_first():
+        print(shown)
+        (folder / "table.md").write_text(shown + "\n", encoding="utf-8")
+    return shown
+
+
+def _devices(sizes: dict[str, int]) -> Mesh:
+    if unknown := sorted(sizes.keys() - set(MESH_AXES)):
+        raise SpielError(f"mesh axis {', '.join(unknown)}: expected some of {', '.join(MESH_AXES)}")
+    return make_mesh(dict.fromkeys(MESH_AXES, 1) | sizes)
+
+
+def _scored(lm: SpielLM, label: str, wanted: Wanted, folder: Path) -> dict[tuple[str, str], Score]:
+    """A model's column of the table; says what it took, and where all of it is written."""
+    began = time.perf_counter()
+    # several processes would have to find the same there, or wait for each other
+    cache = _cache(folder, lm.served, wanted) if jax.process_count() == 1 else None
+    found = scores(lm, wanted, cache=cache)
+    found["seconds"], found["programs"] = time.perf_counter() - began, len(lm.programs)
+    if processes.is_first():
+        place = write(folder, label, found)
+        print(f"[{label}] {found['seconds']:.0f} s, {len(lm.programs)} compiled programs; {place}")
+    return numbers(found)
 
 
 def _named(
@@ -148,19 +166,3 @@ def _cache(folder: Path, served: Served, wanted: Wanted) -> Path:
     parts = [fingerprint(served.params), arithmetic(served.config), wanted.chat, wanted.system]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     return folder / "cache" / key
-
-
-def _add_forgetting(
-    columns: dict[str, dict],
-    models: dict[str, Served],
-    tokenizer: Any,
-    texts: str | None,
-    data_dir: str | None,
-) -> None:
-    if texts is None and data_dir is None:
-        raise SpielError("--forgetting needs texts: name --texts=FILE, or --data_dir with benchmarks in it")
-    written = forgotten.default_texts(str(data_dir)) if texts is None else forgotten.texts_of(texts)
-    before, after = models.values()
-    found = forgotten.forgetting(before, after, [tokenizer.encode(text) for text in written])
-    for label, rows in zip(models, found.columns("other texts"), strict=True):
-        columns[label] = columns[label] | rows

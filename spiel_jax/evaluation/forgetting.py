@@ -119,6 +119,19 @@ def _compared(
     return lax.scan(one, jnp.zeros(5), parts)[0]
 
 
+def texts_for(texts: str | None, data_dir: str | None) -> list[str]:
+    """The texts of a file; where none is named, of the benchmarks in a folder.
+
+    Raises:
+        DataError: If nothing is named, or there are none.
+    """
+    if texts is not None:
+        return texts_of(texts)
+    if data_dir is None:
+        raise DataError("--forgetting needs texts: name --texts=FILE, or --data_dir with benchmarks in it")
+    return default_texts(data_dir)
+
+
 def texts_of(place: str | Path, most: int = 200) -> list[str]:
     """Texts of a file: rows of JSONL with ``text``, or the paragraphs of another file.
 

@@ -1,18 +1,23 @@
 """A model as inference runs it, and how much of it fits into memory."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from spiel_jax.errors import SpielError
 from spiel_jax.models import ModelConfig
+from spiel_jax.models.axes import param_sharding
 from spiel_jax.models.decoder import EMBEDDING
 from spiel_jax.models.storage.packed import runs_on_cpu
 from spiel_jax.ops.sharded import BATCH_AXES, axis_size
+from spiel_jax.sparse.delta import SparseDelta
 
 LEAST_SLOTS = 64
 """Rows of a cache have at least so many slots; else a power of two times it."""
@@ -51,6 +56,39 @@ class Served:
         """What keys and values of one token take, in all layers."""
         config = self.config
         return 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(self.dtype).itemsize
+
+    def spread(self, mesh: Mesh) -> "Served":
+        """The same, its parameters laid over a mesh; to be asked under ``jax.set_mesh(mesh)``.
+
+        Args:
+            mesh: From ``make_mesh``, of any sizes: also where deltas beside weights have another block grid.
+        """
+
+        def placed(name: str, leaf: jax.Array) -> jax.Array:
+            whole = np.asarray(
+                leaf
+            )  # of several processes each has it, and gives its own devices their parts
+            return jax.make_array_from_callback(
+                whole.shape, param_sharding(name, whole.shape, mesh), lambda part: whole[part]
+            )
+
+        def loose(node: Any) -> Any:  # a delta whose blocks lie nowhere in particular
+            return replace(node, axes=(None, None)) if isinstance(node, SparseDelta) and node.axes else node
+
+        params = jax.tree.map(loose, dict(self.params), is_leaf=lambda node: isinstance(node, SparseDelta))
+        spread = {name: jax.tree.map(partial(placed, name), param) for name, param in params.items()}
+        return replace(self, params=spread)
+
+
+@contextmanager
+def on_host() -> Iterator[None]:
+    """What is loaded inside lies in the memory of the host, where there is a CPU to JAX: see ``spread``."""
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        host = None
+    with jax.default_device(host):
+        yield
 
 
 def slots_for(length: int) -> int:

@@ -1,18 +1,15 @@
 """Ours beside lm-eval's own model, on the same weights."""
 
-import json
 import random
 
 import pytest
 
 pytest.importorskip("lm_eval")
 
-from absl import flags
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
 from spiel_jax.errors import SpielError
-from spiel_jax.evaluate import define_flags, main
 from spiel_jax.evaluation import lm
 from spiel_jax.evaluation.lm import SpielLM
 
@@ -110,50 +107,3 @@ class TestScoring:
     def test_refused(self, models, options, match):
         with pytest.raises(SpielError, match=match):
             models[0].generate_until(instances("generate_until", [("a", {"until": [], **options})]))
-
-
-def run_command(*arguments):
-    options = flags.FlagValues()
-    define_flags(options)
-    assert options(["evaluate", *arguments]) == ["evaluate"]
-    main(options)
-
-
-class TestCommand:
-    def test_local_tasks(self, llama_folder, tmp_path, capsys, monkeypatch):
-        (tmp_path / "data/gsm8k").mkdir(parents=True)
-        problems = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(5)]
-        file = tmp_path / "data/gsm8k/test.jsonl"
-        file.write_text("".join(json.dumps(one) + "\n" for one in problems))
-        command = (
-            f"--model={llama_folder}",
-            "--tasks=gsm8k",
-            f"--data_dir={tmp_path / 'data'}",
-            "--limit=2",
-            "--num_fewshot=0",
-            "--max_new_tokens=7",
-            f"--output={tmp_path / 'out'}",
-        )
-        run_command(*command)
-        shown = capsys.readouterr().out
-        assert "| gsm8k | exact_match | 2 |" in " ".join(shown.split())
-        (samples,) = (tmp_path / "out").glob("samples-*gsm8k*.jsonl")
-        assert len(samples.read_text().splitlines()) == 2
-        (scores,) = (tmp_path / "out").glob("scores-*.json")
-        assert json.loads(scores.read_text())["results"]["local_gsm8k"]["exact_match,none"] == 0
-        monkeypatch.setattr(SpielLM, "generate_until", None)  # what was answered is not asked again
-        run_command(*command)
-        assert "| gsm8k | exact_match | 2 |" in " ".join(capsys.readouterr().out.split())
-
-    @pytest.mark.parametrize(
-        ("arguments", "match"),
-        [
-            (["--tasks=humaneval"], "--allow_code_execution"),
-            pytest.param(["--tasks=nothing"], "unknown tasks: nothing", marks=pytest.mark.slow),
-        ],
-    )
-    def test_refused(self, llama_folder, tmp_path, arguments, match):
-        with pytest.raises(SpielError, match=match):
-            run_command(
-                f"--model={llama_folder}", f"--data_dir={tmp_path}", f"--output={tmp_path}", *arguments
-            )
