@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import app, flags
 
+from experiments.inference.twins import reference
 from spiel_jax.inference.generation import continuations
 from spiel_jax.inference.likelihood import likelihoods
 from spiel_jax.inference.requests import Request
 from spiel_jax.inference.sampling import generate
 from spiel_jax.inference.served import Served
-from spiel_jax.models import layer_names
 from spiel_jax.models.io.loading import open_model
 
 _DATA = flags.DEFINE_string("data", None, "A .jsonl with question in each row.", required=True)
@@ -79,33 +78,6 @@ def tasks(tokenizer: Any) -> tuple[list[list[int]], list[int], list[tuple[list[i
     shots = "\n\n".join(rows[:2])
     contexts = [tokenizer.encode(f"{shots}\n\n{text}") for text in texts[: len(texts) // 4]]
     return prompts, limits, [(context, answers) for context in contexts]
-
-
-def reference(config: Any, params: Any) -> Any:
-    """The model in transformers."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=config.tie_embeddings,
-            max_position_embeddings=config.max_positions,
-        )
-    ).eval()
-    state = model.state_dict()
-    for name, param in params.items():
-        names, array = layer_names(name, config.num_layers), torch.tensor(np.asarray(param))
-        for own, part in zip(names, array if len(names) > 1 else [array], strict=True):
-            state[own].copy_(part)
-    return model
 
 
 def batches(order: list[int]) -> list[list[int]]:

@@ -17,7 +17,9 @@ pytestmark = [  # lm-eval's
 
 @pytest.fixture
 def config(llama_folder, tmp_path):
-    config = tiny_config(llama_folder, chat_file(tmp_path))
+    config = tiny_config(llama_folder, chat_file(tmp_path), "lora")  # one kind of step to compile
+    config.targets.num_tunable = None
+    config.lora.rank = 2
     config.steps = 4
     return config
 
