@@ -191,6 +191,35 @@ class _Step(flags.ArgumentParser):
         return "step"
 
 
+def define_processes(values: flags.FlagValues) -> None:
+    """Defines the flags that say which of several processes this is; see ``connect``."""
+    flags.DEFINE_bool(
+        "distributed", False, "One of several processes; JAX detects which.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "coordinator", None, "host:port of process 0, in all of several processes.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "num_processes", None, "With --coordinator: how many processes there are.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "process_id", None, "With --coordinator: which of these this is, from 0.", flag_values=values
+    )
+
+
+def connect(options: flags.FlagValues) -> None:
+    """Connects the processes that the flags of ``define_processes`` speak of, before JAX looks for devices.
+
+    Raises:
+        SpielError: See ``distributed.processes.initialise``.
+    """
+    from spiel_jax.distributed import processes
+
+    processes.initialise(
+        options.coordinator, options.num_processes, options.process_id, detect=options.distributed
+    )
+
+
 def define_sizes(values: flags.FlagValues, name: str, what: str, *, required: bool = False) -> None:
     """Defines a flag such as ``--mesh=fsdp=4,tensor=2``, whose value is a dict."""
     flags.DEFINE(_Sizes(), name, None, what, values, required=required)

@@ -73,6 +73,7 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     cli.define_sizes(values, "mesh", "Over which devices the model is spread, such as fsdp=4,tensor=2.")
+    cli.define_processes(values)
 
 
 def _check(options: flags.FlagValues) -> None:
@@ -95,6 +96,7 @@ def _check(options: flags.FlagValues) -> None:
         (not (options.tasks or options.forgetting), "nothing to evaluate: --tasks=NAME,... or --forgetting"),
         (options.texts is not None and not options.forgetting, "--texts goes with --forgetting"),
         (options.system is not None and not options.chat, "--system goes with --chat"),
+        ((options.distributed or options.coordinator) and not options.mesh, "several processes need --mesh"),
     ):
         if wrong:
             raise app.UsageError(problem)
@@ -104,10 +106,14 @@ def main(options: flags.FlagValues) -> None:
     """Evaluates, prints the table and writes what it found."""
     _check(options)
     extra("lm_eval", "eval")
+    from spiel_jax.distributed.processes import errors_say_where
     from spiel_jax.evaluation.command import evaluate
 
+    cli.connect(options)
+
     given: dict[str, Any] = {name: options[name].value for name in _PASSED}
-    evaluate(**given, memory=options.cache_mib and options.cache_mib << 20)
+    with errors_say_where():
+        evaluate(**given, memory=options.cache_mib and options.cache_mib << 20)
 
 
 _PASSED = (

@@ -59,18 +59,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "Continue although data, tokenizer or chat template are not those the run was trained with.",
         flag_values=values,
     )
-    flags.DEFINE_bool(
-        "distributed", False, "One of several processes; JAX detects which.", flag_values=values
-    )
-    flags.DEFINE_string(
-        "coordinator", None, "host:port of process 0, in all of several processes.", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "num_processes", None, "With --coordinator: how many processes there are.", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "process_id", None, "With --coordinator: which of these this is, from 0.", flag_values=values
-    )
+    cli.define_processes(values)
 
 
 def main(options: flags.FlagValues) -> None:
@@ -79,9 +68,7 @@ def main(options: flags.FlagValues) -> None:
     from spiel_jax.distributed import processes
     from spiel_jax.training.run import run
 
-    processes.initialise(
-        options.coordinator, options.num_processes, options.process_id, detect=options.distributed
-    )
+    cli.connect(options)
     # what is worth saying, the first process says; errors are raised
     logging.getLogger("spiel_jax").setLevel(logging.INFO if processes.is_first() else logging.ERROR)
     name = Path(options.config.partition(":")[0]).stem

@@ -4,7 +4,7 @@ r"""Whether lm-eval finds the same of a model here as of its own model ``hf``: t
 
 Compared are log-likelihoods and their greedy flags (the four answers of MMLU's questions, examples and all;
 continuations of one token and of several), rolling log-likelihoods of texts longer than the window, and
-greedy texts of prompts of mixed lengths, every third written with the chat template. Prints what differs most.
+greedy texts of prompts of mixed lengths, every third in the chat template. Prints what differs most.
 """
 
 import itertools

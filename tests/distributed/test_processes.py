@@ -13,6 +13,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from support.saved_runs import save_run
 
 from spiel_jax.checkpoint import read_metadata, restore_deltas, restore_trainable
 from spiel_jax.config import ConfigError, default_config
@@ -353,3 +354,20 @@ def test_a_folder_that_is_not_shared_is_noticed(config_file, tmp_path, monkeypat
     config.seed = 3
     with pytest.raises(ConfigError, match="not what process 0 has written"):
         find_workdir(tmp_path, config)
+
+
+@pytest.mark.slow
+def test_an_evaluation_is_that_of_one_process(llama_folder, tmp_path):
+    pytest.importorskip("lm_eval")
+    (tmp_path / "gsm8k").mkdir()
+    problems = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(5)]
+    (tmp_path / "gsm8k/test.jsonl").write_text("".join(json.dumps(one) + "\n" for one in problems))
+    (tmp_path / "texts.txt").write_text("It rains in Spain.\n\nAnd elsewhere, too.\n")
+    run = save_run(tmp_path / "run", llama_folder)
+    command = ("-m", "spiel_jax.evaluate", f"--checkpoint={run}", "--base", "--tasks=gsm8k", "--forgetting")
+    command += (f"--data_dir={tmp_path}", "--num_fewshot=0", "--max_new_tokens=7", "--limit=5")
+    command += (f"--texts={tmp_path / 'texts.txt'}",)
+    both([*command, "--mesh=fsdp=2,tensor=2", f"--output={tmp_path / 'two'}"], tmp_path, devices=2)
+    subprocess.run([sys.executable, *command, f"--output={tmp_path / 'one'}"], check=True, timeout=LATE)
+    tables = [(tmp_path / name / "table.md").read_text() for name in ("one", "two")]
+    assert tables[0] == tables[1]
