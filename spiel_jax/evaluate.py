@@ -13,7 +13,6 @@ from typing import Any
 from absl import app, flags
 
 from spiel_jax import cli
-from spiel_jax.errors import extra
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -105,6 +104,8 @@ def _check(options: flags.FlagValues) -> None:
 def main(options: flags.FlagValues) -> None:
     """Evaluates, prints the table and writes what it found."""
     _check(options)
+    from spiel_jax.errors import extra
+
     extra("lm_eval", "eval")
     from spiel_jax.distributed.processes import errors_say_where
     from spiel_jax.evaluation.command import evaluate
