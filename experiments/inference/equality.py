@@ -95,10 +95,10 @@ def _choices() -> Iterator[tuple[str, str]]:
 
 def _continuations(draw: random.Random, texts: list[str]) -> Iterator[tuple[str, str]]:
     for _ in range(_CONTEXTS.value):
-        text = draw.choice(texts)
-        cut = draw.randrange(0, len(text) - 5)  # 0: without a context
-        for continuation in (text[cut : cut + 30], " A", " the", "."):
-            yield text[:cut], continuation
+        words = draw.choice(texts).split(" ")
+        cut = draw.randrange(0, len(words))  # 0: without a context
+        for continuation in (" " + " ".join(words[cut : cut + 8]), " A", " the", "."):
+            yield " ".join(words[:cut]), continuation
 
 
 def _asked(draw: random.Random, texts: list[str], number: int, model: SpielLM) -> tuple[str, dict]:

@@ -23,6 +23,7 @@ from spiel_jax.evaluation.lm import SpielLM
 from spiel_jax.inference.served import Served, on_host
 from spiel_jax.models.io.fingerprint import arithmetic, fingerprint
 from spiel_jax.models.io.loading import open_model
+from spiel_jax.models.io.tokenizer_places import open_tokenizer
 from spiel_jax.places import local_path, remembered
 
 
@@ -129,7 +130,7 @@ def _named(
     assert model is not None
     if adapter is None:
         source = open_model(model)
-        read = (source if tokenizer is None else open_model(tokenizer)).tokenizer()
+        read = source.tokenizer() if tokenizer is None else open_tokenizer(tokenizer)
         return {model: Served(source.config, source.load(dtype, progress=False))}, read
     found = load_adapters(
         [adapter], model, tokenizer=tokenizer, check=not any_base, keep_base=base, in_place=not base

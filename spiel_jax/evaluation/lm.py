@@ -301,7 +301,8 @@ def load(
     if model is None:
         raise SpielError("give checkpoint=DIR (a run's folder) or model=SOURCE")
     from spiel_jax.models.io.loading import open_model
+    from spiel_jax.models.io.tokenizer_places import open_tokenizer
 
     source = open_model(model)
-    named = source if tokenizer is None else open_model(tokenizer)
-    return Served(source.config, source.load(dtype, progress=False)), named.tokenizer()
+    read = source.tokenizer() if tokenizer is None else open_tokenizer(tokenizer)
+    return Served(source.config, source.load(dtype, progress=False)), read

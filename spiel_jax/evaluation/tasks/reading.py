@@ -101,9 +101,9 @@ def test_split(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 @functools.lru_cache
 def _tokenizer(name: str) -> Any:
-    from spiel_jax.models.io.loading import open_model
+    from spiel_jax.models.io.tokenizer_places import open_tokenizer
 
-    return open_model(name).tokenizer()
+    return open_tokenizer(name)
 
 
 def token_count(text: str, tokenizer: str | None) -> int:
