@@ -95,9 +95,9 @@ def _choices() -> Iterator[tuple[str, str]]:
 
 def _continuations(draw: random.Random, texts: list[str]) -> Iterator[tuple[str, str]]:
     for _ in range(_CONTEXTS.value):
-        words = draw.choice(texts).split(" ")
+        words = draw.choice(texts).split()
         cut = draw.randrange(0, len(words))  # 0: without a context
-        for continuation in (" " + " ".join(words[cut : cut + 8]), " A", " the", "."):
+        for continuation in (" " + " ".join(words[cut : cut + 8]), " A", " the", " of"):
             yield " ".join(words[:cut]), continuation
 
 
