@@ -122,14 +122,14 @@ class Replay:
     def start(self):
         """Our initial state with the original's initial positions."""
         values = sj.zeros(self.targets)
-        opt_state = self.training.tx.init(values)
+        opt_state = jax.jit(self.training.tx.init)(values)
         positions = {}
         for name, target in self.targets.items():
             stacked = np.stack([self.golden[f"init/{m}/indices"] for m in self.modules(name)])
             assert stacked.shape == (*target.stack, target.count)
             positions[name] = target.delta(jnp.asarray(stacked))
         opt_state = optax.tree.set(opt_state, active=positions)
-        state = self.training.attach(self.params, values, opt_state)
+        state = jax.jit(self.training.attach)(self.params, values, opt_state)
         return jax.device_put(state, jax.devices()[0])  # all of it, or the first step is a program of its own
 
     def close(self, name, ours, theirs, explained=0.0):
@@ -254,24 +254,27 @@ def test_every_step_of_the_original(file):
         return *found[1:], after
 
     state = replay.start()
+    known = jax.device_get(state)
     for number in range(1, replay.steps + 1):
         count = replay.micro_batches
         batch = as_batch(golden["input_ids"][(number - 1) * count : number * count])
         phase = schedule.phase(number) if replay.growing else sj.Phase.PLAIN
         reselect = bool(schedule.reselects(number))
         grads, seen, (after, metrics) = step(state, batch, phase=phase, reselect=reselect)
-        replay.check_gradients(number, state, grads)
+        grads, seen = jax.device_get((grads, seen))
+        replay.check_gradients(number, known, grads)
         if replay.growing and reselect:
-            replay.check_candidates(number, state, seen)
-        state = after
+            replay.check_candidates(number, known, seen)
+        state, known = after, jax.device_get(after)
         replay.close("loss", metrics["loss"], golden["loss"][number - 1])
-        replay.check_state(number, state)
+        replay.check_state(number, known)
 
     evaluation = as_batch(golden["eval_input_ids"])
+    forward, objective = jax.jit(lambda p, tokens: bind(replay.model, p)(tokens)), jax.jit(training.objective)
     for key, params in (("base_eval", replay.params), ("eval", training.tuned(state))):
-        logits = bind(replay.model, params)(golden["eval_input_ids"])
+        logits = forward(params, golden["eval_input_ids"])
         replay.close("logits", logits, golden[f"{key}_logits"])
-        loss = training.objective(params, evaluation) / evaluation["weights"].sum()
+        loss = objective(params, evaluation) / evaluation["weights"].sum()
         replay.close("loss", loss, golden[f"{key}_loss"])
     # of values what the noise of the gradients does not explain: 1e-6 where measured
     tolerances = {"loss": 1e-5, "gradient": 2e-5, "logits": 2e-5, "values": 2e-5}

@@ -70,6 +70,7 @@ def test_shared_accumulators_are_the_ones_it_would_keep():
         trajectory(tx)
 
 
+@pytest.mark.slow  # tests/optim/test_parity.py tells it too
 def test_reference_differs_and_unknown_parity_is_refused():
     long = sj.Reselection(8, every=4, accumulation=2, long_phases=True)
     corrected, _ = trajectory(sj.spiel_ag(0.1, TARGETS, schedule=PLAN))

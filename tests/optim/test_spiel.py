@@ -335,6 +335,7 @@ def test_initial_positions_depend_on_seed_and_name_only():
     assert initial_positions(pair, jax.random.key(0))["a"].indices.tolist() == both["a"].indices.tolist()
 
 
+@pytest.mark.slow  # by default as the README has it: tests/docs/test_code_blocks.py
 def test_composes_in_other_code():
     """The user's code of the README: Optax around a model that is not ours."""
     rng = np.random.default_rng(0)
