@@ -27,8 +27,11 @@ from spiel_jax.optim.criteria.criterion import Complaint
 from spiel_jax.optim.schedules import Phase
 from spiel_jax.sparse.targets import Target
 
-Metrics = dict[str, jax.Array]
-"""What a step tells: loss, norm of the gradient, whether both are finite, tokens learnt, ..."""
+Metrics = dict[str, Any]
+"""What a step tells: loss, norm of the gradient, whether both are finite, tokens learnt, ...; scalars.
+
+At a reselection "since" can be a dict: the step since which entries are there to the share of these.
+"""
 
 
 @jax.tree_util.register_dataclass

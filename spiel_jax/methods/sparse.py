@@ -18,6 +18,7 @@ from spiel_jax.ops.selection import compact, largest
 from spiel_jax.ops.stored import is_writable
 from spiel_jax.ops.tree import all_finite, parameter_name
 from spiel_jax.optim.block_grid import Regridded, convert
+from spiel_jax.optim.cohorts import cohorts
 from spiel_jax.optim.criteria.criterion import CRITERIA, Complaint, Criterion, unused_keys
 from spiel_jax.optim.inner_optimizers import state_dtype
 from spiel_jax.optim.parity import is_reference
@@ -189,6 +190,10 @@ class SparseMethod(Method):
             "values_finite": all_finite(new.trainable),
             "supervised_tokens": jnp.sum(batch["weights"]),
         }
+        if reselect and self.schedule is not None:
+            first_age = self.growth.first_age(self.schedule.accumulation)
+            with jax.named_scope("cohorts"):
+                metrics["since"] = cohorts(new.opt_state, self.targets, self.schedule, first_age)
         return new, metrics
 
     def evaluate(self, state: TrainState, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from spiel_jax.config import Config, micro_batch_size
-from spiel_jax.methods.method import Method, TrainState, compiled_step, compiler_options
+from spiel_jax.methods.method import Method, Metrics, TrainState, compiled_step, compiler_options
 from spiel_jax.training.metrics import Recorder
 from spiel_jax.training.nonfinite import NonFiniteError, step_lost, values_lost
 from spiel_jax.training.profiler import Profile
@@ -52,7 +52,7 @@ class Loop:
         self._evaluate = jax.jit(
             lambda state, batch: method.evaluate(state, batch), compiler_options=compiler_options()
         )
-        self._unread: list[tuple[int, dict[str, jax.Array]]] = []  # step, metrics
+        self._unread: list[tuple[int, Metrics]] = []  # step, metrics
         self._in_a_row = 0  # steps that were skipped
         self._others_asked = False  # to stop, where there are several processes
 
@@ -129,7 +129,10 @@ class Loop:
             return
         read, self._unread = self._unread[:count], self._unread[count:]
         for position, (step, metrics) in enumerate(read):
-            numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            found = jax.device_get(metrics)
+            since = found.pop("since", {})
+            numbers = {name: float(value) for name, value in found.items()}
+            numbers |= {f"since/{first}": float(share) for first, share in since.items() if share}
             finite, whole = bool(numbers.pop("finite")), bool(numbers.pop("values_finite", True))
             numbers["learning_rate"] = float(self.rate(step - 1))
             if position == len(read) - 1:

@@ -237,6 +237,10 @@ class AccumulatedGradients(Criterion):
             "age": age - 1 if self.late_age else age,
         }
 
+    def first_age(self, accumulation: int) -> int:
+        """See ``Criterion``: that of the phase."""
+        return accumulation if self.seeds else 0
+
     def clear(
         self, stats: dict[str, CandidateStats], targets: Mapping[str, Target]
     ) -> dict[str, CandidateStats]:

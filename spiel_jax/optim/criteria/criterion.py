@@ -182,6 +182,15 @@ class Criterion:
         del stats, source
         return {}
 
+    def first_age(self, accumulation: int) -> int:
+        """The age, in an inner optimizer that keeps one, that a grown entry begins with.
+
+        Args:
+            accumulation: Steps of an estimation phase.
+        """
+        del accumulation
+        return 0
+
     def clear(self, stats: dict[str, Any], targets: Mapping[str, Target]) -> dict[str, Any]:
         """Statistics after a reselection."""
         del targets
