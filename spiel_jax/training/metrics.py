@@ -1,6 +1,7 @@
 """Where a run's numbers go: JSON lines, TensorBoard, a progress bar and a summary table."""
 
 import json
+import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 from spiel_jax.training.records import JsonLines, TensorBoard, Watched
@@ -38,6 +40,9 @@ class Recorder:
     ):
         self._files: dict[str, Watched] = {}
         if directory is not None:
+            if not start:
+                with suppress(OSError):
+                    (directory / SAMPLES).unlink(missing_ok=True)  # of another run
             for name in (METRICS, TIMING, *([SAMPLES] if samples else [])):
                 self._files[name] = Watched(name, partial(JsonLines, directory / name, start))
             board = directory / "tensorboard"
@@ -85,7 +90,8 @@ class Recorder:
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self.write(step, numbers)
-        self.write(step, {"seconds_per_step": seconds / steps, "tokens_per_second": tokens / seconds}, TIMING)
+        speed = {"seconds_per_step": seconds / steps, "tokens_per_second": tokens / seconds}
+        self.write(step, speed | peak_memory(), TIMING)
         self._shown |= {
             "loss": f"{numbers['loss']:.3f}",
             "lr": f"{numbers['learning_rate']:.1e}",
@@ -114,6 +120,29 @@ class Recorder:
     def _show(self, action: Callable[[], Any]) -> None:
         with suppress(OSError):  # nobody looks any more
             action()
+
+
+def peak_memory() -> dict[str, float]:
+    """The most memory held so far, in GiB: by this process, and on its first device where that tells."""
+    found = {"peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    told = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in told:
+        found["peak_device_gib"] = told["peak_bytes_in_use"] / 2**30
+    return found
+
+
+def record_replies(directory: Path, step: int, replies: Mapping[int, Mapping[str, str]]) -> None:
+    """Adds what the model replied to prompts to ``samples.jsonl``.
+
+    Args:
+        directory: The run's folder.
+        step: Steps done; lines of later ones are taken out.
+        replies: Step, 0 for the base model, to prompt to reply.
+    """
+    file = Watched(SAMPLES, partial(JsonLines, directory / SAMPLES, step))
+    for of, texts in replies.items():
+        file.write(of, texts)
+    file.close()
 
 
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:

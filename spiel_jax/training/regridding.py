@@ -32,7 +32,7 @@ from spiel_jax.ops.tree import parameter_name
 from spiel_jax.optim.block_grid import Regridded
 from spiel_jax.places import local_path
 from spiel_jax.sparse.targets import zeros
-from spiel_jax.training.metrics import METRICS, TIMING
+from spiel_jax.training.metrics import METRICS, SAMPLES, TIMING
 from spiel_jax.training.workdir import check_usable, unusable
 
 MUCH_UNUSED = 0.3
@@ -107,7 +107,7 @@ def regrid(
 
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS, TIMING):
+        for name in (METRICS, TIMING, SAMPLES):
             if (workdir / name).exists():
                 shutil.copy(workdir / name, out / name)
         (out / "config.json").write_text(json.dumps(settings, indent=1))

@@ -2,7 +2,6 @@
 
 import datetime
 import logging
-import resource
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ from spiel_jax.training.continuing import (
 from spiel_jax.training.inputs import Claim, Inputs, read_inputs, step_tokens, training_batches
 from spiel_jax.training.interrupts import stop_on_signal
 from spiel_jax.training.loop import Loop
-from spiel_jax.training.metrics import Recorder, table
+from spiel_jax.training.metrics import Recorder, peak_memory, record_replies, table
 from spiel_jax.training.nonfinite import check_base
 from spiel_jax.training.profiler import Profile
 from spiel_jax.training.watching import watch
@@ -255,7 +254,10 @@ def _run(config: Config, claim: Claim, source: ModelSource, mesh: Mesh, progress
     if first:
         print(table(summary.rows, f"{config.method} on {config.model.source}"), flush=True)
     if config.sample.prompt and step == steps:
-        _show_sample(config, source.config, method, state, inputs.tokenizer, date)
+        replies = _sample(config, source.config, method, state, inputs.tokenizer, date)
+        if first:
+            of = {"base": 0, "tuned": step}
+            record_replies(workdir, step, {of[n]: {config.sample.prompt: r} for n, r in replies.items()})
     return summary
 
 
@@ -340,7 +342,6 @@ def _summary(
     loop: Loop, inputs: Inputs, step: int, seconds: float, sizes: tuple[int, int], workdir: Path
 ) -> Summary:
     (tunable, size), report = sizes, inputs.data.report
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     rows = [
         ("steps", f"{step} of {inputs.course.steps}"),
         ("tunable parameters", f"{tunable:,} ({100 * tunable / size:.2f}% of {size:,})"),
@@ -349,22 +350,23 @@ def _summary(
         *[(f"held-out loss, step {s}", f"{loss:.4f}") for s, loss in loop.heldout_losses],
         ("skipped steps", str(loop.skipped)),
         ("seconds, all / training", f"{seconds:.0f} / {loop.seconds:.0f}"),
-        ("peak memory", f"{peak:.2f} GiB of host"),
+        ("peak memory", f"{peak_memory()['peak_host_gib']:.2f} GiB of host"),
         ("run folder", str(workdir)),
     ]
     finished = step == inputs.course.steps
     return Summary(step, loop.heldout_losses, loop.skipped, seconds, rows, finished)
 
 
-def _show_sample(
+def _sample(
     config: Config, model: Any, method: Method, state: TrainState, tokenizer: Any, date: str
-) -> None:
-    """Prints what the base and the tuned model reply to the config's prompt; all processes compute it."""
+) -> dict[str, str]:
+    """What the base and the tuned model reply to the config's prompt, printed; all processes compute it."""
     say = partial(print, flush=True) if processes.is_first() else lambda text: None
     say(f"\nprompt: {config.sample.prompt}")
+    replies = {}
     for name, params in (("base", method.pretrained(state)), ("tuned", method.tuned(state))):
         if params is not None:
-            text = reply(
+            replies[name] = reply(
                 model,
                 params,
                 tokenizer,
@@ -372,4 +374,5 @@ def _show_sample(
                 max_new_tokens=config.sample.max_new_tokens,
                 date=datetime.datetime.fromisoformat(date),
             )
-            say(f"{name:>6}: {text}")
+            say(f"{name:>6}: {replies[name]}")
+    return replies

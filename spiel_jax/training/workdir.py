@@ -16,7 +16,7 @@ from spiel_jax.checkpoint import FOLDER
 from spiel_jax.config import Config, ConfigError, flatten
 from spiel_jax.places import remembered
 from spiel_jax.training.lock import LOCK, locked
-from spiel_jax.training.metrics import METRICS, TIMING
+from spiel_jax.training.metrics import METRICS, SAMPLES, TIMING
 
 CONFIG = "config.json"
 
@@ -25,7 +25,7 @@ TOLD = ("model.source", "model.tokenizer", "data.sources", "data.heldout", "data
 PLACES = (*TOLD, "init_from.adapter")
 """All keys that name a place. A continued run does not read the adapter that it began with."""
 
-_FILES = (CONFIG, METRICS, TIMING, LOCK)
+_FILES = (CONFIG, METRICS, TIMING, SAMPLES, LOCK)
 _FOLDERS = (FOLDER, "tensorboard", "profile")
 _INTERPRETED = re.compile(r"[*?\[\]\\]")
 _PROBE = "probe.orbax-checkpoint-tmp"  # where checkpoints are, Orbax removes what a killed process left
