@@ -29,10 +29,11 @@ flags.disclaim_key_flags()  # what is defined here is the command's own, for --h
 
 
 def run(
-    main: Callable[[flags.FlagValues], None],
+    main: Callable[..., None],
     define_flags: Callable[[flags.FlagValues], None],
     *,
     failure: int = 1,
+    arguments: bool = False,
 ) -> None:
     """Runs a command and exits.
 
@@ -40,6 +41,7 @@ def run(
         main: Does its work, given the values of the flags.
         define_flags: Defines its flags.
         failure: Exit status after an error that is shown plainly. After a signal it is 128 + its number.
+        arguments: Whether it takes some that are no flags, before or behind them, as a second argument.
     """
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch is no news
@@ -49,6 +51,9 @@ def run(
     flags.DEFINE_bool("traceback", False, "Show of every error where it was raised.", flag_values=options)
 
     def checked(argv: list[str]) -> None:
+        if arguments:
+            main(options, argv[1:])
+            return
         if len(argv) > 1:
             raise app.UsageError(
                 f"unexpected arguments: {' '.join(argv[1:])} (flags begin with --, a value with spaces takes "
@@ -58,6 +63,7 @@ def run(
 
     with ended_by_signals(), shown_plainly(options, failure):
         define_flags(options)
+        options.set_gnu_getopt(arguments)
         app.run(checked, flags_parser=partial(parse, options))
 
 
