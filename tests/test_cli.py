@@ -60,7 +60,7 @@ def options(define, *arguments, traceback=False):
 
 
 def test_the_commands():
-    assert COMMANDS == ["evaluate", "export", "generate", "plan", "regrid", "train"]
+    assert COMMANDS == ["evaluate", "export", "generate", "plan", "regrid", "report", "train"]
 
 
 @pytest.mark.parametrize("name", [*(f"spiel_jax.{name}" for name in COMMANDS), *BENCHES])

@@ -33,6 +33,7 @@ FLOORS = (
     "adapters",
     "evaluation",
     "training",
+    "reporting",
     "planning",
     "cli",
     "adapters.__main__",
@@ -42,6 +43,7 @@ FLOORS = (
     "generate",
     "plan",
     "regrid",
+    "report",
     "train",
 )
 """The rooms and the modules beside them, from the bottom up: each imports none but those before it."""

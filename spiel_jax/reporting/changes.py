@@ -80,9 +80,10 @@ class Changes:
 
     Attributes:
         step: Of the checkpoint.
-        kind: "sparse", "lora", "ia3" or "full".
+        kind: "sparse", "lora", "ia3", or "other".
         count: Numbers that were trained, all in all.
-        weights: What was changed of each; empty for "full", of which nothing is read.
+        weights: What was changed of each; empty for "other", such as full fine-tuning, of which nothing is
+            read.
         magnitudes: How many changes of entries are in each bin of ``MAGNITUDES``; of sparse deltas.
         zeros: Entries that are there, and 0.
         maps: Of the chosen weights.
@@ -112,16 +113,12 @@ def read_changes(directory: Path, chosen: list[str]) -> Changes:
     step, settings = metadata["step"], metadata["config"]
     if metadata["targets"]:
         return _sparse(directory, metadata, chosen)
-    if settings["method"] == "full":
-        return _full(directory, step)
+    if settings["method"] not in ("lora", "ia3"):
+        parameters = stored_arrays(checkpoints_of(directory), step)["trainable"]
+        return Changes(step, "other", sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters)))
     found = restore_trainable(directory, step)
     weights = list(_low_rank(found, settings) if settings["method"] == "lora" else _factors(found))
     return Changes(step, settings["method"], sum(weight.count for weight in weights), weights)
-
-
-def _full(directory: Path, step: int) -> Changes:
-    parameters = stored_arrays(checkpoints_of(directory), step)["trainable"]
-    return Changes(step, "full", sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters)))
 
 
 def _layers(target: str, number: int) -> list[str]:

@@ -148,6 +148,7 @@ class Grid(Chart):
         values: [rows, columns]; NaN where there is nothing.
         texts: What each cell says to whoever asks, by rows; empty: its value.
         value_label: What the colours stand for, with its unit.
+        low: What the first colour stands for; the last is for the largest value.
         sums: Whether sums of rows and columns are drawn at the sides.
     """
 
@@ -160,6 +161,7 @@ class Grid(Chart):
     values: np.ndarray
     value_label: str
     texts: Sequence[str] = ()
+    low: float = 0.0
     sums: bool = False
 
 

@@ -1,7 +1,9 @@
 """Charts of what runs recorded step by step."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -77,7 +79,7 @@ def entry_charts(runs: Sequence[Run]) -> list[Chart]:
             for number, run in enumerate(runs)
             if (mean := _mean_survival(survivals(run))) is not None
         ]
-        charts.append(_survival(curves, "Mean over all cohorts of entries, by their size."))
+        charts.append(_survival(curves, "All cohorts of a run together."))
     return [chart for chart in charts if chart is not None]
 
 
@@ -116,7 +118,7 @@ def survival_charts(run: Run) -> list[Chart | None]:
     mean = _mean_survival(found)
     if mean is not None:
         lines.append(Line("all cohorts", *mean, 0))
-    note = "Thin: one cohort each, the younger the darker. Thick: their mean, by size."
+    note = "Thin: one cohort each, the younger the stronger. Thick: all of them together."
     return [there, _survival(lines, note)]
 
 
@@ -183,16 +185,20 @@ def survivals(run: Run) -> dict[int, tuple[np.ndarray, np.ndarray, float]]:
 def _mean_survival(
     found: Mapping[int, tuple[np.ndarray, np.ndarray, float]],
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Ages, and the percent of the entries that could be so old that are."""
-    ages = np.unique(np.concatenate([np.empty(0, np.int64), *(one[0] for one in found.values())]))
-    if not ages.size:
+    """Ages, and the percent of entries that grow so old (Kaplan and Meier).
+
+    From each age to the next by the cohorts that were seen at both: that old ones are few moves nothing.
+    """
+    before, after = Counter(), Counter()
+    for ages, left, size in found.values():
+        for (_, then), (age, now) in pairwise(zip(ages.tolist(), left.tolist(), strict=True)):
+            before[age] += size * then
+            after[age] += size * now
+    if not before:
         return None
-    left, whole = np.zeros(ages.size), np.zeros(ages.size)
-    for own, percent, size in found.values():
-        at = np.searchsorted(ages, own)
-        left[at] += size * percent
-        whole[at] += size
-    return ages, left / whole
+    ages = sorted(before)
+    kept = [after[age] / before[age] if before[age] else 0.0 for age in ages]
+    return np.array([0, *ages]), 100 * np.cumprod([1.0, *kept])
 
 
 def _lines(

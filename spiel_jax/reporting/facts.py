@@ -83,14 +83,16 @@ def _gib(value: float) -> str:
 def duration(seconds: float) -> str:
     """As people say it.
 
-    >>> duration(8), duration(75), duration(3723)
-    ('8 s', '1 min 15 s', '1 h 02 min')
+    >>> duration(8), duration(75), duration(1080), duration(3723)
+    ('8 s', '1 min 15 s', '18 min', '1 h 02 min')
     """
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
-    if whole < 3600:
+    if whole < 600:
         return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 3600:
+        return f"{whole / 60:.0f} min"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
@@ -98,7 +100,7 @@ FACTS = (
     Fact("held-out loss", lambda run: run.metric("heldout_loss").last, _loss, -1, False),
     Fact("held-out loss before training", _before, _loss, 0, False),
     Fact("lowest held-out", _lowest, _loss, -1, False),
-    Fact("loss, last tenth", _trained_loss, _loss, -1, False),
+    Fact("training loss, end", _trained_loss, _loss, -1, False),
     Fact("steps", lambda run: float(run.steps), _count),
     Fact("trained numbers", lambda run: run.changes.count if run.changes else math.nan, _count),
     Fact("tokens / second", _speed, _count, 1),

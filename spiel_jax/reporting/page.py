@@ -128,6 +128,10 @@ def _notes(runs: Sequence[Run]) -> str:
 def _tiles(run: Run) -> str:
     found = {fact.name: (fact, values[0]) for fact, values in facts.results([run])}
     before = found.pop("held-out loss before training", None)
+    if found.get("lowest held-out", (None, 0))[1] == found.get("held-out loss", (None, 0))[1]:
+        found.pop("lowest held-out", None)
+    if not found.get("skipped steps", (None, 0))[1]:
+        found.pop("skipped steps", None)
     tiles = []
     for name, (fact, value) in found.items():
         more = ""

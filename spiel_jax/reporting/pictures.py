@@ -19,7 +19,7 @@ _INK, _SOFT = "#16202c", "#5a6675"
 
 
 def write_pictures(runs: Sequence[Run], folder: str | Path) -> list[Path]:
-    """Writes every chart of a report to a PNG of its own, named by section and title.
+    """Writes every chart of a report to a PNG of its own, named by its title.
 
     Args:
         runs: What the report is on.
@@ -46,10 +46,11 @@ def _named(runs: Sequence[Run]) -> Iterator[tuple[str, Chart]]:
     """Each chart with a name that no other has."""
     taken: set[str] = set()
     for title, charts in sections(runs).items():
+        run = title.partition(": ")[2]
         for chart in charts:
             ones = chart.charts if isinstance(chart, Choice) else {"": chart}
             for choice, one in ones.items():
-                words = " ".join((title, one.title, "" if choice in one.title else choice))
+                words = " ".join((run, one.title, "" if choice in one.title else choice))
                 name = re.sub(r"[^a-z0-9.]+", "_", words.lower()).strip("_.")[:120]
                 while name in taken:
                     name += "_"
@@ -64,7 +65,9 @@ def picture(chart: Chart) -> Any:
     tall = 0.32 * chart.values.shape[0] + 1.4 if isinstance(chart, Grid) and not chart.sums else 3.1
     figure = Figure(figsize=(11 if chart.wide else 5.6, 4.6 if chart.tall else tall), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(chart.title, loc="left", fontsize=11, fontweight="bold", color=_INK)
+    axes.set_title(
+        chart.title, loc="left", fontsize=11 if len(chart.title) < 45 else 9, fontweight="bold", color=_INK
+    )
     axes.tick_params(colors=_SOFT, labelsize=8.5, length=3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_SOFT)
@@ -108,7 +111,7 @@ def _colour(line: Line) -> str:
 
 @_draw.register
 def _(chart: Areas, axes: Any) -> None:
-    shades = np.linspace(len(RAMP) - 1, 1, len(chart.bands)).astype(int)
+    shades = np.linspace(0.75 * len(RAMP), 0, len(chart.bands)).astype(int)
     axes.stackplot(
         np.append(chart.x, chart.end),
         np.hstack([chart.bands, chart.bands[:, -1:]]),
@@ -139,7 +142,12 @@ def _(chart: Grid, axes: Any) -> None:
     ramp = LinearSegmentedColormap.from_list("ramp", [light for light, _ in RAMP])
     rows, columns = chart.values.shape
     shown = axes.imshow(
-        chart.values, cmap=ramp, vmin=0, aspect="auto", extent=(0, columns, rows, 0), interpolation="nearest"
+        chart.values,
+        cmap=ramp,
+        vmin=chart.low,
+        aspect="auto",
+        extent=(0, columns, rows, 0),
+        interpolation="nearest",
     )
     axes.set_xticks(list(chart.column_ticks), list(chart.column_ticks.values()))
     axes.set_yticks(list(chart.row_ticks), list(chart.row_ticks.values()))

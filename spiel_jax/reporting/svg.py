@@ -51,7 +51,8 @@ def _(chart: Lines) -> str:
     low, high = extent(seen, zero=chart.zero)
     more = extent([*faint, *seen], zero=chart.zero, tails=0.01)
     low, high = _roomy(min(low, more[0]), max(high, more[1]), chart.zero)
-    x = _spanned(x, extent([line.x for line in chart.lines]))
+    first, last = extent([line.x for line in chart.lines])
+    x = _spanned(x, (0.0 if first < 0.25 * last else first, last))
     y = _spanned(y, (low, high))
     curves = [_curve(line, x, y) for line in chart.lines]
     listed = [line for line in chart.lines if line.listed]
@@ -79,7 +80,7 @@ def _curve(line: Line, x: Axis, y: Axis) -> str:
         down = point is not None
     colour = {"class_": f"line c{line.colour % len(COLOURS)}"}
     if isinstance(line.colour, float):
-        colour = {"class_": f"line r{_level(0.25 + 0.75 * line.colour, 1.0)}"}
+        colour = {"class_": f"line r{_level(0.25 + 0.7 * line.colour, 0, 1)}"}
     colour["class_"] += f" {line.style}"
     drawn = tag("path", d=" ".join(path), **colour)
     alone = line.style == "dots" or sum(point is not None for point in points) == 1
@@ -99,7 +100,7 @@ def _(chart: Areas) -> str:
         top = bottom + band
         there = [f"{a:.1f} {y(b):.1f} H{c:.1f}" for a, b, c in zip(edges, top, edges[1:], strict=False)]
         back = [f"{c:.1f} {y(b):.1f} H{a:.1f}" for a, b, c in zip(edges, bottom, edges[1:], strict=False)]
-        level = _level(1 - number / max(len(chart.bands) - 1, 1) * 0.85, 1.0)
+        level = _level(0.78 - 0.7 * number / max(len(chart.bands) - 1, 1), 0, 1)
         bands.append(tag("path", d="M" + " L".join([*there, *back[::-1]]) + "Z", class_=f"area f{level}"))
         bottom = top
     data = {
@@ -144,26 +145,26 @@ def _(chart: Grid) -> str:
     top = TOP + side
     x, y = Axis(0, columns, LEFT + 10, right), Axis(0, rows, top, top + height)
     high = float(np.nanmax(chart.values, initial=0.0)) or 1.0
-    drawn = [_cells(chart.values, high, x, y, gap=0.0 if chart.sums else 1.0)]
+    drawn = [_cells(chart.values, (chart.low, high), x, y, gap=0.0 if chart.sums else 1.0)]
     if chart.sums:
         drawn += _sums(chart.values, x, y, side - 8)
     texts = chart.texts or [f"{value:,.0f}" for value in chart.values.reshape(-1)]
     unit = "" if chart.texts else f" {chart.value_label}"
     data = {"kind": "grid", "rows": chart.rows, "columns": chart.columns, "texts": texts, "unit": unit}
     drawn.append(_grid_ticks(chart, x, y))
-    drawn.append(_key(chart.value_label, high, x.start, y.end + 42))
+    drawn.append(_key(chart, high, x.start, y.end + 42))
     box = x.start, y.start, x.end - x.start, y.end - y.start
     return _svg(chart, data, *drawn, height=int(top + height + 68), box=box)
 
 
-def _cells(values: np.ndarray, high: float, x: Axis, y: Axis, gap: float) -> str:
+def _cells(values: np.ndarray, bounds: tuple[float, float], x: Axis, y: Axis, gap: float) -> str:
     """One path for all cells of a level, in units of cells: so a grid of thousands is small."""
     levels: dict[int, list[str]] = {}
     width, height = x(1) - x(0), y(1) - y(0)
     cell = f"h{1 - gap / width:.4g}v{1 - gap / height:.4g}h-{1 - gap / width:.4g}z"
     for (row, column), value in np.ndenumerate(values):
         if math.isfinite(value):
-            levels.setdefault(_level(value, high), []).append(f"M{column} {row}{cell}")
+            levels.setdefault(_level(value, *bounds), []).append(f"M{column} {row}{cell}")
     paths = [tag("path", d="".join(cells), class_=f"f{level}") for level, cells in sorted(levels.items())]
     where = f"translate({x(0):.6g} {y(0):.6g}) scale({width:.6g} {height:.6g})"
     return tag("g", *paths, transform=where, class_="crisp" if gap == 0 else None)
@@ -195,21 +196,22 @@ def _grid_ticks(chart: Grid, x: Axis, y: Axis) -> str:
     return tag("g", *texts)
 
 
-def _key(label: str, high: float, left: float, top: float) -> str:
+def _key(chart: Grid, high: float, left: float, top: float) -> str:
     """What the colours stand for."""
+    low = f"{chart.low:.3g}"
+    left += 7 * len(low)
     steps = [
         tag("rect", x=left + 14 * n, y=top, width=14, height=9, class_=f"f{n}") for n in range(len(RAMP))
     ]
     end = left + 14 * len(RAMP)
-    texts = [
-        _text("0", left - 5, top + 9, "end"),
-        _text(f"{high:.3g}  {label}", end + 5, top + 9, "start"),
-    ]
-    return tag("g", *steps, *texts)
+    said = f"{high:.3g}  {chart.value_label}"
+    return tag("g", *steps, _text(low, left - 5, top + 9, "end"), _text(said, end + 5, top + 9, "start"))
 
 
-def _level(value: float, high: float) -> int:
-    return min(max(int(value / high * len(RAMP)), 0), len(RAMP) - 1)
+def _level(value: float, low: float, high: float) -> int:
+    """Number of the colour of a value."""
+    share = (value - low) / (high - low) if high > low else 0.5
+    return min(max(int(share * len(RAMP)), 0), len(RAMP) - 1)
 
 
 def _plot(wide: bool) -> tuple[Axis, Axis]:

@@ -42,7 +42,14 @@ def _by_layer(changes: Changes) -> Choice:
             "largest delta": [one.largest for one in changes.weights],
             "density, %": [100 * one.count / one.size for one in changes.weights],
         }
+    measures = {
+        what: found for what, found in measures.items() if what == _WHAT[changes.kind] or not _alike(found)
+    }
     return Choice("measure", {what: _layer_grid(changes, what, found) for what, found in measures.items()})
+
+
+def _alike(measured: Sequence[float]) -> bool:
+    return max(measured) <= 1.01 * min(measured)
 
 
 def _layer_grid(changes: Changes, what: str, measured: Sequence[float]) -> Grid:
@@ -65,6 +72,7 @@ def _layer_grid(changes: Changes, what: str, measured: Sequence[float]) -> Grid:
         values=np.array([[cells.get(place, math.nan) for place in row] for row in places]),
         texts=[told.get(place, "") for row in places for place in row],
         value_label=what,
+        low=0.0 if _alike(measured) else min(measured),
     )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import shutil
 
 import jax
@@ -21,6 +22,8 @@ from spiel_jax.methods.registry import build, method_class, method_names
 from spiel_jax.models import open_model
 from spiel_jax.optim.criteria.criterion import CRITERIA
 from spiel_jax.planning.run import prepare
+from spiel_jax.reporting.page import page
+from spiel_jax.reporting.runs import read_runs
 from spiel_jax.training.metrics import read_metrics
 
 METHODS = [*method_names(), "strongest", "norms"]
@@ -121,6 +124,23 @@ class TestMethods:
         loss = sum(objective(loaded.tuned, batch) for batch in batches)
         loss = loss / sum(batch["weights"].sum() for batch in batches)
         assert float(loss) == pytest.approx(whole.heldout[-1][1], rel=1e-5)
+
+    def test_can_be_reported(self, name, runs):
+        folder, *_ = runs(name)
+        (whole,) = read_runs([folder / "whole"])
+        trained = jax.tree.leaves(restore_trained(folder / "whole"))
+        if name in CRITERIA:
+            trained = trained[::2]  # of positions and values
+        assert (whole.notes, whole.steps) == ([], 6)
+        assert whole.changes.count == sum(np.size(leaf) for leaf in trained)
+        assert [(reply.step, reply.prompt) for reply in whole.replies[-1:]] == [(6, "say tea")]
+        assert len(whole.replies) == 1 + method_class(name).keeps_base
+        shares = [[one.values[-1] for one in whole.cohorts.values() if one.steps[-1] == 6]]
+        aged = name in CRITERIA and name not in ("spiel_ma", "magnitude", "gradient")
+        assert sum(shares[0]) == pytest.approx(aged)
+        titles = re.findall("<h2[^>]*>(.*?)</h2>", page([whole]))
+        assert titles[:1] + titles[-3:] == ["Training", "Speed and memory", "Samples", "Configuration"]
+        assert ("Where it changed" in titles) == (name not in ("full", "norms"))
 
     def test_can_be_planned(self, name, configured):
         config, mesh = configured(name), mesh_of(2, 2, 1)
