@@ -66,7 +66,7 @@ def _whole(title: str, header: str, body: Iterable[str]) -> str:
     style = files.joinpath("page.css").read_text(encoding="utf-8") + _colours()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # a page that fetches nothing and runs no other script, whatever became part of it
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return "\n".join(
         [
             MARK,
