@@ -234,8 +234,8 @@ def _curves(
 
 
 def _window(one: Series) -> int:
-    """Steps that a smooth curve takes the mean of: a thirtieth of the run."""
-    return max(1, one.values.size // 30)
+    """Steps that a smooth curve takes the mean of: a thirtieth of the run, or five."""
+    return max(1, one.values.size // 30, min(5, one.values.size // 8))
 
 
 def _averaged(runs: Sequence[Run], name: str, timing: bool = False) -> str:

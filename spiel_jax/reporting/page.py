@@ -167,7 +167,7 @@ def _results(runs: Sequence[Run]) -> str:
             )
         rows.append(tag("tr", tag("th", shown(fact.name), scope="row"), *cells))
     note = f"Differences are from {runs[0].name}."
-    return tag("div", _run_table("", runs, rows), tag("p", shown(note), class_="note"), class_="card wide")
+    return tag("div", _run_table("", runs, rows), tag("p", shown(note), class_="note"), class_="card wide results")
 
 
 def _run_table(label: str, runs: Sequence[Run], rows: Iterable[str]) -> str:
@@ -227,7 +227,7 @@ def _sample(prompt: str, runs: Sequence[Run]) -> str:
             text = tag("div", shown(reply.text), class_="reply", dir="auto")
             rows.append(tag("tr", tag("th", who, scope="row"), tag("td", step), tag("td", text)))
     asked = tag("div", shown(prompt), class_="prompt", dir="auto")
-    return tag("section", asked, tag("table", tag("tbody", *rows)), class_="card wide")
+    return tag("section", asked, tag("table", tag("tbody", *rows)), class_="card wide samples")
 
 
 def _configuration(runs: Sequence[Run]) -> str:

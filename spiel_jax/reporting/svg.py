@@ -226,7 +226,7 @@ def _spanned(axis: Axis, bounds: tuple[float, float]) -> Axis:
 
 def _axes(chart: Lines | Areas | Bars, x: Axis, y: Axis, x_ticks: dict[float, str] | None = None) -> str:
     """Lines across at round values, ticks and labels."""
-    heights = ticks(y.low, y.high, 4)
+    heights = ticks(y.low, y.high, 5)
     drawn = [tag("path", d=f"M{x.start} {y(v):.1f}H{x.end}", class_="across") for v in heights]
     drawn += [
         _text(label, x.start - 6, y(v) + 4, "end") for v, label in zip(heights, labels(heights), strict=True)

@@ -79,7 +79,12 @@ def test_factors(tmp_path):
     names = ("model.layers.self_attn.k_proj.weight", "model.layers.mlp.down_proj.weight")
     trained = {name: np.ones((2, 4), np.float32) for name in names}
     trained[names[0]][1, 2] = 1.5
-    checkpoint(tmp_path, 3, config(tmp_path, method="ia3"), {"trainable": trained, "optimizer": {"count": np.ones(2)}})
+    checkpoint(
+        tmp_path,
+        3,
+        config(tmp_path, method="ia3"),
+        {"trainable": trained, "optimizer": {"count": np.ones(2)}},
+    )
     changes = read_changes(tmp_path, [])
     found = {weight.name: (weight.shape, weight.norm) for weight in changes.weights}
     assert found["model.layers.1.self_attn.k_proj.weight"] == ((4, 1), 0.5)
@@ -88,6 +93,11 @@ def test_factors(tmp_path):
 
 def test_of_other_methods_only_the_number_is_read(tmp_path):
     trained = {"w": np.ones((3, 4), np.float32), "b": {"c": np.ones(2, np.float32)}}
-    checkpoint(tmp_path, 3, config(tmp_path, method="full"), {"trainable": trained, "optimizer": {"count": np.ones(2)}})
+    checkpoint(
+        tmp_path,
+        3,
+        config(tmp_path, method="full"),
+        {"trainable": trained, "optimizer": {"count": np.ones(2)}},
+    )
     changes = read_changes(tmp_path, [])
     assert (changes.kind, changes.count, changes.weights) == ("other", 14, [])
