@@ -49,7 +49,8 @@ def _(chart: Lines) -> str:
     seen = [line.y for line in chart.lines if line.style != "faint"] or [line.y for line in chart.lines]
     faint = [line.y for line in chart.lines if line.style == "faint"]
     low, high = extent(seen, zero=chart.zero)
-    more = extent([*faint, *seen], zero=chart.zero, tails=0.01)
+    tails = 0.01 if sum(map(len, faint)) > 100 else 0.0
+    more = extent([*faint, *seen], zero=chart.zero, tails=tails)
     low, high = _roomy(min(low, more[0]), max(high, more[1]), chart.zero)
     first, last = extent([line.x for line in chart.lines])
     x = _spanned(x, (0.0 if first < 0.25 * last else first, last))
