@@ -181,7 +181,7 @@ class SparseMethod(Method):
         new = replace(state, trainable=values, opt_state=opt_state)
         with jax.named_scope("merge"):
             new = self._merge(state, new, reselect)
-        metrics = {
+        metrics: Metrics = {
             "loss": loss,
             "grad_norm": norm,
             # a skipped step leaves the share of the step before it in the state

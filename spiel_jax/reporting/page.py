@@ -167,7 +167,8 @@ def _results(runs: Sequence[Run]) -> str:
             )
         rows.append(tag("tr", tag("th", shown(fact.name), scope="row"), *cells))
     note = f"Differences are from {runs[0].name}."
-    return tag("div", _run_table("", runs, rows), tag("p", shown(note), class_="note"), class_="card wide results")
+    told = tag("p", shown(note), class_="note")
+    return tag("div", _run_table("", runs, rows), told, class_="card wide results")
 
 
 def _run_table(label: str, runs: Sequence[Run], rows: Iterable[str]) -> str:
