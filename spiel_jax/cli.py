@@ -148,25 +148,51 @@ def parse(options: flags.FlagValues, argv: Sequence[str]) -> list[str]:
     """
     try:
         arguments = options.read_flags_from_files(list(argv), force_gnu=False)
-        if "config" in options and any(re.match(r"--?(no)?config\.", one) for one in arguments):
+        if "config" in options and any(re.match(r"--?(no-?)?config\.", one) for one in arguments):
             _define_keys(options)
         return options([re.sub(r"^--no-(?=\w)", "--no", one) for one in arguments])
     except flags.UnrecognizedFlagError as error:
         raise SpielError(_unknown(error, options)) from error
     except (flags.Error, ValueError) as error:
-        raise SpielError(str(error)) from error
+        raise SpielError(_plainly(str(error))) from error
+
+
+_PLAINLY = (
+    (r"flag --(\S+)=None: .*", r"--\1 is missing: give --\1=..."),
+    (r"(flag --\S+): \('Non-boolean argument to boolean flag', .*", r"\1: expected true or false"),
+    (r"(flag --\S+): invalid literal for int\(\) .*", r"\1: expected a whole number"),
+    (r"(flag --\S+): could not convert string to float: .*", r"\1: expected a number"),
+)
+"""What absl says of a flag, and what is meant."""
+
+
+def _plainly(message: str) -> str:
+    for said, meant in _PLAINLY:
+        if found := re.fullmatch(said, message, re.DOTALL):
+            return found.expand(meant)
+    return message
 
 
 def _unknown(error: flags.UnrecognizedFlagError, options: flags.FlagValues) -> str:
     """What to say of a flag that there is not."""
     key = re.fullmatch(r"(no)?config\.(.+)", error.flagname)
-    if key is None or "config" not in options:
+    if "config" not in options:
         return str(error)
+    if key is None:
+        return f"{error}{_near_keys(error.flagname)}"
     from spiel_jax.config.checks import no_key
 
     if key[1] and f"config.{key[2]}" in options:
         return f"--{error.flagname}: config.{key[2]} is no switch (=None unsets what can be unset)"
     return no_key(key[2])
+
+
+def _near_keys(name: str) -> str:
+    """Which keys of the config a flag may have been meant for: ``--steps``, ``--cofnig.steps``."""
+    from spiel_jax.config.bounds import KEYS
+
+    near = [key for key in KEYS if f".{key}".endswith(f".{name}") or name.endswith(f".{key}")]
+    return f". Did you mean: {', '.join(f'config.{key}' for key in near)}" if near else ""
 
 
 def define_run(values: flags.FlagValues, name: str, *, required: bool = False) -> None:

@@ -211,14 +211,21 @@ class TestConfig:
             ("--config.seed=x", r"config\.seed = 'x': expected a whole number"),
             ("--config.seed", "Missing value for flag --config.seed"),
             ("--cofnig=x", "Unknown command line flag 'cofnig'. Did you mean: config"),
+            ("--cofnig.seed=1", r"Unknown command line flag 'cofnig\.seed'. Did you mean: config\.seed$"),
+            ("--learning_rate=1", r"Did you mean: config\.optimizer\.learning_rate$"),
+            ("--rate=1", r"flag 'rate'. Did you mean: config\.spiel\.rate$"),
         ],
     )
     def test_what_is_refused(self, parsed, argument, message):
         with pytest.raises(SpielError, match=message):
             parsed(argument)
 
+    def test_a_switch_is_switched_off_in_two_ways(self, parsed):
+        for flag in ("--noconfig.data.packing", "--no-config.data.packing"):
+            assert parsed(flag).data.packing is False
+
     def test_it_is_required(self):
-        with pytest.raises(SpielError, match="--config must have a value"):
+        with pytest.raises(SpielError, match=r"^--config is missing: give --config="):
             options(cli.define_config)
 
 
@@ -235,6 +242,20 @@ def test_a_switch_is_switched_off_in_two_ways():
     ]
     with pytest.raises(SpielError, match="Unknown command line flag 'nono-search'"):
         parsed("--nono-search")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--resume_from=best", "flag --resume_from=best: expected a whole number"),
+        ("--extend=maybe", "flag --extend=maybe: expected true or false"),
+        ("--resume_from=0", "flag --resume_from=0: 0 is not a positive integer"),
+    ],
+)
+def test_values_that_a_flag_cannot_have(argument, message):
+    with pytest.raises(SpielError) as error:
+        options(importlib.import_module("spiel_jax.train").define_flags, "--config=x", argument)
+    assert str(error.value) == message
 
 
 class TestSizes:
@@ -254,7 +275,7 @@ class TestSizes:
             self.parsed(f"--mesh={text}")
 
     def test_required(self):
-        with pytest.raises(SpielError, match="--mesh must have a value"):
+        with pytest.raises(SpielError, match="^--mesh is missing"):
             self.parsed(required=True)
 
 

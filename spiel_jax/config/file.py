@@ -85,6 +85,8 @@ def read(file: str) -> Config:
 
 def _path(file: str) -> tuple[str, list[str]]:
     """The path, and what get_config is called with."""
+    if not file:
+        raise ConfigError("--config= names no file: expected one with get_config()")
     path, colon, argument = (file, "", "") if Path(file).exists() else file.partition(":")
     if Path(path).is_dir():
         raise ConfigError(f"{path} is a folder: expected a file with get_config()")

@@ -208,6 +208,7 @@ def test_other_errors_in_a_file(write, text, message):
 
 def test_what_is_no_file(tmp_path, write):
     assert refused(str(tmp_path)) == f"{tmp_path} is a folder: expected a file with get_config()"
+    assert refused("") == "--config= names no file: expected one with get_config()"
     assert refused(str(tmp_path / "no.py")) == f"{tmp_path / 'no.py'}: there is no such file"
     if os.getuid():  # nothing is closed to root
         file = write("")

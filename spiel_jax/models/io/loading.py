@@ -256,7 +256,8 @@ def _preset(name: str | None) -> ModelConfig:
         if isinstance(value, classmethod) and not key.startswith(("_", "from_"))
     ]
     if name not in presets:
-        raise SpielError(f"unknown preset {name!r}: expected one of {', '.join(sorted(presets))}")
+        what = 'the source "random" needs a preset' if name is None else f"unknown preset {name!r}"
+        raise SpielError(f"{what}: expected one of {', '.join(sorted(presets))}")
     return getattr(ModelConfig, name)()
 
 
