@@ -275,7 +275,7 @@ class TestSizes:
             self.parsed(f"--mesh={text}")
 
     def test_required(self):
-        with pytest.raises(SpielError, match="^--mesh is missing"):
+        with pytest.raises(SpielError, match=r"^--mesh is missing"):
             self.parsed(required=True)
 
 

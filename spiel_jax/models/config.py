@@ -355,7 +355,10 @@ def _hf_rope(keys: Keys) -> tuple[float, RopeScaling | None]:
         raise SpielError(f"partial_rotary_factor must be 1, got {partial}")
     theta = rope.number("rope_theta", keys.number("rope_theta", 10_000.0, least=1.0), least=1.0)
     kinds = ("default", *get_args(RopeKind))
-    kind = rope.choice("rope_type" if rope.has("rope_type") else "type", kinds, "default")
+    try:
+        kind = rope.choice("rope_type" if rope.has("rope_type") else "type", kinds, "default")
+    except SpielError as error:
+        raise SpielError(f"{'rope_scaling' if old.values else 'rope_parameters'}: {error}") from None
     if kind == "default":
         return theta, None
     factor = rope.number("factor")

@@ -150,7 +150,7 @@ def test_biases_and_norms_by_family():
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1, got 0.5"),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "unknown rope_type 'yarn': expected one of default, linear, llama3",
+            "rope_scaling: unknown rope_type 'yarn': expected one of default, linear, llama3",
         ),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks 'factor'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks 'low_freq_factor'"),

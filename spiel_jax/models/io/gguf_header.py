@@ -14,6 +14,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from spiel_jax.errors import SpielError
 from spiel_jax.models.config_keys import shown
+from spiel_jax.models.io.messages import pointer_hint
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -76,7 +77,11 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file:
             begin = file.read(len(_MAGIC))
             if begin != _MAGIC:
-                raise SpielError(f"{path} is not a GGUF file: it begins with {begin!r}, not with {_MAGIC!r}")
+                hint = (
+                    pointer_hint(path)
+                    or f" is not a GGUF file: it begins with {begin!r}, not with {_MAGIC!r}"
+                )
+                raise SpielError(f"{path}{hint}")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Cursor(path, data).header()
     except OSError as error:

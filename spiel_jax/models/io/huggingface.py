@@ -17,7 +17,7 @@ from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.config_keys import shown
 from spiel_jax.models.decoder import EMBEDDING, layer_names
 from spiel_jax.models.io.json_files import read_json
-from spiel_jax.models.io.messages import bullets, told
+from spiel_jax.models.io.messages import bullets, pointer_hint, told
 from spiel_jax.models.io.names import HEAD, Stored
 from spiel_jax.models.io.parts import parts_of
 from spiel_jax.models.io.spellings import plain_names
@@ -183,4 +183,5 @@ def _read_header(path: Path) -> dict[str, Stored]:
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError, ValueError) as error:
-        raise SpielError(f"{path} is damaged or truncated: {told(error)}") from error
+        problem = pointer_hint(path) or f" is damaged or truncated: {told(error)}"
+        raise SpielError(f"{path}{problem}") from error

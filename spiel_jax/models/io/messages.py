@@ -1,6 +1,7 @@
 """What messages show of files that can hold anything: one line, of bounded length, that can be printed."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 _LENGTH, _LINES = 500, 20
 
@@ -34,3 +35,13 @@ def listed(names: Sequence[str]) -> str:
     """
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"{', '.join(map(told, names[:5]))}{more} {'is' if len(names) == 1 else 'are'}"
+
+
+def pointer_hint(path: Path) -> str:
+    """What to do where a file is not what its name says, but the pointer that git has in the place of it."""
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(40).startswith(b"version https://git-lfs.github.com/")
+    except OSError:
+        return ""
+    return ": it is a pointer of Git LFS, not the file; get that by git lfs pull" if is_pointer else ""

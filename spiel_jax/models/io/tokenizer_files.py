@@ -10,6 +10,7 @@ from spiel_jax.data.stops import add_stops
 from spiel_jax.errors import MissingExtra, SpielError
 from spiel_jax.models.config_keys import shown
 from spiel_jax.models.io.json_files import read_json
+from spiel_jax.models.io.messages import pointer_hint
 
 _JSON = (
     "tokenizer.json",
@@ -60,6 +61,9 @@ def _explained(folder: Path, error: BaseException) -> SpielError:
             "which is not run: put a tokenizer.json there, or name another source of it (model.tokenizer)"
         )
     files = [name for name in _JSON if (folder / name).is_file()]
+    for name in (*files, *_SENTENCEPIECE):
+        if hint := pointer_hint(folder / name):
+            return SpielError(f"{folder / name}{hint}")
     for name in files:
         if problem := _broken(folder / name):
             return SpielError(f"{folder / name} {problem}: no tokenizer can be read from it")

@@ -472,6 +472,8 @@ class TestFilesThatDoNotFit:
         path = single_copy / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-1])
         self.refused(single_copy, r"model.safetensors is damaged or truncated")
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+        self.refused(single_copy, r"model.safetensors: it is a pointer of Git LFS, not the file", SpielError)
 
     def test_no_weights(self, single_copy):
         (single_copy / "model.safetensors").unlink()
@@ -553,7 +555,7 @@ class TestRandom:
 
     @pytest.mark.parametrize("preset", [None, "llama9", "from_hf", "__init__"])
     def test_unknown_preset_lists_the_known_ones(self, preset):
-        with pytest.raises(ValueError, match=r"unknown preset .*llama2_7b, .*smollm2_135m"):
+        with pytest.raises(ValueError, match=r"preset.*: expected one of .*llama2_7b, .*smollm2_135m"):
             open_model("random", preset=preset)
 
     def test_preset_of_another_source_is_refused(self, single):

@@ -24,6 +24,10 @@ PROGRAM = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", N
             {"tokenizer.json": "{}", "special_tokens_map.json": "\udcff"},
             r"special_tokens_map\.json is not valid",
         ),
+        (
+            {"tokenizer.json": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"},
+            r"tokenizer\.json: it is a pointer of Git LFS, not the file; get that by git lfs pull",
+        ),
         ({"tokenizer_config.json": json.dumps(PROGRAM), "own.py": "1 / 0"}, "a program that lies there"),
     ],
 )
