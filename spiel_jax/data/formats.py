@@ -114,7 +114,8 @@ def parse_row(row: Row, format: str | None = None, columns: Mapping[str, str] | 
         if row.problem is not None:
             raise ValueError(row.problem)
         if not isinstance(row.value, Mapping):
-            raise ValueError(f"expected an object, not {fields.kind(row.value)}")
+            hint = ": lists of rows belong in .json" if isinstance(row.value, list) else ""
+            raise ValueError(f"expected an object, not {fields.kind(row.value)}{hint}")
         return _example(fields.present(row.value), format, columns or {})
     except ValueError as error:
         named = f"; columns = {dict(columns)}" if columns and row.problem is None else ""
