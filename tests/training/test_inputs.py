@@ -29,7 +29,7 @@ def test_a_run_with_a_tokenizer_of_another_place(llama_folder, tmp_path):
     """A folder of its files alone, that moves; with templates of several names."""
     place = tmp_path / "tokenizer"
     tokenizer = open_tokenizer(str(llama_folder))
-    templates = {"default": tokenizer.chat_template, "tool_use": "[tools]" + tokenizer.chat_template}
+    templates = {"default": tokenizer.chat_template, "tool_use": f"[tools]{tokenizer.chat_template}"}
     tokenizer.chat_template = templates
     tokenizer.save_pretrained(place)
     config = tiny_config(llama_folder, chat_file(tmp_path), "random")
