@@ -108,9 +108,11 @@ def parse_json(text: str) -> Any:
       ValueError: it is not JSON, or not text that can be written in UTF-8.
     """
     try:
-        value = _loads(text)
+        value, doubled = _loads(text)
     except ValueError as error:
         raise ValueError(f"not valid JSON: {error}") from None
+    if doubled:
+        raise ValueError(_twice(doubled.values()))
     if _may_hold_halves(text) and not _is_text(value):
         raise ValueError(_HALF)
     return value
@@ -119,11 +121,40 @@ def parse_json(text: str) -> Any:
 _HALF = "holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
 
 
-def _loads(text: str) -> Any:
+_Doubled = dict[int, tuple[dict[str, Any], str]]
+"""Objects in which a key stands twice, and the key, by ``id``: held here, so that no other object has it."""
+
+
+def _loads(text: str) -> tuple[Any, _Doubled]:
+    """What a JSON text holds; json keeps the last of two equal keys without a word."""
+    doubled: _Doubled = {}
+
+    def held(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            keys = [key for key, _ in pairs]
+            doubled[id(value)] = value, next(key for key in keys if keys.count(key) > 1)
+        return value
+
     try:
-        return json.loads(text)  # raises ValueError for a number of thousands of digits, too
+        # raises ValueError for a number of thousands of digits, too
+        return json.loads(text, object_pairs_hook=held), doubled
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _twice(doubled: Iterable[tuple[dict[str, Any], str]]) -> str:
+    return f"names the key {next(key for _, key in doubled)!r} twice"
+
+
+def _doubled_in(value: Any, doubled: _Doubled) -> Iterator[tuple[dict[str, Any], str]]:
+    """Those that are a value, or in it."""
+    if isinstance(value, dict):
+        if id(value) in doubled:
+            yield doubled[id(value)]
+        value = list(value.values())
+    for part in value if isinstance(value, list) else ():
+        yield from _doubled_in(part, doubled)
 
 
 def _may_hold_halves(text: str) -> bool:
@@ -232,13 +263,15 @@ def _json_rows(file: pathlib.Path) -> Iterator[Row]:
         content = stream.read()
     try:
         text = content.decode(json.detect_encoding(content))
-        content = _loads(text)
+        content, doubled = _loads(text)
     except json.JSONDecodeError as error:
         hint = "; one object per line belongs in .jsonl" if error.msg == "Extra data" else ""
         raise DataError(f"{file}:{error.lineno}: not valid JSON: {error.msg}{hint}") from error
     except ValueError as error:
         raise DataError(f"{file}: not valid JSON: {error}") from error
     if isinstance(content, dict):
+        if id(content) in doubled:
+            raise DataError(f"{file}: the object of all rows {_twice([doubled[id(content)]])}")
         if "data" in content:
             content = content["data"]
         elif content and all(isinstance(value, dict) for value in content.values()):
@@ -248,6 +281,8 @@ def _json_rows(file: pathlib.Path) -> Iterator[Row]:
     doubtful = _may_hold_halves(text)
     for number, value in enumerate(content, start=1):
         problem = _HALF if doubtful and not _is_text(value) else None
+        if doubled and (within := list(_doubled_in(value, doubled))):
+            problem = _twice(within)
         yield Row(f"{file}: row {number}", value if problem is None else None, problem)
 
 

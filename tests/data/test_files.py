@@ -31,8 +31,9 @@ def problems(path, content):
         (b'{"a": "caf\xe9"}', "not valid UTF-8"),
         ("{", "not valid JSON"),
         ("[", "; a list of rows belongs in .json"),
+        ('{"a": {"b": 1, "b": 1}, "a": 2}', "names the key 'b' twice"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_a_broken_line_is_one_malformed_row(tmp_path, line, problem):
     line = line if isinstance(line, bytes) else line.encode()
@@ -40,6 +41,16 @@ def test_a_broken_line_is_one_malformed_row(tmp_path, line, problem):
     assert found[0] is None
     assert problem in found[1]
     assert found[2] is None
+
+
+def test_a_row_of_a_list_that_names_a_key_twice_is_malformed(tmp_path):
+    rows = '[{"a": 1}, {"a": [{"b": 1, "b": 2}]}, {"b": {}}, {"a": 1, "c": {"a": 1}, "a": 1}]'
+    twice = ["names the key 'b' twice", "names the key 'a' twice"]
+    (tmp_path / "a.json").write_text(rows)
+    assert [row.problem for row in file_rows(tmp_path / "a.json")] == [None, twice[0], None, twice[1]]
+    (tmp_path / "b.json").write_text('{"data": [], "data": []}')
+    with pytest.raises(DataError, match="the object of all rows names the key 'data' twice"):
+        list(file_rows(tmp_path / "b.json"))
 
 
 def test_a_whole_pair_is_a_character(tmp_path):
