@@ -24,10 +24,12 @@ class Candidate:
     Attributes:
         settings: Key to value, ``method`` among them.
         rates: Learning rates, of which the best is taken.
+        multiples: Key of another rate to what it is as a multiple of the learning rate.
     """
 
     settings: Mapping[str, Any]
     rates: Sequence[float]
+    multiples: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def runs_of(study: Study) -> Iterator[tuple[str, str]]:
 
 def trial(study: Study, name: str, budget: str, rate: float, seed: int) -> Trial:
     """One run of a study."""
-    settings = study.candidates[name].settings
+    candidate = study.candidates[name]
+    settings, others = candidate.settings, candidate.multiples.items()
     kind = method_class(settings["method"])
 
     class Asked:  # what ``unused`` of a method looks at
@@ -104,7 +107,13 @@ def trial(study: Study, name: str, budget: str, rate: float, seed: int) -> Trial
     return Trial(
         "-".join(part.replace(" ", "_") for part in parts if part),
         study.config,
-        {**known, **settings, "optimizer.learning_rate": rate, "seed": seed},
+        {
+            **known,
+            **settings,
+            "optimizer.learning_rate": rate,
+            **{key: float(f"{factor * rate:.6g}") for key, factor in others},
+            "seed": seed,
+        },
         "experiments.quality.trial",
     )
 

@@ -89,6 +89,12 @@ def test_a_method_is_given_what_it_knows():
     assert (fixed.name, lora.name) == ("fixed-small-0.001-5", "lora-small-0.001-5")
 
 
+def test_other_rates_are_multiples_of_the_rate():
+    candidate = Candidate({"method": "lora"}, (1e-3,), {"optimizer.weight_decay": 0.3})
+    found = trial(Study("", {}, {"one": candidate}), "one", "", 2e-3, 0)
+    assert found.settings["optimizer.weight_decay"] == 6e-4
+
+
 def test_the_runs_of_the_repository_s_studies_would_be_accepted():
     for path in (trials.ROOT / "experiments/quality/studies").glob("*.py"):
         found = read(str(path))
