@@ -135,14 +135,14 @@ def measured(config: Any, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
     weights = {name: params.pop(name) for name in targets}
 
     @partial(jax.jit, donate_argnums=0, compiler_options=compiler_options())
-    def add(total: Any, weights: Any, batch: Any) -> Any:
-        grads = jax.grad(lambda w: objective({**params, **w}, batch) / supervised(batch))(weights)
+    def add(total: Any, weights: Any, others: Any, batch: Any) -> Any:
+        grads = jax.grad(lambda w: objective({**others, **w}, batch) / supervised(batch))(weights)
         return jax.tree.map(jnp.add, total, grads)
 
     gradient = jax.tree.map(jnp.zeros_like, weights)
     batches = data.train_iterator(size, steps=BATCHES)
     for _ in range(BATCHES):
-        gradient = add(gradient, weights, jax.device_put(next(batches)))
+        gradient = add(gradient, weights, params, jax.device_put(next(batches)))
     base = float(loss({**params, **weights}, heldout))
 
     for name in names:
