@@ -10,6 +10,7 @@ passes forward, where training at each rate takes hundreds of steps.
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -110,7 +111,10 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(options: flags.FlagValues) -> None:
     """Measures every set that the file has not yet, and prints what was found."""
     config, out = cli.read_config(options), Path(options.out)
-    done: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {"processor": processor()}
+    told = {"command": " ".join(["python -m experiments.quality.line_search", *sys.argv[1:]])}
+    done: dict[str, Any] = told | {"processor": processor()}
+    if out.is_file():
+        done |= json.loads(out.read_text())
     left = [name for name in options.sets if name not in done]
     for name, found in measured(config, left):
         done[name] = found
