@@ -2,6 +2,8 @@
 
 import json
 import re
+import runpy
+import sys
 
 import pytest
 
@@ -15,6 +17,7 @@ from spiel_jax.adapters import write_adapter
 from spiel_jax.errors import SpielError
 from spiel_jax.evaluate import define_flags, main
 from spiel_jax.evaluation import lm
+from spiel_jax.evaluation.harness import TASKS
 from spiel_jax.models import open_model
 
 pytestmark = [  # lm-eval's
@@ -24,6 +27,10 @@ pytestmark = [  # lm-eval's
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
+
+
+OF = {"sparse": {}, "lora": {"uneven": False}}
+"""Options of an adapter of a kind."""
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +117,12 @@ class TestRuns:
         assert float(table["other texts", "KL from the base"]["step 3"]) > 0
 
 
-@pytest.mark.parametrize("kind", ["sparse", pytest.param("lora", marks=pytest.mark.slow)])
-def test_adapters(kind, llama_folder, data, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "form"), [("sparse", "native"), pytest.param("lora", "peft", marks=pytest.mark.slow)]
+)
+def test_adapters(kind, form, llama_folder, data, tmp_path):
     config = open_model(str(llama_folder)).config
-    write_adapter(adapter_of_kind(kind, config, origin_of(llama_folder)), tmp_path / "mine")
+    write_adapter(adapter_of_kind(kind, config, origin_of(llama_folder), **OF[kind]), tmp_path / "mine", form)
     model = (f"--model={llama_folder}", f"--adapter={tmp_path / 'mine'}")
     table, said = evaluate(data, tmp_path / "both", *model, "--base", "--forgetting")
     assert float(table["other texts", "KL from the base"][str(tmp_path / "mine")]) > 0
@@ -140,6 +149,20 @@ def test_an_interrupted_evaluation_goes_on(llama_folder, data, tmp_path, monkeyp
     assert asked == [3, 1]
     evaluate(data, tmp_path, f"--model={llama_folder}", "--dtype=float32")  # another model
     assert asked == [3, 1, 3]
+
+
+@pytest.mark.slow
+def test_the_command_line_of_the_harness(llama_folder, data, tmp_path, monkeypatch):
+    command = ["lm-eval", "run", "--model", "spiel_jax", "--tasks", "local_gsm8k", "--limit", "3"]
+    command += ["--model_args", f"model={llama_folder},dtype=float32", "--include_path", str(TASKS)]
+    command += ["--metadata", json.dumps({"data_dir": str(data), "shots": 0}), "--log_samples"]
+    command += ["--gen_kwargs", "max_gen_toks=7", "--output_path", str(tmp_path / "theirs")]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_module("spiel_jax.evaluation", run_name="__main__")
+    (file,) = (tmp_path / "theirs").rglob("samples_*.jsonl")
+    found = {one["doc_id"]: one["resps"] for one in map(json.loads, file.read_text().splitlines())}
+    _, said = evaluate(data, tmp_path / "ours", f"--model={llama_folder}", "--dtype=float32")
+    assert found == {number: text for (_, number), text in said.items()}
 
 
 @pytest.mark.parametrize(
