@@ -139,6 +139,11 @@ class TestRefused:
         with pytest.raises(DataError, match="there is no folder"):
             task.documents(tmp_path)
 
+    @pytest.mark.parametrize("task", [mmlu, gsm8k, bbh, humaneval, tydiqa])
+    def test_more_examples_than_there_are(self, data, task):
+        with pytest.raises(DataError, match=r"9 examples are asked for .*, [01358] are there|9 are shown"):
+            task.documents(data, shots=9)
+
     @pytest.mark.parametrize(
         ("task", "file", "content", "match"),
         [

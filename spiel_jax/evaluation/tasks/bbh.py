@@ -43,7 +43,7 @@ def _prompt(path: Path, shots: int) -> str:
     text = path.read_text(encoding="utf-8")
     text = text.rpartition("-----")[2].strip() if "-----" in text else text.strip()
     head, *examples = re.split(r"\n\n(?=Q: )", text)
-    return "\n\n".join([head.strip(), *examples[:shots]])
+    return "\n\n".join([head.strip(), *reading.shown(examples, shots, path)])
 
 
 def answer(text: str) -> str:

@@ -65,7 +65,7 @@ def documents(data_dir: str | None = None, shots: int = 8, paper: bool = False, 
         rows = reading.read_lines(file, path, ("question", "answer"))
     if paper:
         rows = random.Random(reading.SEED).sample(rows, min(_SUBSET, len(rows)))
-    shown = "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in EXAMPLES[:shots])
+    shown = "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in reading.shown(EXAMPLES, shots, path))
     head = f"Answer the following questions.\n\n{shown}"
     return reading.test_split(
         [

@@ -10,9 +10,10 @@ from spiel_jax.evaluation.tasks import reading
 _KEYS = ("task_id", "prompt", "test", "entry_point")
 
 
-def documents(data_dir: str | None = None, **_: Any) -> dict[str, Any]:
+def documents(data_dir: str | None = None, shots: int = 0, **_: Any) -> dict[str, Any]:
     """The problems of ``humaneval/HumanEval.jsonl.gz`` (or ``.jsonl``) of ``data_dir``."""
     path = reading.files(reading.folder(data_dir, "humaneval"), "HumanEval.jsonl*")[0]
+    reading.shown([], shots, path)
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8") as file:
         return reading.test_split(reading.read_lines(file, path, _KEYS))

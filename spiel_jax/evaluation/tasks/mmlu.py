@@ -8,11 +8,12 @@ from spiel_jax.data.files import DataError
 from spiel_jax.evaluation.tasks import reading
 
 _LETTERS = "ABCD"
+_SHOTS = 5
 _LONGEST = 2048  # tokens of a prompt; examples are left out beyond
 
 
 def documents(
-    data_dir: str | None = None, shots: int = 5, tokenizer: str | None = None, **_: Any
+    data_dir: str | None = None, shots: int | None = None, tokenizer: str | None = None, **_: Any
 ) -> dict[str, Any]:
     """The questions of all subjects in turn; ``mmlu/dev/*.csv`` and ``mmlu/test/*.csv`` of ``data_dir``."""
     place = reading.folder(data_dir, "mmlu")
@@ -20,9 +21,10 @@ def documents(
     for path in reading.files(place / "test", "*.csv"):
         subject = path.stem.removesuffix("_test")
         examples = []
-        if shots:
+        if shots != 0:
             (dev,) = reading.files(place / "dev", f"{subject}.csv", f"{subject}_dev.csv")[:1]
-            examples = _rows(dev)[:shots]
+            there = _rows(dev)
+            examples = there[:_SHOTS] if shots is None else reading.shown(there, shots, dev)
         groups.append([_document(subject, examples, row, tokenizer) for row in _rows(path)])
     return reading.test_split(reading.interleaved(groups))
 

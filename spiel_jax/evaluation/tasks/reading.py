@@ -74,6 +74,17 @@ def read_lines(lines: Iterable[str], place: Path, keys: Sequence[str]) -> list[d
     return rows
 
 
+def shown(examples: Sequence[T], shots: int, place: Any) -> list[T]:
+    """The examples that a prompt begins with.
+
+    Raises:
+        DataError: If so many are not there.
+    """
+    if shots > len(examples):
+        raise DataError(f"{place}: {shots} examples are asked for (--num_fewshot), {len(examples)} are there")
+    return list(examples[:shots])
+
+
 def interleaved(groups: Sequence[Sequence[T]]) -> list[T]:
     """One of each group in turn, so that the first so many are of all groups alike.
 
