@@ -38,7 +38,8 @@ def main(argv: list[str]) -> None:
     """Prints the table."""
     del argv
     source = open_model(_MODEL.value)
-    params, tokenizer = source.load("float32", progress=False), source.tokenizer()
+    params = source.load("float32", progress=False)
+    tokenizer: Any = source.tokenizer()
     served, theirs = Served(source.config, params), reference(source.config, params)
     prompts, limits, choices = tasks(tokenizer)
     stop = {tokenizer.eos_token_id}

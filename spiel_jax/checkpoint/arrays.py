@@ -26,7 +26,8 @@ _SETTLED = 0.2  # seconds, after which reads that were begun beside one that fai
 
 def here() -> jax.sharding.Sharding:
     """On one device, wherever it was saved."""
-    return jax.sharding.SingleDeviceSharding(jax.config.jax_default_device or jax.local_devices()[0])
+    options: Any = jax.config
+    return jax.sharding.SingleDeviceSharding(options.jax_default_device or jax.local_devices()[0])
 
 
 def stored_arrays(folder: Path, step: int) -> dict[str, Any]:
