@@ -6,7 +6,19 @@ import sys
 import pytest
 
 from spiel_jax.config import ConfigError, default_config, flatten
-from spiel_jax.config.bounds import KEYS, HeldOut, Number, OneOf, OrNone, Rules, Sources, Switch, Text, Whole
+from spiel_jax.config.bounds import (
+    KEYS,
+    HeldOut,
+    Number,
+    OneOf,
+    OrNone,
+    Rules,
+    Sources,
+    Switch,
+    Text,
+    Texts,
+    Whole,
+)
 from spiel_jax.config.file import load, read
 
 HEAD = "from spiel_jax.config import default_config\n\n\ndef get_config():\n    config = default_config()\n"
@@ -64,6 +76,8 @@ def examples(kind):
             }
         case Rules():
             return {"(a|b).*": ("(a|b).*",), r"('a\\.b', '.*')": (r"a\.b", ".*")}
+        case Texts():
+            return {"()": (), "a b": ("a b",), "('a', 'b')": ("a", "b"), "['a']": ("a",)}
         case Text():
             return {"a b": "a b", "x=y": "x=y"}
     raise AssertionError(kind)
