@@ -6,9 +6,9 @@ Compared are log-likelihoods and their greedy flags (the four answers of MMLU's 
 continuations of one token and of several), rolling log-likelihoods of texts longer than the window, and
 greedy texts of prompts of mixed lengths, every third in the chat template. Prints what differs most.
 
-Record, SmolLM2-135M-Instruct, a CPU, --questions=3 --contexts=12: of 60 log-likelihoods the largest difference
-is 1.2e-4, and no greedy flag differs; of two long texts -2064.0364 here and -2064.0296 there, -2269.3771 and
--2269.3700, in windows of 256 tokens whose sums the other forms in float32.
+Record, SmolLM2-135M-Instruct on a CPU, --questions=3 --contexts=12: of 60 log-likelihoods the largest
+difference is 1.2e-4, and no greedy flag differs. Two long texts: -2064.0364 here and -2064.0296 there,
+-2269.3771 and -2269.3700, in windows of 256 tokens whose sums the other forms in float32.
 """
 
 import itertools
