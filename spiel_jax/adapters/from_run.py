@@ -9,6 +9,7 @@ import numpy as np
 
 from spiel_jax.adapters.adapter import Adapter, AdapterError, Origin, SparseAdapter
 from spiel_jax.adapters.base import Base, open_base
+from spiel_jax.adapters.hybrid import HybridAdapter
 from spiel_jax.adapters.parametrized import Factors, FullAdapter, IA3Adapter, LoraAdapter, LowRank
 from spiel_jax.adapters.stacking import entries_of
 from spiel_jax.checkpoint import read_metadata, restore_trained, stored_targets
@@ -18,6 +19,7 @@ from spiel_jax.methods.ia3 import IA3, INPUT_SCALED, IA3Method
 from spiel_jax.methods.lora import Lora, LoraMethod
 from spiel_jax.methods.method import Method
 from spiel_jax.methods.registry import build
+from spiel_jax.methods.rosa import RosaMethod
 from spiel_jax.methods.sparse import SparseMethod
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import layer_names
@@ -107,8 +109,18 @@ def _(method: SparseMethod, trained: Any, model: ModelConfig, origin: Origin) ->
 
 @adapter_of.register
 def _(method: LoraMethod, trained: Any, model: ModelConfig, origin: Origin) -> Adapter:
-    kind, matrices = method.kind, {}
-    assert isinstance(kind, Lora)
+    assert isinstance(method.kind, Lora)
+    return _lora_adapter(method.kind, trained, model, origin)
+
+
+@adapter_of.register
+def _(method: RosaMethod, trained: Any, model: ModelConfig, origin: Origin) -> Adapter:
+    sparse = SparseAdapter(entries_of(method.deltas(trained), model), origin)
+    return HybridAdapter(sparse, _lora_adapter(method.low_rank, trained["low_rank"], model, origin))
+
+
+def _lora_adapter(kind: Lora, trained: Any, model: ModelConfig, origin: Origin) -> LoraAdapter:
+    matrices = {}
     for name, target in kind.targets.items():
         a, b = (np.asarray(trained[name][f"lora_{part}"]) for part in "AB")
         for number, weight in enumerate(_weights(name, target, model)):

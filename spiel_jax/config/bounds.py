@@ -15,6 +15,7 @@ import numpy as np
 from spiel_jax.methods.registry import method_names
 from spiel_jax.models.decoder import Remat
 from spiel_jax.models.storage import KINDS
+from spiel_jax.optim.criteria.criterion import CRITERIA
 from spiel_jax.optim.criteria.moment_approximation import Score
 from spiel_jax.optim.parity import Parity
 
@@ -358,6 +359,9 @@ KEYS: dict[str, Kind] = {
     "lora.alpha": Number(above=0),
     "lora.dropout": Number(0, below=1),
     "lora.rslora": Switch(),
+    "rosa.entries": OneOf(lambda: CRITERIA),
+    "rosa.warmup": Whole(),
+    "rosa.learning_rate": OrNone(Number(above=0)),
     "optimizer.learning_rate": Number(above=0),
     "optimizer.schedule": _SCHEDULE,
     "optimizer.warmup": Number(0, 1),

@@ -14,7 +14,7 @@ from spiel_jax.data import DataConfig, SourceSpec
 from spiel_jax.data.templates import read_template
 from spiel_jax.errors import SpielError
 from spiel_jax.methods.registry import method_class
-from spiel_jax.optim.criteria.criterion import CRITERIA, Complaint
+from spiel_jax.optim.criteria.criterion import Complaint
 
 
 class ConfigError(SpielError):
@@ -154,7 +154,7 @@ def with_grid(config: Config, mesh: Mapping[str, int], known: Mapping[str, Any])
         known: Flat config of the run that is continued, whose grid it keeps; empty for a new run.
     """
     config = config.copy_and_resolve_references()
-    sparse = config.method in CRITERIA
+    sparse = method_class(config.method).has_deltas
     for axis, blocks in config.targets.grid.items():
         if blocks is None:
             config.targets.grid[axis] = known.get(f"targets.grid.{axis}", mesh[axis] if sparse else 1)

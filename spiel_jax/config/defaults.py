@@ -35,6 +35,7 @@ def default_config() -> Config:
             # step spiel.accumulation
             # lora: matrices of low rank beside the weights; ia3: scaled keys, values and MLP activations
             # full: AdamW on every weight
+            # rosa: deltas and matrices of low rank on the same weights (RoSA)
             "method": "spiel_ag",
             "model": {
                 # a folder with safetensors, a .gguf file, package:NAME, a hub id (org/name, org/name/folder,
@@ -102,6 +103,12 @@ def default_config() -> Config:
                 "alpha": 16.0,
                 "dropout": 0.1,
                 "rslora": False,  # scale by alpha / sqrt(rank), not alpha / rank
+            },
+            # rosa: the budget of the deltas is that of targets, the other lora.rank
+            "rosa": {
+                "entries": "gradient",  # what chooses the deltas' entries: any method that has deltas alone
+                "warmup": 64,  # steps in which the matrices of low rank train alone
+                "learning_rate": optional(float),  # of these matrices; default: optimizer.learning_rate
             },
             "optimizer": {
                 # The paper tries, with AdamW for all but spiel_ma: spiel_ag and lora 1e-4, 3e-5, 1e-5, 3e-6;

@@ -14,10 +14,16 @@ from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import abstract_params, layer_names
 from spiel_jax.models.storage import kind_named
 from spiel_jax.ops.tree import parameter_name
-from spiel_jax.optim.criteria.criterion import CRITERIA
 from spiel_jax.sparse.targets import Target, find_targets
 
-OF_SPARSE = ("targets.density", "targets.num_tunable", "targets.grid.*", "targets.balance.*", "spiel.*")
+OF_SPARSE = (
+    "targets.density",
+    "targets.num_tunable",
+    "targets.grid.*",
+    "targets.balance.*",
+    "spiel.*",
+    "rosa.*",
+)
 """Keys that mean nothing to a method without sparse deltas."""
 
 
@@ -104,16 +110,17 @@ def with_axes(targets: Mapping[str, Target]) -> dict[str, Target]:
     }
 
 
-def check_layout(config: Any, model: ModelConfig, mesh: Mesh) -> None:
+def check_layout(config: Any, model: ModelConfig, mesh: Mesh, *, has_deltas: bool) -> None:
     """Makes sure that a mesh divides the model, and the block grid where the method has sparse deltas.
 
     Args:
         config: With its block grid filled in.
         model: Shape of the model.
         mesh: From ``make_mesh``.
+        has_deltas: See ``Method``.
 
     Raises:
         SpielError: See ``check_mesh``.
     """
-    blocks = config.targets.grid if config.method in CRITERIA else mesh.shape
+    blocks = config.targets.grid if has_deltas else mesh.shape
     check_mesh(model, mesh, blocks, kind_named(config.model.quantization))

@@ -101,11 +101,8 @@ def _low_rank_forward(
 ) -> tuple[jax.Array, tuple]:
     dtype = weight.dtype
     y = dot(x.astype(dtype), as_array(weight), (-1, 1))
-    with jax.named_scope("low_rank"):
-        seen = _masked(x.astype(dtype), adapter.kept(x.shape))
-        hidden = dot(seen, adapter.a.astype(dtype), (-1, 1)).astype(dtype)  # [..., r]
-        y = y + adapter.gain * dot(hidden, adapter.b.astype(dtype), (-1, 1))
-    return y.astype(x.dtype), (x, weight, adapter, hidden)
+    term, (*_, hidden) = _term_forward(x.astype(dtype), adapter)
+    return (y + term).astype(x.dtype), (x, weight, adapter, hidden)
 
 
 def _low_rank_backward(residuals: tuple, dy: jax.Array) -> tuple[jax.Array, None, LowRankLinear]:
@@ -113,19 +110,49 @@ def _low_rank_backward(residuals: tuple, dy: jax.Array) -> tuple[jax.Array, None
     dtype = weight.dtype
     dy = dy.astype(dtype)
     dx = dot(dy, as_array(weight), (-1, 0))
+    gradient, more = _term_gradients(x.astype(dtype), dy, adapter, hidden)
+    return (dx + more).astype(x.dtype), None, gradient
+
+
+def _term_gradients(
+    x: jax.Array, dy: jax.Array, adapter: LowRankLinear, hidden: jax.Array
+) -> tuple[LowRankLinear, jax.Array]:
+    """The gradient of A and B, and the part of that of ``x`` that comes through them."""
     with jax.named_scope("low_rank"):
-        kept = adapter.kept(x.shape)
+        dtype, kept = x.dtype, adapter.kept(x.shape)
         # Formed transposed, so that what a CPU transposes for the product is the narrow one of its operands;
         # the barrier keeps XLA from exchanging them again.
         db = adapter.gain * lax.optimization_barrier(weight_gradient(dy, hidden)).T  # [out, r]
         dhidden = (adapter.gain * dot(dy, adapter.b.astype(dtype), (-1, 0))).astype(dtype)  # [..., r]
-        da = weight_gradient(_masked(x.astype(dtype), kept), dhidden)  # [r, in]
-        dx = dx + _masked(dot(dhidden, adapter.a.astype(dtype), (-1, 0)), kept)
+        da = weight_gradient(_masked(x, kept), dhidden)  # [r, in]
+        dx = _masked(dot(dhidden, adapter.a.astype(dtype), (-1, 0)), kept)
     gradient = replace(adapter, a=da.astype(adapter.a.dtype), b=db.astype(adapter.b.dtype), key=None)
-    return dx.astype(x.dtype), None, gradient
+    return gradient, dx
 
 
 low_rank_linear.defvjp(_low_rank_forward, _low_rank_backward)
+
+
+@jax.custom_vjp
+def low_rank_term(x: jax.Array, adapter: LowRankLinear) -> jax.Array:
+    """The term of ``low_rank_linear`` alone: [..., in] in the dtype of the weight to [..., out] float32."""
+    return _term_forward(x, adapter)[0]
+
+
+def _term_forward(x: jax.Array, adapter: LowRankLinear) -> tuple[jax.Array, tuple]:
+    with jax.named_scope("low_rank"):
+        seen = _masked(x, adapter.kept(x.shape))
+        hidden = dot(seen, adapter.a.astype(x.dtype), (-1, 1)).astype(x.dtype)  # [..., r]
+        return adapter.gain * dot(hidden, adapter.b.astype(x.dtype), (-1, 1)), (x, adapter, hidden)
+
+
+def _term_backward(residuals: tuple, dy: jax.Array) -> tuple[jax.Array, LowRankLinear]:
+    x, adapter, hidden = residuals
+    gradient, dx = _term_gradients(x, dy.astype(x.dtype), adapter, hidden)
+    return dx.astype(x.dtype), gradient
+
+
+low_rank_term.defvjp(_term_forward, _term_backward)
 
 
 @dataclass(frozen=True)

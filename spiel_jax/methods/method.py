@@ -63,12 +63,14 @@ class Method:
     Attributes:
         objective: The loss.
         targets: What has sparse deltas.
+        has_deltas: Whether sparse deltas are among what it trains, and a block grid means something to it.
         keeps_base: Whether the model runs with the pretrained weights, which are then held as training
             stores them.
     """
 
     objective: Objective
     targets: Mapping[str, Target] = MappingProxyType({})
+    has_deltas: ClassVar[bool] = False
     keeps_base: ClassVar[bool] = True
 
     @classmethod

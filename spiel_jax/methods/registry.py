@@ -8,6 +8,7 @@ from spiel_jax.methods.full import FullMethod
 from spiel_jax.methods.ia3 import IA3Method
 from spiel_jax.methods.lora import LoraMethod
 from spiel_jax.methods.method import Method
+from spiel_jax.methods.rosa import RosaMethod
 from spiel_jax.methods.sparse import SparseMethod
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.optim.criteria.criterion import CRITERIA
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Method]] = {
     "lora": LoraMethod,
     "ia3": IA3Method,
     "full": FullMethod,
+    "rosa": RosaMethod,
 }
 """Methods that are not made of a growth criterion: what ``config.method`` calls them."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from spiel_jax.methods.configured import configured_targets, learning_rate, with
 from spiel_jax.methods.method import Method, Metrics, TrainState, guarded, scan_micro_batches
 from spiel_jax.methods.unmerged import Unmerged
 from spiel_jax.models.config import ModelConfig
+from spiel_jax.models.layers import AdaptedLinear
 from spiel_jax.ops.selection import compact, largest
 from spiel_jax.ops.stored import is_writable
 from spiel_jax.ops.tree import all_finite, parameter_name
@@ -55,6 +56,8 @@ class SparseMethod(Method):
         schedule: That of ``tx``; None where the steps' kinds are not asked of the method.
     """
 
+    has_deltas: ClassVar[bool] = True
+
     objective: Objective
     tx: optax.GradientTransformationExtraArgs
     targets: Mapping[str, Target] = field()
@@ -82,7 +85,7 @@ class SparseMethod(Method):
     @classmethod
     def unused(cls, config: Any) -> Iterable[str]:
         """See ``Method``: what is of other methods, and of other criteria."""
-        return ("lora.*", *unused_keys(CRITERIA[config.method]))
+        return ("lora.*", "rosa.*", *unused_keys(CRITERIA[config.method]))
 
     @classmethod
     def from_config(
@@ -162,25 +165,10 @@ class SparseMethod(Method):
         loss, grads, candidates = self.gradients(state, batch, phase=phase)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        weights = self._merged(state) if reselect and self.growth.uses_weights else None
-
-        def change(values: Params, opt_state: Any) -> tuple[Any, Any]:
-            updates, opt_state = self.tx.update(
-                grads,
-                opt_state,
-                values,
-                candidates=candidates,
-                phase=phase,
-                reselect=reselect,
-                weights=weights,
-            )
-            return optax.apply_updates(values, updates), opt_state
-
-        with jax.named_scope("optimizer"):
-            values, opt_state = guarded(finite, change, state.trainable, state.opt_state)
-        new = replace(state, trainable=values, opt_state=opt_state)
-        with jax.named_scope("merge"):
-            new = self._merge(state, new, reselect)
+        values, opt_state = self.changed_by(
+            state, grads, candidates, finite=finite, phase=phase, reselect=reselect
+        )
+        new = self.merged_again(state, replace(state, trainable=values, opt_state=opt_state), reselect)
         metrics: Metrics = {
             "loss": loss,
             "grad_norm": norm,
@@ -196,10 +184,42 @@ class SparseMethod(Method):
                 metrics["since"] = cohorts(new.opt_state, self.targets, self.schedule, first_age)
         return new, metrics
 
+    def changed_by(
+        self,
+        state: TrainState,
+        grads: Any,
+        candidates: Mapping[str, SparseDelta] | None,
+        *,
+        finite: jax.Array,
+        phase: Phase,
+        reselect: bool,
+    ) -> tuple[Params, Any]:
+        """Values and optimizer state after a step of these gradients; as they are if it is not finite."""
+        weights = self._merged(state) if reselect and self.growth.uses_weights else None
+
+        def change(values: Params, opt_state: Any) -> tuple[Any, Any]:
+            updates, opt_state = self.tx.update(
+                grads,
+                opt_state,
+                values,
+                candidates=candidates,
+                phase=phase,
+                reselect=reselect,
+                weights=weights,
+            )
+            return optax.apply_updates(values, updates), opt_state
+
+        with jax.named_scope("optimizer"):
+            return guarded(finite, change, state.trainable, state.opt_state)
+
     def evaluate(self, state: TrainState, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
         """See ``Method``."""
-        adapters = self._adapters(self._unmerged(state), None, None, state.base)
+        adapters = self.unmerged_adapters(state)
         return self.objective(state.params, batch, adapters, frozen=True), jnp.sum(batch["weights"])
+
+    def unmerged_adapters(self, state: TrainState) -> dict[str, SparseLinear]:
+        """What the model needs beside its parameters to be the tuned one."""
+        return self._adapters(self._unmerged(state), None, None, state.base)
 
     def changed(self, trained: Mapping[str, SparseDelta]) -> Set[str]:
         """See ``Method``."""
@@ -281,6 +301,27 @@ class SparseMethod(Method):
         gradients are those of the step's mean loss; for a criterion that wants them per micro-batch they
         have a leading axis [G].
         """
+        loss, (grads, _), candidates = self.gradients_with(state, batch, {}, _alone, phase=phase)
+        return loss, grads, candidates
+
+    def gradients_with(
+        self,
+        state: TrainState,
+        batch: TokenBatch,
+        others: Any,
+        beside: Callable[[dict[str, SparseLinear], Any, TokenBatch], Mapping[str, AdaptedLinear]],
+        *,
+        phase: Phase,
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any], dict[str, SparseDelta] | None]:
+        """As ``gradients``, and the gradient of what else is trained with them.
+
+        Args:
+            state: The state.
+            batch: Arrays [G, B, S]; further arrays [G, ...] are passed on to ``beside``.
+            others: What else is differentiated.
+            beside: The adapters of the deltas, ``others`` and a micro-batch to what the model runs with.
+            phase: Of the step.
+        """
         state = replace(state, trainable=_wide(state.trainable))
         active = deltas(state.trainable, state.opt_state)
         total = supervised(batch)
@@ -292,16 +333,18 @@ class SparseMethod(Method):
 
         def observe(candidates: dict[str, SparseDelta] | None) -> Callable[[TokenBatch], tuple[Any, Any]]:
             def function(micro: TokenBatch) -> tuple[Any, Any]:
-                def loss(values: Params, slots: Params | None) -> jax.Array:
+                def loss(trained: tuple[Params, Any], slots: Params | None) -> jax.Array:
+                    values, more = trained
                     positions = {name: delta.with_values(values[name]) for name, delta in active.items()}
                     probes = None
                     if candidates is not None and slots is not None:
                         probes = {n: delta.with_values(slots[n]) for n, delta in candidates.items()}
                     adapters = self._adapters(positions, probes, None, state.base)
-                    return self.objective(state.params, micro, adapters, frozen=True) / total
+                    both = beside(adapters, more, micro)
+                    return self.objective(state.params, micro, both, frozen=True) / total
 
                 slots = candidates and {n: jnp.zeros_like(d.values) for n, d in candidates.items()}
-                value, (grads, seen) = jax.value_and_grad(loss, (0, 1))(state.trainable, slots)
+                value, (grads, seen) = jax.value_and_grad(loss, (0, 1))((state.trainable, others), slots)
                 return ((value, grads), seen) if stacked else ((value, grads, seen), None)
 
             return function
@@ -322,7 +365,7 @@ class SparseMethod(Method):
             loss, grads, seen = summed(candidates, batch)
             return loss, grads, {n: d.with_values(seen[n]) for n, d in candidates.items()}
 
-        loss, grads, candidates = self._propose(state, active, batch, total, counts)
+        loss, grads, candidates = self._propose(state, active, batch, total, counts, others, beside)
         seen = {name: delta.values for name, delta in candidates.items()}
         if stacked:
             seen = jax.tree.map(lambda x: x[None], seen)
@@ -341,7 +384,9 @@ class SparseMethod(Method):
         batch: TokenBatch,
         total: jax.Array,
         counts: dict[str, int],
-    ) -> tuple[jax.Array, Params, dict[str, SparseDelta]]:
+        others: Any,
+        beside: Callable[..., Any],
+    ) -> tuple[jax.Array, tuple[Params, Any], dict[str, SparseDelta]]:
         """Loss and gradients of micro-batch 0, and the candidates it proposes."""
         slots = {}
         for name, group in _by_parameter(active).items():
@@ -352,12 +397,14 @@ class SparseMethod(Method):
             slots[name] = jnp.zeros((*lead, 3, max(counts[n] for n in group)), dtype)
         micro = jax.tree.map(lambda x: x[0], batch)
 
-        def loss(values: Params, slots: Params) -> jax.Array:
+        def loss(trained: tuple[Params, Any], slots: Params) -> jax.Array:
+            values, more = trained
             positions = {name: delta.with_values(values[name]) for name, delta in active.items()}
             adapters = self._adapters(positions, None, slots, state.base)
-            return self.objective(state.params, micro, adapters, frozen=True) / total
+            both = beside(adapters, more, micro)
+            return self.objective(state.params, micro, both, frozen=True) / total
 
-        value, (grads, proposals) = jax.value_and_grad(loss, (0, 1))(state.trainable, slots)
+        value, (grads, proposals) = jax.value_and_grad(loss, (0, 1))((state.trainable, others), slots)
         candidates = {}
         for name, delta in active.items():
             proposal = proposals[parameter_name(name)]
@@ -402,7 +449,8 @@ class SparseMethod(Method):
             for name, group in _by_parameter(active).items()
         }
 
-    def _merge(self, old: TrainState, new: TrainState, reselect: bool) -> TrainState:
+    @jax.named_scope("merge")
+    def merged_again(self, old: TrainState, new: TrainState, reselect: bool) -> TrainState:
         """Sets the active entries of weights that hold the deltas; dropped ones become pretrained again."""
         params, base = dict(new.params), dict(new.base)
         before = deltas(old.trainable, old.opt_state)
@@ -418,6 +466,12 @@ class SparseMethod(Method):
                 base[name] = jnp.where(replaced, gather(weight, delta), base[name])
             params[parameter_name(name)] = weight
         return replace(new, params=params, base=base)
+
+
+def _alone(adapters: dict[str, SparseLinear], others: Any, micro: TokenBatch) -> dict[str, SparseLinear]:
+    """Nothing beside the deltas."""
+    del others, micro
+    return adapters
 
 
 def _wide(values: Any) -> Any:

@@ -13,7 +13,7 @@ from spiel_jax.config import Config, ConfigError, micro_batch_size, with_grid
 from spiel_jax.distributed.mesh import batch_sharding
 from spiel_jax.methods.configured import check_layout
 from spiel_jax.methods.method import Method, TrainState, compiled_step
-from spiel_jax.methods.registry import build
+from spiel_jax.methods.registry import build, method_class
 from spiel_jax.models import ModelConfig, abstract_params
 from spiel_jax.models.storage import storage_for
 from spiel_jax.optim.schedules import Phase
@@ -85,7 +85,7 @@ def prepare(config: Config, model: ModelConfig, mesh: Mesh) -> PlannedRun:
     """
     given, config = config, with_grid(config, mesh.shape, {})
     config.micro_batch_size = _spread_micro_batch(config, mesh)
-    check_layout(config, model, mesh)
+    check_layout(config, model, mesh, has_deltas=method_class(config.method).has_deltas)
     steps = config.steps or _STEPS
     with jax.set_mesh(mesh):
         start = read_start(config, model)

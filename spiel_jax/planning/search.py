@@ -54,7 +54,8 @@ def easier(config: Config, mesh: Mapping[str, int]) -> Iterator[dict[str, Any]]:
     if data > 1:
         changes |= spread(1, shards, tensor)
         yield dict(changes)
-    if config.method in CRITERIA and config.method != "spiel_ma":
+    balanced = any(config.targets.balance.values())
+    if config.method in CRITERIA and config.method != "spiel_ma" and not balanced:
         yield changes | {"method": "spiel_ma"}
     while shards % 2 == 0:
         shards, tensor = shards // 2, tensor * 2

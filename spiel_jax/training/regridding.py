@@ -22,7 +22,7 @@ from spiel_jax.distributed.mesh import check_mesh, make_mesh
 from spiel_jax.errors import NotFoundError, SpielError
 from spiel_jax.methods.configured import configured_grid
 from spiel_jax.methods.method import TrainState
-from spiel_jax.methods.registry import build
+from spiel_jax.methods.registry import build, method_class
 from spiel_jax.methods.sparse import SparseMethod
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.io.fingerprint import arithmetic
@@ -76,6 +76,8 @@ def regrid(
     check_usable(out)
     metadata = read_metadata(workdir, step)
     settings, targets = metadata["config"], stored_targets(metadata)
+    if not targets and method_class(settings["method"]).has_deltas:
+        raise CheckpointError(f"{workdir}: a run of method {settings['method']!r} keeps its block grid")
     if not targets:
         raise CheckpointError(
             f"{workdir} holds no sparse deltas: method {settings['method']!r} trains none, and its "

@@ -39,7 +39,7 @@ from spiel_jax.distributed.mesh import make_mesh, shard_batch
 from spiel_jax.inference.chat import reply
 from spiel_jax.methods.configured import check_layout, learning_rate
 from spiel_jax.methods.method import Method, TrainState, compiler_options
-from spiel_jax.methods.registry import build
+from spiel_jax.methods.registry import build, method_class
 from spiel_jax.models.axes import param_sharding
 from spiel_jax.models.io.fingerprint import differing, fingerprint
 from spiel_jax.models.io.loading import ModelSource, open_model
@@ -154,7 +154,8 @@ def run(
         else:
             check_config_of(workdir, known, config, extend=extend, accept_new_data=accept_new_data)
         source = processes.together(lambda: open_model(config.model.source, preset=config.model.preset))
-        check_layout(config, source.config, mesh)
+        has_deltas = method_class(config.method).has_deltas
+        check_layout(config, source.config, mesh, has_deltas=has_deltas)
         with jax.set_mesh(mesh):
             summary = _run(config, claim, source, mesh, progress and first)
             processes.wait_for_all("the end of the run")

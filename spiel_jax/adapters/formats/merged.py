@@ -29,7 +29,7 @@ class Merged(Format):
     """
 
     name = "merged"
-    kinds = ("sparse", "lora", "ia3", "full")
+    kinds = ("sparse", "lora", "ia3", "full", "hybrid")
     needs_base = True
 
     def write(self, export: Export, folder: Path) -> None:
