@@ -48,6 +48,7 @@ def configured(llama_folder, tmp_path_factory):
         config.micro_batch_size = 2
         config.optimizer.learning_rate = RATE.get(name, 3e-2)
         config.lora.rank = 4
+        config.rosa.warmup = 2
         config.spiel.first = 1.0 if name != "random" else None
         if name not in CRITERIA:
             config.targets.rules = LINEAR_LAYERS
@@ -77,7 +78,7 @@ def runs(configured, tmp_path_factory):
     return make
 
 
-SLOW = ("magnitude", "gradient", "lift")  # the first two are static like "random"
+SLOW = ("magnitude", "gradient", "lift", "rosa")  # the first two are static like "random"
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.mesh_cases import CONFIG, ROWS, batch
+from support.mesh_cases import CONFIG, ROWS, batch, mesh_of, placed
 
 import spiel_jax as sj
 from spiel_jax.config import ConfigError, check_config, default_config
+from spiel_jax.distributed.mesh import batch_sharding
 from spiel_jax.losses.next_token import Objective
+from spiel_jax.methods.method import compiled_step
 from spiel_jax.methods.registry import build
 from spiel_jax.models import init_params
 
@@ -133,3 +135,24 @@ def test_what_it_cannot_use_is_refused(key, value, message):
         config.update_from_flattened_dict({key: value})
     with pytest.raises(ConfigError, match=message):
         check_config(config)
+
+
+@pytest.mark.slow
+def test_on_a_mesh_it_has_the_same_numbers():
+    config = configured("spiel_ag", warmup=1)
+    config.targets.grid.update({"fsdp": 2, "tensor": 2})
+    found = []
+    for sizes in ((1, 1, 1), (2, 2, 2)):
+        mesh = mesh_of(*sizes)
+        with jax.set_mesh(mesh):
+            method = build(config, CONFIG, 6)
+            state, shardings = placed(method, mesh)
+            step, losses = compiled_step(method, shardings), []
+            for number in range(1, 6):
+                phase, reselect = method.step_kind(number)
+                data = jax.device_put(batch(number), batch_sharding(mesh, 1))
+                state, metrics = step(state, data, phase=phase, reselect=reselect)
+                losses.append(float(metrics["loss"]))
+            found.append((losses, jax.device_get(state.trainable)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *(one for _, one in found))
