@@ -33,6 +33,7 @@ def default_config() -> Config:
             # lift: largest entries of a low-rank approximation of the weight, every spiel.every steps (LIFT)
             # gradient: static, largest gradients at the start (SIFT); the entries are chosen at the end of
             # step spiel.accumulation
+            # gem, talos: as gradient, the largest relative to the weight (GEM), the least sensitive (TaLoS)
             # lora: matrices of low rank beside the weights; ia3: scaled keys, values and MLP activations
             # full: AdamW on every weight
             # rosa: deltas and matrices of low rank on the same weights (RoSA)
@@ -87,7 +88,7 @@ def default_config() -> Config:
                 # rate of the first reselection; negative: as the schedule says; default: 1 for SpIEL, whose
                 # entries start at random, and as the schedule says for random
                 "first": optional(float),
-                "candidate_ratio": 1.0,  # spiel_ag, gradient: candidates per active entry
+                "candidate_ratio": 1.0,  # spiel_ag, gradient, gem, talos: candidates per active entry
                 "score": "product",  # spiel_ma: of a row's and a column's accumulator: product | minimum
                 "magnitude": "largest",  # magnitude: largest | smallest
                 "filter_rank": 128,  # lift: of the approximation in which the largest entries are looked for

@@ -445,6 +445,7 @@ class SparseMethod(Method):
                 enabled=enabled(group),
                 merged=group[0] in merged,
                 propose_active=self.growth.propose_active,
+                salience=self.growth.salience,
             )
             for name, group in _by_parameter(active).items()
         }

@@ -1,7 +1,7 @@
 """A linear layer that collects the gradient of some entries of its weight, and of no others."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -42,6 +42,7 @@ class SparseLinear:
         merged: Static. True where ``weight`` already holds the active deltas (a in-place merge); False
             where they are scattered into it on each use.
         propose_active: Static. Whether active entries may be proposed.
+        salience: Static. Gradient and weight to the scores by which entries are proposed; None: the gradient.
         batch_axes: Static. Mesh axes over which the leading axis of ``x`` is spread under ``jax.set_mesh``.
             An axis that is also one of the weight's (``active.axes``) is one over which the weight is
             collected for its use, as "fsdp" is.
@@ -53,6 +54,7 @@ class SparseLinear:
     enabled: jax.Array | None = None
     merged: bool = _static(default=True)
     propose_active: bool = _static(default=False)
+    salience: Callable[[jax.Array, jax.Array], jax.Array] | None = _static(default=None)  # noqa: RUF009
     batch_axes: tuple[str, ...] = _static(default=BATCH_AXES)
 
     def __call__(self, x: jax.Array, weight: jax.Array | Stored) -> jax.Array:
@@ -101,8 +103,10 @@ def _sparse_linear_forward(x: jax.Array, weight: jax.Array, adapter: SparseLinea
     return sparse_linear(x, weight, adapter), (x, weight, adapter)
 
 
-def _collect(x: jax.Array, dy: jax.Array, adapter: SparseLinear) -> tuple:
+def _collect(x: jax.Array, dy: jax.Array, adapter: SparseLinear, weight: jax.Array | None) -> tuple:
     """Float32 cotangents of (active values, candidate values, proposal) from one dense gradient.
+
+    The weight is given where entries are proposed by it too.
 
     On a mesh each device forms the gradient of its own examples, and takes the entries from it before
     anything is summed over devices; only what proposes sums the dense gradient.
@@ -118,7 +122,7 @@ def _collect(x: jax.Array, dy: jax.Array, adapter: SparseLinear) -> tuple:
             x = lax.psum_scatter(x, name, scatter_dimension=axis, tiled=True)
         return lax.psum(x, others) if others else x
 
-    def collect(x: jax.Array, dy: jax.Array, active: Any, candidates: Any, proposal: Any) -> tuple:
+    def collect(x: jax.Array, dy: jax.Array, active: Any, candidates: Any, proposal: Any, part: Any) -> tuple:
         proposes = proposal is not None
         # what is transposed on its way into the product is the narrower of the two
         turned = x.shape[-1] < dy.shape[-1]
@@ -141,11 +145,11 @@ def _collect(x: jax.Array, dy: jax.Array, adapter: SparseLinear) -> tuple:
         if not proposes:
             return found, probed, None
         with jax.named_scope("propose"):
-            part = replace(adapter, active=adapter.active.part(active), proposal=proposal)
-            return found, probed, _propose(gradient, part)
+            own = replace(adapter, active=adapter.active.part(active), proposal=proposal)
+            return found, probed, _propose(gradient, own, part)
 
     candidates = None if adapter.candidates is None else adapter.candidates.indices
-    parts = (x, dy, adapter.active.indices, candidates, adapter.proposal)
+    parts = (x, dy, adapter.active.indices, candidates, adapter.proposal, weight)
     if not (batch or rows or columns):
         return collect(*parts)
     between = [None] * (x.ndim - 2)
@@ -153,19 +157,22 @@ def _collect(x: jax.Array, dy: jax.Array, adapter: SparseLinear) -> tuple:
     specs = (
         PartitionSpec(batch or None, *between, None if columns in batch else columns),
         PartitionSpec(batch or None, *between, None if rows in batch else rows),
-        *[of_weight] * 3,
+        *[of_weight] * 4,
     )
     return jax.shard_map(collect, in_specs=specs, out_specs=of_weight, check_vma=False)(*parts)
 
 
-def _propose(gradient: jax.Array, adapter: SparseLinear) -> jax.Array:
+def _propose(gradient: jax.Array, adapter: SparseLinear, weight: jax.Array | None = None) -> jax.Array:
     """[..., 3, c]: gradient, row and column of the largest entries of each block."""
     slots = adapter.proposal
     assert slots is not None
     count = slots.shape[-1]
     grid, block = adapter.active.grid, adapter.active.block
     active = adapter.active.indices.reshape(math.prod(grid), -1)
-    positions = top_in_blocks(gradient, block, count, None if adapter.propose_active else active)
+    scores = gradient
+    if adapter.salience is not None and weight is not None:
+        scores = adapter.salience(gradient, weight.astype(gradient.dtype))
+    positions = top_in_blocks(scores, block, count, None if adapter.propose_active else active)
     found = SparseDelta(positions, None, adapter.active.shape, grid, axes=(None, None))
     entries = gather(gradient, found)
     # one by one: a stack of bfloat16 entries and positions would round the positions
@@ -175,12 +182,14 @@ def _propose(gradient: jax.Array, adapter: SparseLinear) -> jax.Array:
 
 def _sparse_linear_backward(residuals: tuple, dy: jax.Array) -> tuple:
     x, weight, adapter = residuals
-    dx = input_gradient(dy, _used_weight(weight, adapter)).astype(x.dtype)
+    used = _used_weight(weight, adapter)
+    dx = input_gradient(dy, used).astype(x.dtype)
+    seen = None if adapter.proposal is None or adapter.salience is None else used
     x, dy = x.astype(weight.dtype), dy.astype(weight.dtype)
     if adapter.enabled is None:
-        active, candidates, proposal = _collect(x, dy, adapter)
+        active, candidates, proposal = _collect(x, dy, adapter, seen)
     else:
-        shapes = jax.eval_shape(_collect, x, dy, adapter)
+        shapes = jax.eval_shape(_collect, x, dy, adapter, seen)
         active, candidates, proposal = lax.cond(
             adapter.enabled,
             _collect,
@@ -188,6 +197,7 @@ def _sparse_linear_backward(residuals: tuple, dy: jax.Array) -> tuple:
             x,
             dy,
             adapter,
+            seen,
         )
     cotangent = jax.tree.map(
         lambda leaf: (

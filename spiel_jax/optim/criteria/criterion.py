@@ -96,6 +96,8 @@ class Criterion:
     Attributes:
         propose_active: Whether active entries may be candidates.
         per_micro_batch: Whether candidate gradients come per micro-batch, with a leading axis [G].
+        salience: By what the largest entries are proposed: gradient and weight, two arrays alike, to scores;
+            None for the gradient.
 
     Example:
         >>> from dataclasses import dataclass
@@ -112,6 +114,7 @@ class Criterion:
 
     propose_active: bool = False
     per_micro_batch: bool = False
+    salience: ClassVar[Callable[[jax.Array, jax.Array], jax.Array] | None] = None
     in_original: ClassVar[bool] = False  # whether the original implementation has it
     reselects_once: ClassVar[bool] = False  # its one phase may then be longer than ``spiel.every``
     own: ClassVar[tuple[str, ...] | None] = None  # keys of the configuration that are of it; None: not said
