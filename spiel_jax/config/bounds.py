@@ -18,6 +18,7 @@ from spiel_jax.models.storage import KINDS
 from spiel_jax.optim.criteria.criterion import CRITERIA
 from spiel_jax.optim.criteria.moment_approximation import Score
 from spiel_jax.optim.parity import Parity
+from spiel_jax.optim.spiel import DropBy
 
 _LARGEST = 2**31 - 1
 """Counts and sizes are int32 on the device."""
@@ -346,6 +347,7 @@ KEYS: dict[str, Kind] = {
     "spiel.rate": Number(0, 1),
     "spiel.first": OrNone(Number(high=1)),
     "spiel.candidate_ratio": Number(above=0),
+    "spiel.drop_by": OneOf(lambda: get_args(DropBy)),
     "spiel.score": OneOf(lambda: get_args(Score)),
     "spiel.magnitude": _one_of("largest", "smallest"),
     "spiel.filter_rank": Whole(1, 2**16),

@@ -34,6 +34,8 @@ def default_config() -> Config:
             # gradient: static, largest gradients at the start (SIFT); the entries are chosen at the end of
             # step spiel.accumulation
             # gem, talos: as gradient, the largest relative to the weight (GEM), the least sensitive (TaLoS)
+            # wanda: as gradient, the largest weights times the size of their inputs (Super-Tuning)
+            # migu: as gradient, the rows of largest output (MIGU)
             # lora: matrices of low rank beside the weights; ia3: scaled keys, values and MLP activations
             # full: AdamW on every weight
             # rosa: deltas and matrices of low rank on the same weights (RoSA)
@@ -89,6 +91,9 @@ def default_config() -> Config:
                 # entries start at random, and as the schedule says for random
                 "first": optional(float),
                 "candidate_ratio": 1.0,  # spiel_ag, gradient, gem, talos: candidates per active entry
+                # what is dropped: the smallest values; relative to the steps they were trained: age; to the
+                # weight: weight
+                "drop_by": "value",
                 "score": "product",  # spiel_ma: of a row's and a column's accumulator: product | minimum
                 "magnitude": "largest",  # magnitude: largest | smallest
                 "filter_rank": 128,  # lift: of the approximation in which the largest entries are looked for

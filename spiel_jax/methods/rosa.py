@@ -175,7 +175,7 @@ class RosaMethod(Method):
         def beside(adapters: Any, low_rank: LowRankParams, micro: TokenBatch) -> Any:
             return self._beside(state.params, adapters, low_rank, micro["dropout"])
 
-        loss, (grads, more), candidates = self.sparse.gradients_with(
+        loss, (grads, more), seen = self.sparse.gradients_with(
             old, {**batch, "dropout": keys}, state.trainable["low_rank"], beside, phase=phase
         )
         norm = optax.tree.norm((grads, more))
@@ -189,9 +189,7 @@ class RosaMethod(Method):
             low_rank, optimizer = guarded(finite, change, state.trainable["low_rank"], optimizer)
         values, after = lax.cond(
             count >= self.warmup,
-            lambda: self.sparse.changed_by(
-                old, grads, candidates, finite=finite, phase=phase, reselect=reselect
-            ),
+            lambda: self.sparse.changed_by(old, grads, seen, finite=finite, phase=phase, reselect=reselect),
             lambda: (old.trainable, before),
         )
         new = self.sparse.merged_again(old, replace(old, trainable=values, opt_state=after), reselect)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,7 @@ class SparseMethod(Method):
             the pretrained ones.
         start: Pretrained parameters and targets to the positions to start from; None for random ones.
         delta_dtype: Of the values. Their gradients, sums and statistics are float32 or better.
+        looks: Whether ``tx`` looks at the weights where it reselects; None: as the criterion says.
         schedule: That of ``tx``; None where the steps' kinds are not asked of the method.
     """
 
@@ -66,6 +67,7 @@ class SparseMethod(Method):
     start: Callable[..., Mapping[str, SparseDelta]] | None = None
     schedule: Reselection | None = None
     delta_dtype: Any = jnp.float32
+    looks: bool | None = None
 
     @classmethod
     def complaints(cls, config: Any) -> Iterator[Complaint]:
@@ -103,17 +105,20 @@ class SparseMethod(Method):
             seed=config.seed,
             clip_norm=config.optimizer.clip_norm,
             clip_candidates=not is_reference(config.spiel.parity),
+            drop_by=config.spiel.drop_by,
         )
         in_place = config.spiel.merge == "resident"
         objective = Objective.from_config(config, model)
         start, dtype = criterion.start(config), jnp.dtype(config.spiel.delta_dtype)
-        return cls(objective, tx, targets, growth, in_place, start, schedule, dtype)
+        looks = growth.uses_weights or config.spiel.drop_by == "weight"
+        return cls(objective, tx, targets, growth, in_place, start, schedule, dtype, looks)
 
     def step_kind(self, step: int) -> tuple[Phase, bool]:
         """See ``Method``: as the schedule says."""
         if self.schedule is None:
             raise ValueError("a method without a schedule does not know the kinds of its steps")
-        phase = self.schedule.phase(step) if self.growth.uses_candidates else Phase.PLAIN
+        has_phases = self.growth.uses_candidates or self.growth.watch is not None
+        phase = self.schedule.phase(step) if has_phases else Phase.PLAIN
         return phase, bool(self.schedule.reselects(step))
 
     def init(self, params: Params) -> TrainState:
@@ -162,12 +167,10 @@ class SparseMethod(Method):
         self, state: TrainState, batch: TokenBatch, *, phase: Phase, reselect: bool
     ) -> tuple[TrainState, Metrics]:
         """See ``Method``."""
-        loss, grads, candidates = self.gradients(state, batch, phase=phase)
+        loss, (grads, _), seen = self.gradients_with(state, batch, {}, _alone, phase=phase)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        values, opt_state = self.changed_by(
-            state, grads, candidates, finite=finite, phase=phase, reselect=reselect
-        )
+        values, opt_state = self.changed_by(state, grads, seen, finite=finite, phase=phase, reselect=reselect)
         new = self.merged_again(state, replace(state, trainable=values, opt_state=opt_state), reselect)
         metrics: Metrics = {
             "loss": loss,
@@ -188,21 +191,23 @@ class SparseMethod(Method):
         self,
         state: TrainState,
         grads: Any,
-        candidates: Mapping[str, SparseDelta] | None,
+        seen: "Seen",
         *,
         finite: jax.Array,
         phase: Phase,
         reselect: bool,
     ) -> tuple[Params, Any]:
         """Values and optimizer state after a step of these gradients; as they are if it is not finite."""
-        weights = self._merged(state) if reselect and self.growth.uses_weights else None
+        looks = self.growth.uses_weights if self.looks is None else self.looks
+        weights = self._merged(state) if reselect and looks else None
 
         def change(values: Params, opt_state: Any) -> tuple[Any, Any]:
             updates, opt_state = self.tx.update(
                 grads,
                 opt_state,
                 values,
-                candidates=candidates,
+                candidates=seen.candidates,
+                watched=seen.watched,
                 phase=phase,
                 reselect=reselect,
                 weights=weights,
@@ -301,8 +306,8 @@ class SparseMethod(Method):
         gradients are those of the step's mean loss; for a criterion that wants them per micro-batch they
         have a leading axis [G].
         """
-        loss, (grads, _), candidates = self.gradients_with(state, batch, {}, _alone, phase=phase)
-        return loss, grads, candidates
+        loss, (grads, _), seen = self.gradients_with(state, batch, {}, _alone, phase=phase)
+        return loss, grads, seen.candidates
 
     def gradients_with(
         self,
@@ -312,7 +317,7 @@ class SparseMethod(Method):
         beside: Callable[[dict[str, SparseLinear], Any, TokenBatch], Mapping[str, AdaptedLinear]],
         *,
         phase: Phase,
-    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any], dict[str, SparseDelta] | None]:
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any], "Seen"]:
         """As ``gradients``, and the gradient of what else is trained with them.
 
         Args:
@@ -353,9 +358,11 @@ class SparseMethod(Method):
             total, others = scan_micro_batches(observe(candidates), batch)
             return (*total, others) if stacked else total
 
+        if growth.watch is not None and phase is not Phase.PLAIN:
+            return self._watching(state, active, batch, total, others, beside)
         if not counts or phase is Phase.PLAIN:
             loss, grads, _ = summed(None, batch)
-            return loss, grads, None
+            return loss, grads, Seen()
         if phase is Phase.ESTIMATE:
             candidates = {}
             for name, stats in optax.tree.get(state.opt_state, "growth").items():
@@ -363,7 +370,7 @@ class SparseMethod(Method):
                 zeros_there = jnp.zeros(known.shape, state_dtype(state.trainable[name].dtype))
                 candidates[name] = self.targets[name].delta(known, zeros_there)
             loss, grads, seen = summed(candidates, batch)
-            return loss, grads, {n: d.with_values(seen[n]) for n, d in candidates.items()}
+            return loss, grads, Seen({n: d.with_values(seen[n]) for n, d in candidates.items()})
 
         loss, grads, candidates = self._propose(state, active, batch, total, counts, others, beside)
         seen = {name: delta.values for name, delta in candidates.items()}
@@ -375,7 +382,47 @@ class SparseMethod(Method):
             join = (lambda a, b: jnp.concatenate([a, b])) if stacked else jnp.add
             loss, grads = jax.tree.map(jnp.add, (loss, grads), more[:2])
             seen = jax.tree.map(join, seen, more[2])
-        return loss, grads, {n: d.with_values(seen[n]) for n, d in candidates.items()}
+        return loss, grads, Seen({n: d.with_values(seen[n]) for n, d in candidates.items()})
+
+    def _watching(
+        self,
+        state: TrainState,
+        active: dict[str, SparseDelta],
+        batch: TokenBatch,
+        total: jax.Array,
+        others: Any,
+        beside: Callable[..., Any],
+    ) -> tuple[jax.Array, tuple[Params, Any], "Seen"]:
+        """Loss and gradients, and what the criterion watches of the layers."""
+        watch, layers, empty = self.growth.watch, self.objective.config.num_layers, {}
+        assert watch is not None
+        for name in _by_parameter(active):
+            shape = state.params[name].shape[-2:]
+            abstract = (jax.ShapeDtypeStruct(size, jnp.float32) for size in ((1, shape[1]), shape))
+            part = jax.eval_shape(watch, *abstract)
+            empty[name] = jnp.zeros((layers, *part.shape), part.dtype)
+
+        def function(micro: TokenBatch) -> tuple[Any, None]:
+            def loss(trained: tuple[Params, Any], slots: Params) -> jax.Array:
+                values, more = trained
+                positions = {name: delta.with_values(values[name]) for name, delta in active.items()}
+                adapters = self._adapters(positions, None, None, state.base)
+                adapters = {
+                    name: replace(adapter, watched=slots[name], watch=watch)
+                    for name, adapter in adapters.items()
+                }
+                both = beside(adapters, more, micro)
+                return self.objective(state.params, micro, both, frozen=True) / total
+
+            value, (grads, watched) = jax.value_and_grad(loss, (0, 1))((state.trainable, others), empty)
+            return (value, grads, watched), None
+
+        (loss, grads, watched), _ = scan_micro_batches(function, batch)
+        found = {}
+        for name, delta in active.items():
+            seen = watched[parameter_name(name)]
+            found[name] = seen if delta.layers is None else seen[jnp.array(delta.layers)]
+        return loss, grads, Seen(watched=found)
 
     def _propose(
         self,
@@ -467,6 +514,13 @@ class SparseMethod(Method):
                 base[name] = jnp.where(replaced, gather(weight, delta), base[name])
             params[parameter_name(name)] = weight
         return replace(new, params=params, base=base)
+
+
+class Seen(NamedTuple):
+    """What a step saw for the growth criterion; see ``Observation``."""
+
+    candidates: dict[str, SparseDelta] | None = None
+    watched: Params | None = None
 
 
 def _alone(adapters: dict[str, SparseLinear], others: Any, micro: TokenBatch) -> dict[str, SparseLinear]:

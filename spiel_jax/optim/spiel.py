@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,12 @@ from spiel_jax.optim.entry_state import ReplacedSlots, check_per_entry, reset
 from spiel_jax.optim.inner_optimizers import state_dtype
 from spiel_jax.optim.positions import initial_positions
 from spiel_jax.optim.schedules import Phase, Reselection
-from spiel_jax.sparse.delta import SparseDelta, map_matrices
+from spiel_jax.sparse.delta import SparseDelta, base_entries, map_matrices
 from spiel_jax.sparse.targets import Target, by_target, like_values
+
+DropBy = Literal["value", "age", "weight"]
+"""Which entries a reselection drops: those of smallest ``|value|`` (SpIEL, section 3.1), or of the smallest
+relative to the steps that the inner optimizer has trained them (its ``age``), or to the tuned weight."""
 
 
 class SpielState(NamedTuple):
@@ -54,6 +58,9 @@ class SpielState(NamedTuple):
     inner: Any
     replaced: jax.Array
 
+
+_TINY = 1e-12
+"""Of a weight that is 0 to the size that a value there is relative to."""
 
 _MULTI_STEPS = (optax.MultiSteps.init.__code__, optax.MultiSteps.update.__code__)
 
@@ -85,6 +92,7 @@ def spiel(
     seed: int | jax.Array = 0,
     clip_norm: float | None = None,
     clip_candidates: bool = True,
+    drop_by: DropBy = "value",
 ) -> optax.GradientTransformationExtraArgs:
     """Evolves the positions of sparse values around an inner optimizer (SpIEL, algorithms 1 and 2).
 
@@ -114,6 +122,7 @@ def spiel(
             gradients are scaled by the same factor, which a clipping before this one in a chain could not
             do.
         clip_candidates: Whether they are (the original implementation's are not).
+        drop_by: Which entries are dropped; see ``DropBy``.
 
     Returns:
         A ``GradientTransformationExtraArgs``. Its update takes, besides gradients, state and values:
@@ -122,6 +131,7 @@ def spiel(
           there (SpIEL-AG); needed on proposing and estimating steps.
         * ``weights``: pytree of the weights as they are, deltas merged; needed where the step ends with a
           reselection of a criterion that looks at them (``uses_weights``).
+        * ``watched``: target name to what a criterion saw of the layers (``Criterion.watch``), in a phase.
         * ``phase``: the step's ``Phase``, and ``reselect``: whether it ends with a reselection. A host that
           knows them (``schedule.phase(step)``, ``schedule.reselects(step)``) gives them as Python
           values, and what never runs is not compiled. Where absent they follow from the state's count.
@@ -152,7 +162,14 @@ def spiel(
             "would begin as they end, and it divides by zero"
         )
     evolution = _Evolution(
-        optax.with_extra_args_support(inner), targets, growth, schedule, seed, clip_norm, clip_candidates
+        optax.with_extra_args_support(inner),
+        targets,
+        growth,
+        schedule,
+        seed,
+        clip_norm,
+        clip_candidates,
+        drop_by,
     )
     functions: Any = evolution.init, evolution.update
     return optax.GradientTransformationExtraArgs(*functions)
@@ -169,6 +186,7 @@ class _Evolution:
     seed: int | jax.Array
     clip_norm: float | None
     clip_candidates: bool
+    drop_by: DropBy
 
     @functools.cached_property
     def counts(self) -> np.ndarray:
@@ -204,6 +222,7 @@ class _Evolution:
         phase: Phase | None = None,
         reselect: Flag | None = None,
         weights: Any = None,
+        watched: Mapping[str, jax.Array] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SpielState]:
         """See ``spiel``."""
@@ -221,7 +240,7 @@ class _Evolution:
                 lambda u, v: u.astype(jnp.promote_types(u.dtype, v.dtype)), updates, values
             )
         with jax.named_scope("observe"):
-            seen = self._seen(grads, state, candidates, phase, inner_state)
+            seen = self._seen(grads, state, candidates, phase, inner_state)._replace(watched=watched)
             observed = self.growth.observe(state.growth, seen)
         state = state._replace(
             spiel_count=optax.safe_increment(state.spiel_count),
@@ -291,7 +310,7 @@ class _Evolution:
             stats = self.growth.survey(stats, weights, self.targets)
         targets, table = self.targets, jnp.asarray(self.counts)[number]  # [targets]
         old_values, named_updates = by_target(values, targets), by_target(updates, targets)
-        active, replaced, seeds = {}, {}, {}
+        active, replaced, seeds, scales = {}, {}, {}, self._drop_scales(state, weights)
         for position, (name, target) in enumerate(targets.items()):
             one = partial(_reselect_matrix, n=table[position], target=target, growth=self.growth)
             indices, replaced[name], seeds[name] = map_matrices(
@@ -301,6 +320,7 @@ class _Evolution:
                 old_values[name],
                 named_updates[name],
                 stats[name],
+                scales.get(name),
             )
             active[name] = target.delta(indices)
 
@@ -319,12 +339,27 @@ class _Evolution:
             replaced=jnp.asarray(changed / total, jnp.float32),
         )
 
+    def _drop_scales(self, state: SpielState, weights: Any) -> dict[str, jax.Array]:
+        """What the values are relative to where entries are dropped: target name to [..., k]; empty for 1."""
+        if self.drop_by == "value":
+            return {}
+        if self.drop_by == "age":
+            ages = optax.tree.get(state.inner, "age")
+            if ages is None:
+                raise ValueError('drop_by = "age": the inner optimizer keeps none; use aged_adamw')
+            return {name: jnp.maximum(age, 1) for name, age in by_target(ages, self.targets).items()}
+        if weights is None:
+            raise ValueError('drop_by = "weight" looks at the weights: give update(weights=)')
+        entries = base_entries(weights, state.active)
+        return {name: jnp.maximum(jnp.abs(one.astype(jnp.float32)), _TINY) for name, one in entries.items()}
+
 
 def _reselect_matrix(
     indices: jax.Array,
     values: jax.Array,
     updates: jax.Array,
     stats: Any,
+    scale: jax.Array | None = None,
     *,
     n: jax.Array,
     target: Target,
@@ -333,7 +368,7 @@ def _reselect_matrix(
     """Drop and grow in one matrix: new indices [k], replaced [k], seeds."""
     moved: Any = optax.apply_updates(values, updates)  # here: not for all matrices at once
     n = jnp.minimum(n, growth.available(stats, indices, target))
-    dropped = drop(moved, indices, n, target.block_size)
+    dropped = drop(moved if scale is None else moved / scale, indices, n, target.block_size)
     incoming = growth.incoming(stats, indices, dropped, n, target)
     new = replace_dropped(indices, dropped, incoming, target.block_size)
     return new.indices, new.replaced, growth.seed(stats, new.source)

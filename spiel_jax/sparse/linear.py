@@ -37,12 +37,14 @@ class SparseLinear:
         proposal: Zeros [*stack, ..., 3, c], float32 or float64, or None. Their cotangent holds, for the c
             entries of largest gradient magnitude that are not excluded, gradient, row and column in the block
             as floats (exact up to 2^24); an unused slot has the number of rows as its row.
+        watched: Zeros, or None; their cotangent is what ``watch`` gives.
         enabled: Bool scalar per matrix, false where the weight gradient of this layer is not wanted and
             should not be computed; None for true.
         merged: Static. True where ``weight`` already holds the active deltas (a in-place merge); False
             where they are scattered into it on each use.
         propose_active: Static. Whether active entries may be proposed.
         salience: Static. Gradient and weight to the scores by which entries are proposed; None: the gradient.
+        watch: Static. Inputs and weight to what is to be seen of them; see ``Criterion.watch``.
         batch_axes: Static. Mesh axes over which the leading axis of ``x`` is spread under ``jax.set_mesh``.
             An axis that is also one of the weight's (``active.axes``) is one over which the weight is
             collected for its use, as "fsdp" is.
@@ -51,10 +53,12 @@ class SparseLinear:
     active: SparseDelta
     candidates: SparseDelta | None = None
     proposal: jax.Array | None = None
+    watched: jax.Array | None = None
     enabled: jax.Array | None = None
     merged: bool = _static(default=True)
     propose_active: bool = _static(default=False)
     salience: Callable[[jax.Array, jax.Array], jax.Array] | None = _static(default=None)  # noqa: RUF009
+    watch: Callable[[jax.Array, jax.Array], jax.Array] | None = _static(default=None)  # noqa: RUF009
     batch_axes: tuple[str, ...] = _static(default=BATCH_AXES)
 
     def __call__(self, x: jax.Array, weight: jax.Array | Stored) -> jax.Array:
@@ -210,6 +214,9 @@ def _sparse_linear_backward(residuals: tuple, dy: jax.Array) -> tuple:
         active=cotangent.active.with_values(active.astype(adapter.active.values.dtype)),
         proposal=proposal,
     )
+    if adapter.watched is not None and adapter.watch is not None:
+        with jax.named_scope("watch"):
+            cotangent = replace(cotangent, watched=adapter.watch(x, used))
     if adapter.candidates is not None:
         cotangent = replace(cotangent, candidates=cotangent.candidates.with_values(candidates))
     return dx, None, cotangent

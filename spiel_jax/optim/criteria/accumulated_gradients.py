@@ -85,7 +85,7 @@ class AccumulatedGradients(Criterion):
     """
 
     in_original = True
-    own = ("spiel.candidate_ratio",)
+    own = ("spiel.candidate_ratio", "spiel.drop_by")
 
     b1: float = 0.9
     b2: float = 0.999

@@ -42,6 +42,7 @@ class Observation(NamedTuple):
         proposes: Whether the candidates are newly proposed.
         estimates: Whether they are observed again.
         inner: State of the inner optimizer after its update.
+        watched: Target name to what ``Criterion.watch`` saw in the step, summed; None if it saw nothing.
     """
 
     active: Mapping[str, SparseDelta]
@@ -50,6 +51,7 @@ class Observation(NamedTuple):
     proposes: Flag
     estimates: Flag
     inner: Any
+    watched: Mapping[str, jax.Array] | None = None
 
 
 class Regridding(Protocol):
@@ -98,6 +100,8 @@ class Criterion:
         per_micro_batch: Whether candidate gradients come per micro-batch, with a leading axis [G].
         salience: By what the largest entries are proposed: gradient and weight, two arrays alike, to scores;
             None for the gradient.
+        watch: What is to be seen of a linear in a phase: its inputs [..., in] and weight to an array that is
+            summed over micro-batches; None: nothing.
 
     Example:
         >>> from dataclasses import dataclass
@@ -115,6 +119,7 @@ class Criterion:
     propose_active: bool = False
     per_micro_batch: bool = False
     salience: ClassVar[Callable[[jax.Array, jax.Array], jax.Array] | None] = None
+    watch: ClassVar[Callable[[jax.Array, jax.Array], jax.Array] | None] = None
     in_original: ClassVar[bool] = False  # whether the original implementation has it
     reselects_once: ClassVar[bool] = False  # its one phase may then be longer than ``spiel.every``
     own: ClassVar[tuple[str, ...] | None] = None  # keys of the configuration that are of it; None: not said
@@ -232,6 +237,8 @@ class Criterion:
             yield "init_from.adapter", adapter, f"unset: {config.method} chooses its own entries"
         if reference and not cls.in_original:
             yield "method", config.method, f"a method of SpIEL: {ORIGINAL}"
+        if reference and settings.drop_by != "value":
+            yield "spiel.drop_by", settings.drop_by, f"value: {ORIGINAL}"
         if reference and first is not None:
             yield "spiel.first", first, f"unset: {ORIGINAL}"
         if reference and settings.schedule == "constant":

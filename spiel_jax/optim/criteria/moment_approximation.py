@@ -57,7 +57,7 @@ class MomentApproximation(Criterion):
     """
 
     in_original = True
-    own = ("spiel.score",)
+    own = ("spiel.score", "spiel.drop_by")
     unused = ("optimizer.b1", "optimizer.b2")
 
     score: Score = "product"
@@ -87,6 +87,8 @@ class MomentApproximation(Criterion):
     def complaints(cls, config: Any) -> Iterator[Complaint]:
         """See ``Criterion``."""
         yield from super().complaints(config)
+        if config.spiel.drop_by == "age":
+            yield "spiel.drop_by", "age", "value or weight: SM3 keeps no age"
         for key, size in config.targets.balance.items():
             if size is not None:
                 expected = "None: SM3 keeps a number for each row and each column of every part"

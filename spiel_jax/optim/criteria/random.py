@@ -38,7 +38,7 @@ class RandomGrowth(Criterion):
         <https://arxiv.org/abs/2406.13175>`_.
     """
 
-    own = ()
+    own = ("spiel.drop_by",)
 
     key: int | jax.Array = 0
 

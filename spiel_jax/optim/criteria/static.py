@@ -65,7 +65,7 @@ class FirstGradients(AccumulatedGradients):
 
     in_original = False
     reselects_once = True
-    unused = ("spiel.every", "spiel.schedule", "spiel.rate", "spiel.first")
+    unused = ("spiel.every", "spiel.schedule", "spiel.rate", "spiel.first", "spiel.drop_by")
 
     @classmethod
     def from_config(cls, config: Any) -> AccumulatedGradients:
@@ -75,8 +75,13 @@ class FirstGradients(AccumulatedGradients):
     @classmethod
     def schedule(cls, config: Any, steps: int) -> Reselection:
         """See ``Criterion``: everything is replaced at the end of step ``spiel.accumulation``."""
-        phase = config.spiel.accumulation
-        return Reselection(steps, max(steps, phase), phase, constant(0.0), first=1.0)
+        return chosen_once(config, steps)
+
+
+def chosen_once(config: Any, steps: int) -> Reselection:
+    """The schedule of a static mask that is chosen at the end of step ``spiel.accumulation``."""
+    phase = config.spiel.accumulation
+    return Reselection(steps, max(steps, phase), phase, constant(0.0), first=1.0)
 
 
 def magnitude_positions(
