@@ -78,7 +78,7 @@ def runs(configured, tmp_path_factory):
     return make
 
 
-SLOW = ("magnitude", "gradient", "lift", "rosa")  # the first two are static like "random"
+SLOW = ("magnitude", "gradient", "gem", "talos", "wanda", "migu", "lift", "rosa")  # most static like "random"
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ class TestMethods:
         *[(name, "targets.density", 0.1, "density or num_tunable, one of them") for name in CRITERIA],
         *[
             (name, "spiel.parity", "reference", "method = .*: expected a method of SpIEL")
-            for name in ("random", "magnitude", "gradient", "lift")
+            for name in ("random", "magnitude", "gradient", "lift", "gem", "wanda")
         ],
         ("spiel_ag", "spiel.candidate_ratio", 0.0, "candidate_ratio = 0.0: expected more than 0"),
         ("spiel_ma", "spiel.score", "sum", "score = 'sum': expected one of product, minimum"),
@@ -204,8 +204,9 @@ def test_entries_evolve_where_they_should(name, runs):
 
 
 @pytest.mark.slow
-def test_the_largest_gradients_are_chosen_once(runs):
-    found = replaced(runs("gradient")[0] / "whole")
+@pytest.mark.parametrize("name", ["gradient", "gem", "talos", "wanda", "migu"])
+def test_the_entries_are_chosen_once(name, runs):
+    found = replaced(runs(name)[0] / "whole")
     assert list(found) == [2]
     assert 0.8 < found[2] < 1.0  # the few that were active and of large gradient stay
 
