@@ -31,6 +31,7 @@ def default_config() -> Config:
             # random: they evolve at random (SET); with spiel.rate=0, a static random mask (SHiRA, SpaRTA)
             # magnitude: static, largest or smallest pretrained weights (Super-Tuning)
             # lift: largest entries of a low-rank approximation of the weight, every spiel.every steps (LIFT)
+            # structured: static, whole rows, columns or rectangles (S2FT)
             # gradient: static, largest gradients at the start (SIFT); the entries are chosen at the end of
             # step spiel.accumulation
             # gem, talos: as gradient, the largest relative to the weight (GEM), the least sensitive (TaLoS)
@@ -96,6 +97,9 @@ def default_config() -> Config:
                 "drop_by": "value",
                 "score": "product",  # spiel_ma: of a row's and a column's accumulator: product | minimum
                 "magnitude": "largest",  # magnitude: largest | smallest
+                # structured: what is taken whole, so many rows and columns (None: all of them), and whether at
+                # random or by the largest weights: random | weights
+                "tile": {"rows": optional(int), "columns": optional(int), "by": "random"},
                 "filter_rank": 128,  # lift: of the approximation in which the largest entries are looked for
                 "merge": "resident",  # resident | per_use
                 # of the deltas: float32 | bfloat16, as in the paper's runs on a quantised base. Gradients and

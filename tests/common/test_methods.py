@@ -49,6 +49,7 @@ def configured(llama_folder, tmp_path_factory):
         config.optimizer.learning_rate = RATE.get(name, 3e-2)
         config.lora.rank = 4
         config.rosa.warmup = 2
+        config.spiel.tile.columns = 1
         config.spiel.first = 1.0 if name != "random" else None
         if name not in CRITERIA:
             config.targets.rules = LINEAR_LAYERS
@@ -78,7 +79,7 @@ def runs(configured, tmp_path_factory):
     return make
 
 
-SLOW = ("magnitude", "gradient", "gem", "talos", "wanda", "migu", "lift", "rosa")  # most static like "random"
+SLOW = ("magnitude", "gradient", "gem", "talos", "wanda", "migu", "lift", "rosa", "structured")
 
 
 @pytest.mark.parametrize(
