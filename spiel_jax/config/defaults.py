@@ -97,8 +97,8 @@ def default_config() -> Config:
                 "drop_by": "value",
                 "score": "product",  # spiel_ma: of a row's and a column's accumulator: product | minimum
                 "magnitude": "largest",  # magnitude: largest | smallest
-                # structured: what is taken whole, so many rows and columns (None: all of them), and whether at
-                # random or by the largest weights: random | weights
+                # structured: what is taken whole, so many rows and columns (None: all), and by what: random |
+                # weights, the largest mean
                 "tile": {"rows": optional(int), "columns": optional(int), "by": "random"},
                 "filter_rank": 128,  # lift: of the approximation in which the largest entries are looked for
                 "merge": "resident",  # resident | per_use
