@@ -209,7 +209,8 @@ def test_entries_evolve_where_they_should(name, runs):
 def test_the_entries_are_chosen_once(name, runs):
     found = replaced(runs(name)[0] / "whole")
     assert list(found) == [2]
-    assert 0.8 < found[2] < 1.0  # the few that were active and of large gradient stay
+    # a few that were active stay; those of least sensitivity are about as many as by chance, a density of 0.2
+    assert (0.8 if name in ("gradient", "gem", "migu") else 0.7) < found[2] < 1.0
 
 
 @pytest.mark.slow

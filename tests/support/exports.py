@@ -4,6 +4,7 @@ import numpy as np
 
 from spiel_jax.adapters import Entries, Factors, IA3Adapter, LoraAdapter, LowRank, Origin, SparseAdapter
 from spiel_jax.adapters.adapter import tensors_of
+from spiel_jax.adapters.hybrid import HybridAdapter
 from spiel_jax.models import open_model
 from spiel_jax.models.io.fingerprint import fingerprint
 
@@ -53,10 +54,13 @@ def ia3_adapter(model, origin=None, seed=0, scale=0.2):
     return IA3Adapter(found, origin or Origin())
 
 
+def hybrid_adapter(model, origin=None):
+    return HybridAdapter(sparse_adapter(model, origin), lora_adapter(model, origin))
+
+
 def adapter_of_kind(kind, model, origin=None, **options):
-    return {"sparse": sparse_adapter, "lora": lora_adapter, "ia3": ia3_adapter}[kind](
-        model, origin, **options
-    )
+    makers = {"sparse": sparse_adapter, "lora": lora_adapter, "ia3": ia3_adapter, "hybrid": hybrid_adapter}
+    return makers[kind](model, origin, **options)
 
 
 def arrays(adapter):
