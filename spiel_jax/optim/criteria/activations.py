@@ -126,7 +126,7 @@ class WeightTimesInput(_Activations):
     """
 
     side = 1
-    watch: ClassVar[Callable[[jax.Array, jax.Array], jax.Array]] = staticmethod(input_squares)
+    watch: ClassVar[Callable[..., jax.Array] | None] = staticmethod(input_squares)
 
     @staticmethod
     def score(matrix: jax.Array, sums: jax.Array) -> jax.Array:
@@ -157,7 +157,7 @@ class LargestOutputs(_Activations):
     """
 
     side = 0
-    watch: ClassVar[Callable[[jax.Array, jax.Array], jax.Array]] = staticmethod(output_sizes)
+    watch: ClassVar[Callable[..., jax.Array] | None] = staticmethod(output_sizes)
 
     @staticmethod
     def score(matrix: jax.Array, sums: jax.Array) -> jax.Array:

@@ -118,8 +118,8 @@ class Criterion:
 
     propose_active: bool = False
     per_micro_batch: bool = False
-    salience: ClassVar[Callable[[jax.Array, jax.Array], jax.Array] | None] = None
-    watch: ClassVar[Callable[[jax.Array, jax.Array], jax.Array] | None] = None
+    salience: ClassVar[Callable[..., jax.Array] | None] = None
+    watch: ClassVar[Callable[..., jax.Array] | None] = None
     in_original: ClassVar[bool] = False  # whether the original implementation has it
     reselects_once: ClassVar[bool] = False  # its one phase may then be longer than ``spiel.every``
     own: ClassVar[tuple[str, ...] | None] = None  # keys of the configuration that are of it; None: not said
