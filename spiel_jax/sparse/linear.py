@@ -53,13 +53,13 @@ class SparseLinear:
     active: SparseDelta
     candidates: SparseDelta | None = None
     proposal: jax.Array | None = None
-    watched: jax.Array | None = None
     enabled: jax.Array | None = None
     merged: bool = _static(default=True)
     propose_active: bool = _static(default=False)
+    batch_axes: tuple[str, ...] = _static(default=BATCH_AXES)
+    watched: jax.Array | None = None
     salience: Callable[[jax.Array, jax.Array], jax.Array] | None = _static(default=None)  # noqa: RUF009
     watch: Callable[[jax.Array, jax.Array], jax.Array] | None = _static(default=None)  # noqa: RUF009
-    batch_axes: tuple[str, ...] = _static(default=BATCH_AXES)
 
     def __call__(self, x: jax.Array, weight: jax.Array | Stored) -> jax.Array:
         """[..., in] and [out, in] give [..., out], dtype of ``x``."""
