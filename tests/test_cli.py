@@ -212,7 +212,10 @@ class TestConfig:
             ("--config.seed", "Missing value for flag --config.seed"),
             ("--cofnig=x", "Unknown command line flag 'cofnig'. Did you mean: config"),
             ("--cofnig.seed=1", r"Unknown command line flag 'cofnig\.seed'. Did you mean: config\.seed$"),
-            ("--learning_rate=1", r"Did you mean: config\.optimizer\.learning_rate$"),
+            (
+                "--learning_rate=1",
+                r"Did you mean: config\.optimizer\.learning_rate, config\.rosa\.learning_rate$",
+            ),
             ("--rate=1", r"flag 'rate'. Did you mean: config\.spiel\.rate$"),
         ],
     )
