@@ -61,10 +61,6 @@ _MODULES = {"_ctypes", "_multiprocessing", "_posixsubprocess", "_socket", "_posi
 """Modules that could go round the audit events."""
 
 
-class Refused(PermissionError):
-    """The sandbox does not allow it."""
-
-
 def guard(folder: str, readable: list[str]) -> Any:
     """The audit hook of a program that may write in ``folder``, and read there and in ``readable``."""
     folders = [os.path.realpath(place) + os.sep for place in (folder, *readable)]
@@ -80,9 +76,9 @@ def guard(folder: str, readable: list[str]) -> Any:
 
     def hook(event: str, arguments: tuple) -> None:
         if event == "import" and arguments[0] in _MODULES:
-            raise Refused(f"import {arguments[0]}")
+            raise PermissionError(f"import {arguments[0]}")
         if event.startswith(_REFUSED):
-            raise Refused(event)
+            raise PermissionError(event)
         if event in _PATHS:
             reads = event in _READS
             if event == "open":
@@ -91,7 +87,7 @@ def guard(folder: str, readable: list[str]) -> Any:
                 reads = not (flags & written) and not (mode and set(mode) & set("wax+"))
             for place in arguments[: _PATHS[event]]:
                 if not within(place, reads):
-                    raise Refused(f"{event}: {place}")
+                    raise PermissionError(f"{event}: {place}")
 
     return hook
 
