@@ -322,7 +322,7 @@ def test_or_the_step_is_skipped(config, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("method", "lora2", "'lora2': expected one of spiel_ag, spiel_ma, random"),
+        ("method", "lora2", "'lora2': expected one of spiel_ag, .*lora, ia3"),
         ("lora.rank", 0, r"config\.lora\.rank = 0: expected at least 1"),
         ("model.dtype", "float16", "expected one of bfloat16, float32"),
         ("model.source", "", "expected a model"),

@@ -79,6 +79,7 @@ def quantized_scores(quantized, data, tmp_path_factory):
 
 
 class TestRuns:
+    @pytest.mark.slow
     def test_beside_its_base(self, llama_folder, data, tmp_path):
         run = save_run(tmp_path / "run", llama_folder)
         texts = f"--texts={data / 'texts.txt'}"

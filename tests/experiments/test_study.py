@@ -165,6 +165,7 @@ def test_a_run_that_diverged_has_no_more(process, tmp_path):
     assert outcome(ONE, tmp_path).keys() == {"command", "diverged"}
 
 
+@pytest.mark.slow
 def test_the_test_is_what_the_run_did_not_evaluate(tmp_path, llama_folder):
     """Of the same text, so that both losses must be near; and of other batches, so that they differ."""
     config = tiny_config(llama_folder, chat_file(tmp_path), "spiel_ma")
