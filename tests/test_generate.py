@@ -10,6 +10,7 @@ import optax
 import pytest
 import torch
 from absl import app, flags
+from support import decoders
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import spiel_jax as sj
@@ -23,23 +24,13 @@ from spiel_jax.inference.sampling import generate
 from spiel_jax.losses.next_token import Objective
 from spiel_jax.methods.full import FullMethod
 from spiel_jax.methods.sparse import SparseMethod
-from spiel_jax.models import ModelConfig, bind, init_params, layer_names
+from spiel_jax.models import bind, init_params, layer_names
 from spiel_jax.models.io.fingerprint import fingerprint
 from spiel_jax.models.io.loading import open_model
 
-CONFIG = ModelConfig(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_positions=128,
-    initializer_range=0.3,
+CONFIG, WINDOW, MIXED = (
+    dataclasses.replace(one, max_positions=128) for one in (decoders.CONFIG, decoders.WINDOW, decoders.MIXED)
 )
-WINDOW = dataclasses.replace(CONFIG, sliding_window=4)
-MIXED = dataclasses.replace(WINDOW, sliding_layers=(True, False))
 drawn = jax.jit(init_params, static_argnums=0)
 PROMPTS = [[5, 9, 2], [7], [11, 3, 8, 1, 90, 4, 60, 33]]
 

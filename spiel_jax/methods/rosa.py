@@ -175,7 +175,7 @@ class RosaMethod(Method):
         def beside(adapters: Any, low_rank: LowRankParams, micro: TokenBatch) -> Any:
             return self._beside(state.params, adapters, low_rank, micro["dropout"])
 
-        loss, (grads, more), seen = self.sparse.gradients_with(
+        loss, (grads, more), seen = self.sparse.passes.of(
             old, {**batch, "dropout": keys}, state.trainable["low_rank"], beside, phase=phase
         )
         norm = optax.tree.norm((grads, more))

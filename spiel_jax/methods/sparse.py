@@ -1,27 +1,25 @@
-"""Training of sparse deltas: gradients of entries, candidates, and the in-place merge."""
+"""Training of sparse deltas: a step of them, and the in-place merge."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from spiel_jax.losses.next_token import Objective, Params, TokenBatch, supervised
+from spiel_jax.losses.next_token import Objective, Params, TokenBatch
 from spiel_jax.methods.configured import configured_targets, learning_rate, with_axes
-from spiel_jax.methods.method import Method, Metrics, TrainState, guarded, scan_micro_batches
+from spiel_jax.methods.entry_gradients import EntryGradients, Seen, alone, by_parameter, joined
+from spiel_jax.methods.method import Method, Metrics, TrainState, guarded
 from spiel_jax.methods.unmerged import Unmerged
 from spiel_jax.models.config import ModelConfig
-from spiel_jax.models.layers import AdaptedLinear
-from spiel_jax.ops.selection import compact, largest
 from spiel_jax.ops.stored import is_writable
 from spiel_jax.ops.tree import all_finite, parameter_name
 from spiel_jax.optim.block_grid import Regridded, convert
 from spiel_jax.optim.cohorts import cohorts
 from spiel_jax.optim.criteria.criterion import CRITERIA, Complaint, Criterion, unused_keys
-from spiel_jax.optim.inner_optimizers import state_dtype
 from spiel_jax.optim.parity import is_reference
 from spiel_jax.optim.positions import active_positions, deltas, place
 from spiel_jax.optim.schedules import Phase, Reselection
@@ -32,10 +30,9 @@ from spiel_jax.sparse.delta import (
     merge,
     merged_entries,
     set_entries,
-    stack_layers,
     unmerge,
 )
-from spiel_jax.sparse.linear import SparseLinear, candidates_from_proposal
+from spiel_jax.sparse.linear import SparseLinear
 from spiel_jax.sparse.targets import Target, zeros
 
 
@@ -113,6 +110,11 @@ class SparseMethod(Method):
         looks = growth.uses_weights or config.spiel.drop_by == "weight"
         return cls(objective, tx, targets, growth, in_place, start, schedule, dtype, looks)
 
+    @property
+    def passes(self) -> EntryGradients:
+        """The forward and backward passes of its steps."""
+        return EntryGradients(self.objective, self.targets, self.growth)
+
     def step_kind(self, step: int) -> tuple[Phase, bool]:
         """See ``Method``: as the schedule says."""
         if self.schedule is None:
@@ -153,8 +155,8 @@ class SparseMethod(Method):
         """The tuned weights, each matrix merged when it is used."""
         unmerged, layers = self._unmerged(state), self.objective.config.num_layers
         held = {
-            name: Unmerged(state.params[name], _joined(unmerged, group, layers))
-            for name, group in _by_parameter(unmerged).items()
+            name: Unmerged(state.params[name], joined(unmerged, group, layers))
+            for name, group in by_parameter(unmerged).items()
         }
         return state.params | held
 
@@ -167,7 +169,7 @@ class SparseMethod(Method):
         self, state: TrainState, batch: TokenBatch, *, phase: Phase, reselect: bool
     ) -> tuple[TrainState, Metrics]:
         """See ``Method``."""
-        loss, (grads, _), seen = self.gradients_with(state, batch, {}, _alone, phase=phase)
+        loss, (grads, _), seen = self.passes.of(state, batch, {}, alone, phase=phase)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         values, opt_state = self.changed_by(state, grads, seen, finite=finite, phase=phase, reselect=reselect)
@@ -191,7 +193,7 @@ class SparseMethod(Method):
         self,
         state: TrainState,
         grads: Any,
-        seen: "Seen",
+        seen: Seen,
         *,
         finite: jax.Array,
         phase: Phase,
@@ -224,7 +226,7 @@ class SparseMethod(Method):
 
     def unmerged_adapters(self, state: TrainState) -> dict[str, SparseLinear]:
         """What the model needs beside its parameters to be the tuned one."""
-        return self._adapters(self._unmerged(state), None, None, state.base)
+        return self.passes.adapters(self._unmerged(state), state.base)
 
     def changed(self, trained: Mapping[str, SparseDelta]) -> Set[str]:
         """See ``Method``."""
@@ -237,9 +239,9 @@ class SparseMethod(Method):
     def beside(self, params: Params, trained: Mapping[str, SparseDelta]) -> Params:
         """See ``Method``."""
         layers, held = self.objective.config.num_layers, {}
-        for name, group in _by_parameter(trained).items():
+        for name, group in by_parameter(trained).items():
             if not is_writable(params[name]):
-                held[name] = Unmerged(params[name], _joined(trained, group, layers))
+                held[name] = Unmerged(params[name], joined(trained, group, layers))
         written = {name: delta for name, delta in trained.items() if parameter_name(name) not in held}
         return merge(params, written) | held
 
@@ -300,202 +302,9 @@ class SparseMethod(Method):
     def gradients(
         self, state: TrainState, batch: TokenBatch, *, phase: Phase
     ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, SparseDelta] | None]:
-        """Mean loss, its gradient at the active entries, and the candidates with theirs.
-
-        On a proposing step micro-batch 0 proposes the candidates, the others observe them. Candidate
-        gradients are those of the step's mean loss; for a criterion that wants them per micro-batch they
-        have a leading axis [G].
-        """
-        loss, (grads, _), seen = self.gradients_with(state, batch, {}, _alone, phase=phase)
+        """Mean loss, its gradient at the active entries, and the candidates with theirs; see ``passes``."""
+        loss, (grads, _), seen = self.passes.of(state, batch, {}, alone, phase=phase)
         return loss, grads, seen.candidates
-
-    def gradients_with(
-        self,
-        state: TrainState,
-        batch: TokenBatch,
-        others: Any,
-        beside: Callable[[dict[str, SparseLinear], Any, TokenBatch], Mapping[str, AdaptedLinear]],
-        *,
-        phase: Phase,
-    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any], "Seen"]:
-        """As ``gradients``, and the gradient of what else is trained with them.
-
-        Args:
-            state: The state.
-            batch: Arrays [G, B, S]; further arrays [G, ...] are passed on to ``beside``.
-            others: What else is differentiated.
-            beside: The adapters of the deltas, ``others`` and a micro-batch to what the model runs with.
-            phase: Of the step.
-        """
-        state = replace(state, trainable=_wide(state.trainable))
-        active = deltas(state.trainable, state.opt_state)
-        total = supervised(batch)
-        growth = self.growth
-        counts = {}
-        if growth.uses_candidates:
-            counts = {name: growth.count(target) for name, target in self.targets.items()}
-        stacked = growth.per_micro_batch
-
-        def observe(candidates: dict[str, SparseDelta] | None) -> Callable[[TokenBatch], tuple[Any, Any]]:
-            def function(micro: TokenBatch) -> tuple[Any, Any]:
-                def loss(trained: tuple[Params, Any], slots: Params | None) -> jax.Array:
-                    values, more = trained
-                    positions = {name: delta.with_values(values[name]) for name, delta in active.items()}
-                    probes = None
-                    if candidates is not None and slots is not None:
-                        probes = {n: delta.with_values(slots[n]) for n, delta in candidates.items()}
-                    adapters = self._adapters(positions, probes, None, state.base)
-                    both = beside(adapters, more, micro)
-                    return self.objective(state.params, micro, both, frozen=True) / total
-
-                slots = candidates and {n: jnp.zeros_like(d.values) for n, d in candidates.items()}
-                value, (grads, seen) = jax.value_and_grad(loss, (0, 1))((state.trainable, others), slots)
-                return ((value, grads), seen) if stacked else ((value, grads, seen), None)
-
-            return function
-
-        def summed(candidates: dict[str, SparseDelta] | None, batch: TokenBatch) -> tuple[Any, ...]:
-            total, others = scan_micro_batches(observe(candidates), batch)
-            return (*total, others) if stacked else total
-
-        if growth.watch is not None and phase is not Phase.PLAIN:
-            return self._watching(state, active, batch, total, others, beside)
-        if not counts or phase is Phase.PLAIN:
-            loss, grads, _ = summed(None, batch)
-            return loss, grads, Seen()
-        if phase is Phase.ESTIMATE:
-            candidates = {}
-            for name, stats in optax.tree.get(state.opt_state, "growth").items():
-                known = growth.known(stats)
-                zeros_there = jnp.zeros(known.shape, state_dtype(state.trainable[name].dtype))
-                candidates[name] = self.targets[name].delta(known, zeros_there)
-            loss, grads, seen = summed(candidates, batch)
-            return loss, grads, Seen({n: d.with_values(seen[n]) for n, d in candidates.items()})
-
-        loss, grads, candidates = self._propose(state, active, batch, total, counts, others, beside)
-        seen = {name: delta.values for name, delta in candidates.items()}
-        if stacked:
-            seen = jax.tree.map(lambda x: x[None], seen)
-        if batch["tokens"].shape[0] > 1:
-            rest = jax.tree.map(lambda x: x[1:], batch)
-            more = summed(candidates, rest)
-            join = (lambda a, b: jnp.concatenate([a, b])) if stacked else jnp.add
-            loss, grads = jax.tree.map(jnp.add, (loss, grads), more[:2])
-            seen = jax.tree.map(join, seen, more[2])
-        return loss, grads, Seen({n: d.with_values(seen[n]) for n, d in candidates.items()})
-
-    def _watching(
-        self,
-        state: TrainState,
-        active: dict[str, SparseDelta],
-        batch: TokenBatch,
-        total: jax.Array,
-        others: Any,
-        beside: Callable[..., Any],
-    ) -> tuple[jax.Array, tuple[Params, Any], "Seen"]:
-        """Loss and gradients, and what the criterion watches of the layers."""
-        watch, layers, empty = self.growth.watch, self.objective.config.num_layers, {}
-        assert watch is not None
-        for name in _by_parameter(active):
-            shape = state.params[name].shape[-2:]
-            abstract = (jax.ShapeDtypeStruct(size, jnp.float32) for size in ((1, shape[1]), shape))
-            part = jax.eval_shape(watch, *abstract)
-            empty[name] = jnp.zeros((layers, *part.shape), part.dtype)
-
-        def function(micro: TokenBatch) -> tuple[Any, None]:
-            def loss(trained: tuple[Params, Any], slots: Params) -> jax.Array:
-                values, more = trained
-                positions = {name: delta.with_values(values[name]) for name, delta in active.items()}
-                adapters = self._adapters(positions, None, None, state.base)
-                adapters = {
-                    name: replace(adapter, watched=slots[name], watch=watch)
-                    for name, adapter in adapters.items()
-                }
-                both = beside(adapters, more, micro)
-                return self.objective(state.params, micro, both, frozen=True) / total
-
-            value, (grads, watched) = jax.value_and_grad(loss, (0, 1))((state.trainable, others), empty)
-            return (value, grads, watched), None
-
-        (loss, grads, watched), _ = scan_micro_batches(function, batch)
-        found = {}
-        for name, delta in active.items():
-            seen = watched[parameter_name(name)]
-            found[name] = seen if delta.layers is None else seen[jnp.array(delta.layers)]
-        return loss, grads, Seen(watched=found)
-
-    def _propose(
-        self,
-        state: TrainState,
-        active: dict[str, SparseDelta],
-        batch: TokenBatch,
-        total: jax.Array,
-        counts: dict[str, int],
-        others: Any,
-        beside: Callable[..., Any],
-    ) -> tuple[jax.Array, tuple[Params, Any], dict[str, SparseDelta]]:
-        """Loss and gradients of micro-batch 0, and the candidates it proposes."""
-        slots = {}
-        for name, group in _by_parameter(active).items():
-            lead = active[group[0]].indices.shape[:-1]
-            if active[group[0]].layers is not None:
-                lead = (self.objective.config.num_layers, *lead[1:])
-            dtype = jnp.promote_types(state.params[name].dtype, jnp.float32)
-            slots[name] = jnp.zeros((*lead, 3, max(counts[n] for n in group)), dtype)
-        micro = jax.tree.map(lambda x: x[0], batch)
-
-        def loss(trained: tuple[Params, Any], slots: Params) -> jax.Array:
-            values, more = trained
-            positions = {name: delta.with_values(values[name]) for name, delta in active.items()}
-            adapters = self._adapters(positions, None, slots, state.base)
-            both = beside(adapters, more, micro)
-            return self.objective(state.params, micro, both, frozen=True) / total
-
-        value, (grads, proposals) = jax.value_and_grad(loss, (0, 1))((state.trainable, others), slots)
-        candidates = {}
-        for name, delta in active.items():
-            proposal = proposals[parameter_name(name)]
-            if delta.layers is not None:
-                proposal = proposal[jnp.array(delta.layers)]
-            proposed = candidates_from_proposal(proposal, delta)
-            candidates[name] = _fewer(proposed, counts[name])
-        return value, grads, candidates
-
-    def _adapters(
-        self,
-        active: dict[str, SparseDelta],
-        candidates: dict[str, SparseDelta] | None,
-        proposals: Params | None,
-        merged: Collection[str],
-    ) -> dict[str, SparseLinear]:
-        """One adapter per weight; where only some layers are adapted, the others are switched off.
-
-        Args:
-            active: Deltas by target name.
-            candidates: Likewise, or None.
-            proposals: Slots by parameter name, or None.
-            merged: Targets whose weight holds the deltas.
-        """
-        layers = self.objective.config.num_layers
-
-        def enabled(group: list[str]) -> jax.Array | None:
-            if active[group[0]].layers is None:
-                return None
-            adapted = [layer for name in group for layer in active[name].layers or ()]
-            return jnp.zeros((layers,), bool).at[jnp.array(adapted)].set(True)
-
-        return {
-            name: SparseLinear(
-                active=_joined(active, group, layers),
-                candidates=None if candidates is None else _joined(candidates, group, layers),
-                proposal=None if proposals is None else proposals[name],
-                enabled=enabled(group),
-                merged=group[0] in merged,
-                propose_active=self.growth.propose_active,
-                salience=self.growth.salience,
-            )
-            for name, group in _by_parameter(active).items()
-        }
 
     @jax.named_scope("merge")
     def merged_again(self, old: TrainState, new: TrainState, reselect: bool) -> TrainState:
@@ -514,51 +323,3 @@ class SparseMethod(Method):
                 base[name] = jnp.where(replaced, gather(weight, delta), base[name])
             params[parameter_name(name)] = weight
         return replace(new, params=params, base=base)
-
-
-class Seen(NamedTuple):
-    """What a step saw for the growth criterion; see ``Observation``."""
-
-    candidates: dict[str, SparseDelta] | None = None
-    watched: Params | None = None
-
-
-def _alone(adapters: dict[str, SparseLinear], others: Any, micro: TokenBatch) -> dict[str, SparseLinear]:
-    """Nothing beside the deltas."""
-    del others, micro
-    return adapters
-
-
-def _wide(values: Any) -> Any:
-    """In the dtype in which their gradients are summed."""
-    return jax.tree.map(lambda leaf: leaf.astype(state_dtype(leaf.dtype)), values)
-
-
-def _by_parameter(active: Mapping[str, SparseDelta]) -> dict[str, list[str]]:
-    """Parameter name to the targets on it."""
-    groups: dict[str, list[str]] = {}
-    for name in active:
-        groups.setdefault(parameter_name(name), []).append(name)
-    return groups
-
-
-def _joined(parts: Mapping[str, SparseDelta], group: list[str], layers: int) -> SparseDelta:
-    """The deltas on one parameter as one delta on all of its layers."""
-    whole = parts[group[0]].layers is None
-    return parts[group[0]] if whole else stack_layers([parts[name] for name in group], layers)
-
-
-def _fewer(candidates: SparseDelta, count: int) -> SparseDelta:
-    """The ``count`` largest of each matrix's candidates."""
-    if candidates.values.shape[-1] == count:
-        return candidates
-    size = candidates.block[0] * candidates.block[1]
-
-    def one(indices: jax.Array, gradients: jax.Array) -> tuple[jax.Array, jax.Array]:
-        chosen = largest(jnp.where(indices < size, jnp.abs(gradients), jnp.nan), indices, count)
-        return compact(chosen, indices, count, size), compact(chosen, gradients, count, 0)
-
-    for _ in candidates.indices.shape[:-1]:
-        one = jax.vmap(one)
-    indices, gradients = one(candidates.indices, candidates.values)
-    return replace(candidates, indices=indices, values=gradients)

@@ -13,7 +13,7 @@ from spiel_jax.optim.criteria.criterion import CRITERIA
 from spiel_jax.optim.criteria.lift import LowRankMagnitude
 from spiel_jax.optim.criteria.moment_approximation import MomentApproximation
 from spiel_jax.optim.criteria.random import RandomGrowth
-from spiel_jax.optim.criteria.static import LargestWeights
+from spiel_jax.optim.criteria.static import FirstGradients, LargestWeights
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_targets_of_the_default_are_the_linears_of_the_blocks(config):
         ("spiel_ma", MomentApproximation(shared=True), [5, 25, 45]),
         ("random", RandomGrowth(), [5, 25, 45]),
         ("magnitude", LargestWeights(), []),
-        ("gradient", AccumulatedGradients(seeds=False, propose_active=True), [5]),
+        ("gradient", FirstGradients(seeds=False, propose_active=True), [5]),
         ("lift", LowRankMagnitude(128), [20, 40]),
     ],
 )

@@ -92,7 +92,7 @@ def test_gradients_are_those_of_the_sum_of_both(trained):
     low_rank = state.trainable["low_rank"]
     loss, wanted = jax.value_and_grad(expected, (0, 1))(state.trainable["sparse"], low_rank)
     found = jax.jit(
-        lambda s, b: method.sparse.gradients_with(
+        lambda s, b: method.sparse.passes.of(
             method._sparse(s),
             b,
             s.trainable["low_rank"],

@@ -40,14 +40,6 @@ class GradientOverWeight(FirstGradients):
         0.1% of the entries.
     """
 
-    seeds: bool = False
-    propose_active: bool = True
-
-    @classmethod
-    def from_config(cls, config: Any) -> "GradientOverWeight":
-        """See ``Criterion``."""
-        return cls(ratio=config.spiel.candidate_ratio)
-
     @staticmethod
     def salience(gradient: jax.Array, weight: jax.Array) -> jax.Array:
         """See ``Criterion``."""
@@ -90,14 +82,6 @@ class LowSensitivity(FirstGradients):
         `Efficient Model Editing with Task-Localized Sparse Fine-tuning <https://arxiv.org/abs/2504.02620>`_,
         which tunes 10% of the entries.
     """
-
-    seeds: bool = False
-    propose_active: bool = True
-
-    @classmethod
-    def from_config(cls, config: Any) -> "LowSensitivity":
-        """See ``Criterion``."""
-        return cls(ratio=config.spiel.candidate_ratio)
 
     @staticmethod
     def salience(gradient: jax.Array, weight: Any) -> jax.Array:

@@ -60,17 +60,23 @@ class LargestWeights(NoGrowth):
 
 
 @register("gradient")
+@dataclass(frozen=True)
 class FirstGradients(AccumulatedGradients):
-    """The largest gradients of the first steps, a static mask (SIFT): chosen once, at the end of a phase."""
+    """The largest gradients of the first steps, a static mask (SIFT): chosen once, at the end of a phase.
 
+    Accumulated gradients that may stay where they are, and seed nothing.
+    """
+
+    seeds: bool = False
+    propose_active: bool = True
     in_original = False
     reselects_once = True
     unused = ("spiel.every", "spiel.schedule", "spiel.rate", "spiel.first", "spiel.drop_by")
 
     @classmethod
-    def from_config(cls, config: Any) -> AccumulatedGradients:
-        """See ``Criterion``: accumulated gradients that may stay where they are, and seed nothing."""
-        return AccumulatedGradients(ratio=config.spiel.candidate_ratio, seeds=False, propose_active=True)
+    def from_config(cls, config: Any) -> "FirstGradients":
+        """See ``Criterion``."""
+        return cls(ratio=config.spiel.candidate_ratio)
 
     @classmethod
     def schedule(cls, config: Any, steps: int) -> Reselection:

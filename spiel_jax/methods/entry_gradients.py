@@ -1,0 +1,268 @@
+"""Gradients of a few entries of each weight: forward and backward passes over the micro-batches of a step."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spiel_jax.losses.next_token import Objective, Params, TokenBatch, supervised
+from spiel_jax.methods.method import TrainState, scan_micro_batches
+from spiel_jax.models.layers import AdaptedLinear
+from spiel_jax.ops.selection import compact, largest
+from spiel_jax.ops.tree import parameter_name
+from spiel_jax.optim.criteria.criterion import Criterion
+from spiel_jax.optim.inner_optimizers import state_dtype
+from spiel_jax.optim.positions import deltas
+from spiel_jax.optim.schedules import Phase
+from spiel_jax.sparse.delta import SparseDelta, stack_layers
+from spiel_jax.sparse.linear import SparseLinear, candidates_from_proposal
+from spiel_jax.sparse.targets import Target
+
+Beside = Callable[[dict[str, SparseLinear], Any, TokenBatch], Mapping[str, AdaptedLinear]]
+"""The adapters of the deltas, what else is trained, and a micro-batch, to what the model runs with."""
+
+
+class Seen(NamedTuple):
+    """What a step saw for the growth criterion; see ``Observation``."""
+
+    candidates: dict[str, SparseDelta] | None = None
+    watched: Params | None = None
+
+
+def alone(adapters: dict[str, SparseLinear], others: Any, micro: TokenBatch) -> dict[str, SparseLinear]:
+    """Nothing beside the deltas."""
+    del others, micro
+    return adapters
+
+
+class _Step(NamedTuple):
+    """What all passes of a step have in common."""
+
+    state: TrainState
+    active: dict[str, SparseDelta]
+    total: jax.Array  # supervised tokens
+    others: Any
+    beside: Beside
+
+
+@dataclass(frozen=True)
+class EntryGradients:
+    """The passes of a step.
+
+    Attributes:
+        objective: The loss.
+        targets: What is adapted.
+        growth: Says which further entries are looked at, and what is watched.
+    """
+
+    objective: Objective
+    targets: Mapping[str, Target]
+    growth: Criterion
+
+    def of(
+        self, state: TrainState, batch: TokenBatch, others: Any, beside: Beside, *, phase: Phase
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any], Seen]:
+        """Mean loss, its gradient at the active entries and of the others, and what the criterion sees.
+
+        On a proposing step micro-batch 0 proposes the candidates, the others observe them. Candidate
+        gradients are those of the step's mean loss; for a criterion that wants them per micro-batch they
+        have a leading axis [G].
+
+        Args:
+            state: The state.
+            batch: Arrays [G, B, S]; further arrays [G, ...] are passed on to ``beside``.
+            others: What else is differentiated.
+            beside: What the model runs with.
+            phase: Of the step.
+        """
+        state = replace(state, trainable=_wide(state.trainable))
+        active = deltas(state.trainable, state.opt_state)
+        step = _Step(state, active, supervised(batch), others, beside)
+        if phase is not Phase.PLAIN and self.growth.watch is not None:
+            return self._watched(step, batch)
+        if phase is Phase.PLAIN or not self.growth.uses_candidates:
+            loss, grads, _ = self._observed(step, batch, None)
+            return loss, grads, Seen()
+        if phase is Phase.ESTIMATE:
+            candidates = {}
+            for name, stats in optax.tree.get(state.opt_state, "growth").items():
+                known = self.growth.known(stats)
+                zeros_there = jnp.zeros(known.shape, state_dtype(state.trainable[name].dtype))
+                candidates[name] = self.targets[name].delta(known, zeros_there)
+            loss, grads, seen = self._observed(step, batch, candidates)
+            return loss, grads, Seen({n: d.with_values(seen[n]) for n, d in candidates.items()})
+
+        stacked = self.growth.per_micro_batch
+        loss, grads, candidates = self._proposed(step, jax.tree.map(lambda x: x[0], batch))
+        seen = {name: delta.values for name, delta in candidates.items()}
+        if stacked:
+            seen = jax.tree.map(lambda x: x[None], seen)
+        if batch["tokens"].shape[0] > 1:
+            more = self._observed(step, jax.tree.map(lambda x: x[1:], batch), candidates)
+            join = (lambda a, b: jnp.concatenate([a, b])) if stacked else jnp.add
+            loss, grads = jax.tree.map(jnp.add, (loss, grads), more[:2])
+            seen = jax.tree.map(join, seen, more[2])
+        return loss, grads, Seen({n: d.with_values(seen[n]) for n, d in candidates.items()})
+
+    def _pass(
+        self,
+        step: _Step,
+        micro: TokenBatch,
+        slots: Any,
+        adapters: Callable[[dict[str, SparseDelta], Any], dict[str, SparseLinear]],
+    ) -> tuple[jax.Array, tuple[Params, Any], Any]:
+        """Loss of a micro-batch, gradients of what is trained, and what the slots of the adapters collect."""
+
+        def loss(trained: tuple[Params, Any], slots: Any) -> jax.Array:
+            values, more = trained
+            positions = {name: delta.with_values(values[name]) for name, delta in step.active.items()}
+            both = step.beside(adapters(positions, slots), more, micro)
+            return self.objective(step.state.params, micro, both, frozen=True) / step.total
+
+        value, (grads, collected) = jax.value_and_grad(loss, (0, 1))(
+            (step.state.trainable, step.others), slots
+        )
+        return value, grads, collected
+
+    def _observed(
+        self, step: _Step, batch: TokenBatch, candidates: dict[str, SparseDelta] | None
+    ) -> tuple[Any, ...]:
+        """Loss, gradients, and those at the candidates, which are summed or one for each micro-batch."""
+        stacked = self.growth.per_micro_batch
+
+        def adapters(active: dict[str, SparseDelta], slots: Params | None) -> dict[str, SparseLinear]:
+            probes = None
+            if candidates is not None and slots is not None:
+                probes = {name: delta.with_values(slots[name]) for name, delta in candidates.items()}
+            return self.adapters(active, step.state.base, candidates=probes)
+
+        def function(micro: TokenBatch) -> tuple[Any, Any]:
+            slots = candidates and {n: jnp.zeros_like(d.values) for n, d in candidates.items()}
+            value, grads, seen = self._pass(step, micro, slots, adapters)
+            return ((value, grads), seen) if stacked else ((value, grads, seen), None)
+
+        total, each = scan_micro_batches(function, batch)
+        return (*total, each) if stacked else total
+
+    def _watched(self, step: _Step, batch: TokenBatch) -> tuple[jax.Array, tuple[Params, Any], Seen]:
+        """Loss and gradients, and what the criterion watches of the layers."""
+        watch, layers, empty = self.growth.watch, self.objective.config.num_layers, {}
+        assert watch is not None
+        for name in by_parameter(step.active):
+            shape = step.state.params[name].shape[-2:]
+            abstract = (jax.ShapeDtypeStruct(size, jnp.float32) for size in ((1, shape[1]), shape))
+            part = jax.eval_shape(watch, *abstract)
+            empty[name] = jnp.zeros((layers, *part.shape), part.dtype)
+
+        def adapters(active: dict[str, SparseDelta], slots: Params) -> dict[str, SparseLinear]:
+            plain = self.adapters(active, step.state.base)
+            return {name: replace(one, watched=slots[name], watch=watch) for name, one in plain.items()}
+
+        (loss, grads, watched), _ = scan_micro_batches(
+            lambda micro: (self._pass(step, micro, empty, adapters), None), batch
+        )
+        found = {}
+        for name, delta in step.active.items():
+            seen = watched[parameter_name(name)]
+            found[name] = seen if delta.layers is None else seen[jnp.array(delta.layers)]
+        return loss, grads, Seen(watched=found)
+
+    def _proposed(
+        self, step: _Step, micro: TokenBatch
+    ) -> tuple[jax.Array, tuple[Params, Any], dict[str, SparseDelta]]:
+        """Loss and gradients of a micro-batch, and the candidates it proposes."""
+        active, params, slots = step.active, step.state.params, {}
+        counts = {name: self.growth.count(target) for name, target in self.targets.items()}
+        for name, group in by_parameter(active).items():
+            lead = active[group[0]].indices.shape[:-1]
+            if active[group[0]].layers is not None:
+                lead = (self.objective.config.num_layers, *lead[1:])
+            dtype = jnp.promote_types(params[name].dtype, jnp.float32)
+            slots[name] = jnp.zeros((*lead, 3, max(counts[n] for n in group)), dtype)
+
+        def adapters(active: dict[str, SparseDelta], slots: Params) -> dict[str, SparseLinear]:
+            return self.adapters(active, step.state.base, proposals=slots)
+
+        value, grads, proposals = self._pass(step, micro, slots, adapters)
+        candidates = {}
+        for name, delta in active.items():
+            proposal = proposals[parameter_name(name)]
+            if delta.layers is not None:
+                proposal = proposal[jnp.array(delta.layers)]
+            candidates[name] = _fewer(candidates_from_proposal(proposal, delta), counts[name])
+        return value, grads, candidates
+
+    def adapters(
+        self,
+        active: dict[str, SparseDelta],
+        merged: Collection[str],
+        *,
+        candidates: dict[str, SparseDelta] | None = None,
+        proposals: Params | None = None,
+    ) -> dict[str, SparseLinear]:
+        """One adapter per weight; where only some layers are adapted, the others are switched off.
+
+        Args:
+            active: Deltas by target name.
+            merged: Names of the targets whose weight holds the deltas.
+            candidates: As ``active``, or None.
+            proposals: Slots by parameter name, or None.
+        """
+        layers = self.objective.config.num_layers
+
+        def enabled(group: list[str]) -> jax.Array | None:
+            if active[group[0]].layers is None:
+                return None
+            adapted = [layer for name in group for layer in active[name].layers or ()]
+            return jnp.zeros((layers,), bool).at[jnp.array(adapted)].set(True)
+
+        return {
+            name: SparseLinear(
+                active=joined(active, group, layers),
+                candidates=None if candidates is None else joined(candidates, group, layers),
+                proposal=None if proposals is None else proposals[name],
+                enabled=enabled(group),
+                merged=group[0] in merged,
+                propose_active=self.growth.propose_active,
+                salience=self.growth.salience,
+            )
+            for name, group in by_parameter(active).items()
+        }
+
+
+def _wide(values: Any) -> Any:
+    """In the dtype in which their gradients are summed."""
+    return jax.tree.map(lambda leaf: leaf.astype(state_dtype(leaf.dtype)), values)
+
+
+def by_parameter(active: Mapping[str, SparseDelta]) -> dict[str, list[str]]:
+    """Parameter name to the targets on it."""
+    groups: dict[str, list[str]] = {}
+    for name in active:
+        groups.setdefault(parameter_name(name), []).append(name)
+    return groups
+
+
+def joined(parts: Mapping[str, SparseDelta], group: list[str], layers: int) -> SparseDelta:
+    """The deltas on one parameter as one delta on all of its layers."""
+    whole = parts[group[0]].layers is None
+    return parts[group[0]] if whole else stack_layers([parts[name] for name in group], layers)
+
+
+def _fewer(candidates: SparseDelta, count: int) -> SparseDelta:
+    """The ``count`` largest of each matrix's candidates."""
+    if candidates.values.shape[-1] == count:
+        return candidates
+    size = candidates.block[0] * candidates.block[1]
+
+    def one(indices: jax.Array, gradients: jax.Array) -> tuple[jax.Array, jax.Array]:
+        chosen = largest(jnp.where(indices < size, jnp.abs(gradients), jnp.nan), indices, count)
+        return compact(chosen, indices, count, size), compact(chosen, gradients, count, 0)
+
+    for _ in candidates.indices.shape[:-1]:
+        one = jax.vmap(one)
+    indices, gradients = one(candidates.indices, candidates.values)
+    return replace(candidates, indices=indices, values=gradients)
