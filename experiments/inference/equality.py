@@ -64,6 +64,16 @@ def main(argv: list[str]) -> None:
     long = [(" ".join(texts[start : start + 12]),) for start in (0, 40)]
     found, expected = _both("loglikelihood_rolling", short, reference_short, long)
     print(f"{len(long)} texts in windows: {found} and {expected}", flush=True)
+    theirs.model.double()
+    exact = reference_short.loglikelihood_rolling(
+        _instances("loglikelihood_rolling", long), disable_tqdm=True
+    )
+    theirs.model.float()  # the same numbers again
+    for name, sums in (("ours", found), ("theirs", expected)):
+        print(
+            f"  off the sum of float64, {name}: {[a - b for a, b in zip(sums, exact, strict=True)]}",
+            flush=True,
+        )
     asked = [_asked(draw, texts, number, ours) for number in range(_PROMPTS.value)]
     found, expected = _both("generate_until", ours, theirs, asked)
     different = [
@@ -83,10 +93,13 @@ def _both(kind: Any, ours: Any, theirs: Any, arguments: list[tuple]) -> tuple[li
     results = []
     for name, model in (("ours", ours), ("theirs", theirs)):
         began = time.process_time()
-        requests = [Instance(kind, {}, one, number) for number, one in enumerate(arguments)]
-        results.append(getattr(model, kind)(requests, disable_tqdm=True))
+        results.append(getattr(model, kind)(_instances(kind, arguments), disable_tqdm=True))
         print(f"  {kind}, {name}: {time.process_time() - began:.0f} s of processors", flush=True)
     return results[0], results[1]
+
+
+def _instances(kind: Any, arguments: list[tuple]) -> list[Instance]:
+    return [Instance(kind, {}, one, number) for number, one in enumerate(arguments)]
 
 
 def _choices() -> Iterator[tuple[str, str]]:

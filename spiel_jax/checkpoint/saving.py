@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -44,11 +45,11 @@ SET_ASIDE = "set_aside"
 """Name of the folder in a run's folder for checkpoints that a run was continued before."""
 
 
-@jax.jit
-def _copied(items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[jax.Array, jax.Array]]]:
-    """A copy, and of each array by name its digest and whether it is finite."""
-    copy = jax.tree.map(jnp.copy, items)
-    return copy, {name: (digest(leaf), all_finite(leaf)) for name, leaf in named_leaves(items).items()}
+@partial(jax.jit, static_argnames="copy")
+def _held(items: Any, copy: bool) -> tuple[Any, dict[str, tuple[jax.Array, jax.Array]]]:
+    """A copy, or None, and of each array by name its digest and whether it is finite."""
+    described = {name: (digest(leaf), all_finite(leaf)) for name, leaf in named_leaves(items).items()}
+    return jax.tree.map(jnp.copy, items) if copy else None, described
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ class Checkpoints:
         method: Method,
         metadata: Mapping[str, Any],
         heldout_loss: float | None = None,
+        *,
+        last: bool = False,
     ) -> None:
         """Starts saving; a save that is still in progress is waited for first, and read back.
 
@@ -140,14 +143,17 @@ class Checkpoints:
             method: Whose state it is.
             metadata: JSON-like: config, data position, fingerprint, ...
             heldout_loss: Of the state, where it was evaluated.
+            last: Whether no step follows: the state is saved from where it is then, without a copy of it,
+                and may not be donated before ``wait``.
 
         Raises:
             CheckpointError: If it, or the one before, cannot be saved; or it holds what is not finite.
         """
         self.wait()
         # The next step reuses these buffers, and on a CPU the background save reads them in place.
-        items, described = _copied(method.items(state))
-        described = jax.device_get(described)
+        items = method.items(state)
+        copied, described = _held(items, copy=not last)
+        items, described = items if last else copied, jax.device_get(described)
         if lost := [name for name, (_, finite) in described.items() if not finite]:
             raise CheckpointError(
                 f"checkpoint {step} is not written to {self._folder}: {', '.join(lost[:3])} hold values that "

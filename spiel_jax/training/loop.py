@@ -38,7 +38,7 @@ class Loop:
     tokens: Sequence[int]  # of each step, in the rows of all processes
     heldout: list[dict]
     recorder: Recorder
-    save: Callable[[int, TrainState, float | None], None]  # step, state, its held-out loss if evaluated
+    save: Callable[[int, TrainState, float | None, bool], None]  # held-out loss; whether no step follows
     profile: Profile
     watch: Watch
     best: float | None = None  # lowest held-out loss that is saved; None: lower ones need not be
@@ -81,8 +81,9 @@ class Loop:
                 state, metrics = self._step(state, self.place(grouped), phase=phase, reselect=reselect)
             self._unread.append((step, metrics))
             stopping = stop_asked() or self._is_to_stop()
-            self.profile.end(step, state, last=stopping or step == total)
-            saving = stopping or step == total or _due(step, config.checkpoint_every)
+            last = stopping or step == total
+            self.profile.end(step, state, last=last)
+            saving = last or _due(step, config.checkpoint_every)
             evaluating = step == total or _due(step, config.eval_every)
             watching = evaluating or _due(step, config.eval_tasks.every)
             if saving or watching:
@@ -95,7 +96,7 @@ class Loop:
             if loss is not None and self.best is not None and loss < self.best:
                 self.best, saving = loss, True
             if saving:
-                self.save(step, state, loss)
+                self.save(step, state, loss, last)
             if saving or watching:
                 self.recorder.restart_clock()
             if stopping:

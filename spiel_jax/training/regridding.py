@@ -116,7 +116,7 @@ def regrid(
     except OSError as error:
         raise unusable(out, error) from error
     with Checkpoints(out) as checkpoints:
-        checkpoints.save(metadata["step"], state, method, metadata | {"config": settings})
+        checkpoints.save(metadata["step"], state, method, metadata | {"config": settings}, last=True)
     return changed
 
 

@@ -215,7 +215,7 @@ def _run(config: Config, claim: Claim, source: ModelSource, mesh: Mesh, progress
             _log.info("continuing after step %d of %d", start, steps)
         batches = training_batches(config, inputs, known)
 
-        def save(step: int, state: TrainState, heldout_loss: float | None) -> None:
+        def save(step: int, state: TrainState, heldout_loss: float | None, last: bool) -> None:
             metadata = {
                 "config": settings(config),
                 "places": claim.places,
@@ -227,7 +227,7 @@ def _run(config: Config, claim: Claim, source: ModelSource, mesh: Mesh, progress
                 "date": date,
                 "chat_template": templates_of(inputs.tokenizer),
             }
-            checkpoints.save(step, state, method, metadata, heldout_loss)
+            checkpoints.save(step, state, method, metadata, heldout_loss, last=last)
 
         if jax.process_count() > 1:
             stop_asked = processes.stop_agreed(start)
