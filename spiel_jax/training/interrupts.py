@@ -35,11 +35,22 @@ def ended_by_signals() -> Iterator[None]:
     What is called in here may handle the first signal otherwise, as a training run does. A second one ends
     the process whatever it does, also inside a compiler, which Python does not interrupt: it is a thread
     that waits for it.
+
+    What a signal raises is lost where Python happens to collect garbage, in a finaliser or a callback of the
+    collector, which no exception leaves: it is raised again a moment later.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
 
+    def unraisable(lost: Any) -> None:
+        if not isinstance(lost.exc_value, Interrupted):
+            otherwise(lost)
+            return
+        signal.signal(signal.SIGALRM, lambda _, frame, number=lost.exc_value.number: interrupt(number, frame))
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+
+    otherwise, sys.unraisablehook = sys.unraisablehook, unraisable
     heard, told = os.pipe()
     os.set_blocking(told, False)
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)
@@ -52,6 +63,8 @@ def ended_by_signals() -> Iterator[None]:
         number = error.number if isinstance(error, Interrupted) else signal.SIGINT
         print(f"interrupted by {signal.Signals(number).name}", file=sys.stderr, flush=True)
         sys.exit(128 + number)
+    finally:
+        sys.unraisablehook = otherwise
 
 
 def _end_on_second(heard: int) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -13,7 +14,7 @@ from spiel_jax.training import interrupts
 @pytest.fixture
 def signals(monkeypatch):
     """Puts back what a command, which ends, does not."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
     monkeypatch.setattr(interrupts.threading, "Thread", _NoThread)
     yield
     signal.set_wakeup_fd(-1)
@@ -43,6 +44,21 @@ def test_without_one_nothing_happens(capsys):
     with interrupts.ended_by_signals():
         pass
     assert capsys.readouterr().err == ""
+
+
+class _Interrupting:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("signals")
+def test_one_that_comes_in_a_finaliser_ends_it_too(capsys):
+    """No exception leaves a finaliser."""
+    with pytest.raises(SystemExit) as ended, interrupts.ended_by_signals():
+        del [_Interrupting()][0]
+        time.sleep(60)
+    assert ended.value.code == 143
+    assert capsys.readouterr().err == "interrupted by SIGTERM\n"
 
 
 def test_the_second_ends_at_once(monkeypatch, capfd):
