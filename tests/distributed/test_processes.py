@@ -212,6 +212,36 @@ def test_a_signal_to_one_stops_both_after_the_same_step(config_file, tmp_path, n
     same_run(alone, pair)
 
 
+FULL = """
+import runpy
+
+from spiel_jax.training import records
+
+
+def refuse(self, step, numbers):
+    if step >= 2:
+        raise OSError(28, "No space left on device")
+
+
+records.TensorBoard.write = refuse
+runpy.run_module("spiel_jax.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+def test_records_that_cannot_be_written_stop_both_if_asked_to(config_file, tmp_path):
+    """Only the first of them writes any."""
+    pair = tmp_path / "pair"
+    command = options(config_file, pair, "lora", (1, 2, 1))
+    run = Pair(("-c", FULL, *command, "--config.steps=400", "--config.on_record_failure=stop"), tmp_path)
+    codes, (first, _) = run.wait()
+    assert codes == [75, 75], first
+    assert "tensorboard cannot be written" in first
+    step = read_metadata(pair)["step"]
+    assert 2 <= step < 400
+    assert f"stopped after step {step} of 400" in first
+
+
 AGREEING = """
 import json
 import signal
