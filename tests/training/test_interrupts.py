@@ -54,9 +54,13 @@ class _Interrupting:
 @pytest.mark.usefixtures("signals")
 def test_one_that_comes_in_a_finaliser_ends_it_too(capsys):
     """No exception leaves a finaliser."""
-    with pytest.raises(SystemExit) as ended, interrupts.ended_by_signals():
+
+    def wait():
         del [_Interrupting()][0]
         time.sleep(60)
+
+    with pytest.raises(SystemExit) as ended, interrupts.ended_by_signals():
+        wait()
     assert ended.value.code == 143
     assert capsys.readouterr().err == "interrupted by SIGTERM\n"
 
