@@ -6,9 +6,11 @@ Compared are log-likelihoods and their greedy flags (the four answers of MMLU's 
 continuations of one token and of several), rolling log-likelihoods of texts longer than the window, and
 greedy texts of prompts of mixed lengths, every third in the chat template. Prints what differs most.
 
-Record, SmolLM2-135M-Instruct on a CPU, --questions=3 --contexts=12: of 60 log-likelihoods the largest
-difference is 1.2e-4, and no greedy flag differs. Two long texts: -2064.0364 here and -2064.0296 there,
--2269.3771 and -2269.3700, in windows of 256 tokens whose sums the other forms in float32.
+Record, SmolLM2-135M-Instruct on a CPU (Intel Xeon with AMX), --questions=3 --contexts=12, 4 m 24 s: of
+60 log-likelihoods the largest difference is 1.2e-4, and no greedy flag differs. Two long texts, in windows of
+256 tokens: -2064.0364 and -2269.3771 here, -2064.0296 and -2269.3700 there; in float64 they are what they are
+here, to 8.4e-5 (PyTorch's log_softmax in float32 is 1e-5 off a token, always to one side). Of 200 greedy
+texts, of prompts of 3 to 206 tokens, none differs; 22 programs were compiled.
 """
 
 import itertools
