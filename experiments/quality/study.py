@@ -13,6 +13,7 @@ from typing import Any
 
 from experiments.quality.tables import Result, validation
 from experiments.trials import Trial, outcome
+from spiel_jax.config import default_config
 from spiel_jax.errors import SpielError
 from spiel_jax.methods.registry import method_class
 
@@ -94,10 +95,9 @@ def trial(study: Study, name: str, budget: str, rate: float, seed: int) -> Trial
     settings, others = candidate.settings, candidate.multiples.items()
     kind = method_class(settings["method"])
 
-    class Asked:  # what ``unused`` of a method looks at
-        method = settings["method"]
-
-    patterns = tuple(kind.unused(Asked))
+    config = default_config()
+    config.update_from_flattened_dict(dict(settings))
+    patterns = tuple(kind.unused(config))
     known = {
         key: value
         for key, value in {**study.settings, **study.budgets[budget]}.items()

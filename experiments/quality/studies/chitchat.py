@@ -15,6 +15,16 @@ SETTINGS = {
     "sample.prompt": None,
 }
 EVOLVING = {"spiel.every": 10, "spiel.accumulation": 3}
+HALVES = {  # of the budget: random entries, and LoRA on the same weights from the first step on
+    "method": "rosa",
+    "rosa.entries": "random",
+    "rosa.warmup": 0,
+    "spiel.rate": 0.0,
+    "targets.num_tunable": ENTRIES // 2,
+    "lora.rank": 4,
+    "lora.alpha": 16.0,
+    "lora.dropout": 0.0,
+}
 
 
 def get_study() -> Study:
@@ -32,6 +42,11 @@ def get_study() -> Study:
             "gradient, fixed": Candidate({"method": "gradient", "spiel.accumulation": 3}, (5e-4, 1e-3, 2e-3)),
             "spiel_ag": Candidate({"method": "spiel_ag", **EVOLVING}, (5e-4, 1e-3, 2e-3)),
             "spiel_ma": Candidate({"method": "spiel_ma", **EVOLVING}, (2.5e-3, 5e-3, 1e-2)),
+            "random + lora": Candidate(HALVES, (1.25e-3, 2.5e-3, 5e-3), {"rosa.learning_rate": 0.8}),
+            "lora, rank 4": Candidate(  # what the other half adds
+                {"method": "lora", "lora.rank": 4, "lora.alpha": 16.0, "lora.dropout": 0.0},
+                (1.5e-3, 3e-3, 6e-3),
+            ),
         },
         against="lora",
     )
