@@ -90,7 +90,12 @@ def _damage(folder: Path, step: int, what: str) -> Iterator[None]:
     """
     log, hook = logging.getLogger("asyncio"), sys.unraisablehook
     was_disabled, problem = log.disabled, None
-    log.disabled, sys.unraisablehook = True, lambda unraisable: None
+
+    def unraisable(lost: Any) -> None:
+        if isinstance(lost.exc_value, KeyboardInterrupt):  # a signal's
+            hook(lost)
+
+    log.disabled, sys.unraisablehook = True, unraisable
     try:
         try:
             yield
