@@ -4,6 +4,17 @@ r"""Scoring and generation beside transformers', on the same weights, prompts an
 
 Each round runs ours and theirs in turn; the table has medians over rounds, the first of which (ours compiles)
 does not count. The ratios are of processor time as well, which other programs on the machine change less.
+
+Record, SmolLM2-135M-Instruct in float32, 2 cores of an Intel Xeon with AMX, beside other programs of lower
+priority, --rounds=2, seconds (of processors):
+
+    scoring 200 texts, 41,856 tokens   ours 13.2 (20.7)    transformers 21.0 (36.5)
+    continuing 200 texts               ours 101.3 (157.2)  transformers 78.9 (138.1)
+    the same, batch after batch        ours 133.0 (207.9)
+
+Scoring takes 0.63 of transformers' time. Generation takes 1.28 of it: a step of 16 rows takes 0.17 s at 256
+slots and 0.40 at 1024, of which reading the weights once would be some 0.04. XLA's CPU backend copies each
+layer's weights and its part of the cache out of their stacks before it multiplies.
 """
 
 import json
