@@ -30,7 +30,7 @@ RULES = (r".*\.up_proj\.weight",)  # one linear: others only take time to compil
 
 def configured(model, data, method="spiel_ag", quantization="toy"):
     config = tiny_config(model, data, method)
-    config.targets.rules = RULES
+    config.targets.rules = (r".*\.down_proj\.weight",) if method == "ia3" else RULES
     config.targets.num_tunable = None if method in ("lora", "ia3") else 300
     config.model.quantization = quantization
     config.steps, config.data.heldout, config.eval_batches = 4, 4, 1
