@@ -3,6 +3,7 @@
 What concerns the schedule alone (phases, the first rate) is in test_schedules.py.
 """
 
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +147,8 @@ def test_score_is_the_product_and_the_minimum_an_option():
     target = sj.Target((2, 2), 1)
     for score, expected in (("product", 0), ("minimum", 3)):  # entry 1, of the largest score, is active
         criterion = sj.MomentApproximation(score)
-        found = criterion.incoming((row, column), jnp.array([1]), jnp.array([True]), 1, target)
+        incoming = jax.jit(partial(criterion.incoming, n=1, target=target))
+        found = incoming((row, column), jnp.array([1]), jnp.array([True]))
         assert found.tolist() == [expected]
 
 

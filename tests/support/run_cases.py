@@ -42,7 +42,8 @@ def tiny_config(model, data, method="spiel_ag"):
     config.data.heldout = 8
     config.data.sequence_length = 64
     config.targets.num_tunable = 1000
-    config.targets.rules = (r".*\.(o|up)_proj\.weight",)
+    both, one = r".*\.(o|up)_proj\.weight", r".*\.up_proj\.weight"
+    config.targets.rules = (one if method == "lora" else both,)
     config.spiel.every = 2
     config.spiel.accumulation = 2
     config.spiel.schedule = "constant"
