@@ -247,6 +247,9 @@ def compiled_start(
     Args:
         method: The method.
         shardings: Where the arrays of the state are to lie.
+
+    Returns:
+        ``init(params)`` and ``attach(params, trainable, opt_state)``.
     """
     compiled = partial(
         jax.jit, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options()

@@ -18,9 +18,12 @@ ONE = jnp.ones((), jnp.int32)
 
 
 def chosen(growth, stats, weights, n, target):
-    seen = growth.survey({"w": stats}, {"w": weights}, {"w": target})["w"]
-    dropped = jnp.ones(n, bool)
-    return sorted(growth.incoming(seen, jnp.arange(n), dropped, n, target).tolist())[:n]
+    @jax.jit
+    def incoming(stats, weights):
+        seen = growth.survey({"w": stats}, {"w": weights}, {"w": target})["w"]
+        return growth.incoming(seen, jnp.arange(n), jnp.ones(n, bool), n, target)
+
+    return sorted(incoming(stats, weights).tolist())[:n]
 
 
 def test_by_hand():
