@@ -7,6 +7,8 @@ import os
 import platform
 import shutil
 import tempfile
+import threading
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,11 +37,26 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers share the controller'
 
 import jax
 import pytest
+from jax._src.interpreters import mlir
 
 # Tracing and compiling collect garbage often, and what was imported (440,000 objects) is none.
 gc.collect()
 gc.freeze()
 gc.set_threshold(50_000)
+
+# Each program is lowered in a context of its own, and to load MLIR's dialects into one is a third of what a
+# small program costs: a hundred of a thread share one. (It keeps constants, so that it is not kept for ever.)
+new_context, shared = mlir.make_ir_context, threading.local()
+
+
+def shared_context():
+    if getattr(shared, "left", 0) == 0:
+        shared.context, shared.left = new_context(), 100
+    shared.left -= 1
+    return shared.context
+
+
+mlir.make_ir_context = shared_context
 
 CHATML = (
     "{% for message in messages %}"
@@ -75,9 +92,14 @@ def make_byte_tokenizer(template=None, *, bos=False, **special):
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_a_module_are_let_go():
-    """A process can have 65530 mappings of memory, and every compiled program takes some of them."""
+    """A process can have 65,530 mappings of memory, and every compiled program takes some of them.
+
+    Until there are many, modules share what they trace and compile.
+    """
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if not maps.is_file() or maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
 
 
 @pytest.fixture

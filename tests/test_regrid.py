@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections import Counter
 
 import jax
@@ -383,24 +381,25 @@ def test_a_base_model_that_lies_elsewhere_now(whole, llama_folder, tmp_path, mon
     assert restore_deltas(tmp_path / "new").keys() == restore_deltas(half).keys()
 
 
-def test_command_line(whole, tmp_path):
+def test_command_line(whole, tmp_path, monkeypatch, capsys):
     _, _, half = whole
     shutil.copytree(half, tmp_path / "run")
 
-    wrong = flags.FlagValues()
-    command.define_flags(wrong)
+    monkeypatch.chdir(tmp_path)
+
+    def parsed(grid):
+        options = flags.FlagValues()
+        command.define_flags(options)
+        cli.parse(options, ["regrid", "--workdir=run", f"--grid={grid}", "--out=new"])
+        return options
+
     with pytest.raises(SpielError, match="flag --grid=fsdp:2: expected sizes of mesh axes"):
-        cli.parse(wrong, ["regrid", "--workdir=run", "--grid=fsdp:2", "--out=new"])
-    good = subprocess.run(
-        [sys.executable, "-m", "spiel_jax.regrid", "--workdir=run", "--grid=fsdp=16,tensor=8", "--out=new"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert good.returncode == 0, good.stderr
-    lines = good.stdout.splitlines()
+        parsed("fsdp:2")
+    command.main(parsed("fsdp=16,tensor=8"))
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
     assert lines[0].split() == ["target", "grid", "slots", "per", "block", "unused"]
     assert any("mlp.up_proj.weight" in line and "1x1 -> 8x16" in line for line in lines)
-    assert "% of the slots are unused" in good.stdout
+    assert "% of the slots are unused" in shown
     assert "--workdir=new" in lines[-1]
     assert read_metadata(tmp_path / "new")["config"]["targets.grid.fsdp"] == 16

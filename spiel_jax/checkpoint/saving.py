@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,11 +44,20 @@ SET_ASIDE = "set_aside"
 """Name of the folder in a run's folder for checkpoints that a run was continued before."""
 
 
-@partial(jax.jit, static_argnames="copy")
 def _held(items: Any, copy: bool) -> tuple[Any, dict[str, tuple[jax.Array, jax.Array]]]:
     """A copy, or None, and of each array by name its digest and whether it is finite."""
-    described = {name: (digest(leaf), all_finite(leaf)) for name, leaf in named_leaves(items).items()}
-    return jax.tree.map(jnp.copy, items) if copy else None, described
+    described = {name: _described(leaf) for name, leaf in named_leaves(items).items()}
+    return _copied(items) if copy else None, described
+
+
+@jax.jit
+def _copied(items: Any) -> Any:
+    return jax.tree.map(jnp.copy, items)
+
+
+@jax.jit  # arrays of a shape share a program: that of a whole tree takes a second to compile
+def _described(leaf: Any) -> tuple[jax.Array, jax.Array]:
+    return digest(leaf), all_finite(leaf)
 
 
 @dataclass(frozen=True)

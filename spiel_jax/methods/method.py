@@ -9,6 +9,7 @@ knows the phase of a step from its number, stays in agreement with the state.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -231,6 +232,29 @@ def compiled_step(method: Method, shardings: TrainState) -> Callable[..., tuple[
         out_shardings=(shardings, None),
         compiler_options=compiler_options(),
     )
+
+
+def compiled_evaluation(method: Method) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """``evaluate`` of a method as a compiled function of a state and a batch."""
+    return jax.jit(lambda state, batch: method.evaluate(state, batch), compiler_options=compiler_options())
+
+
+def compiled_start(
+    method: Method, shardings: TrainState
+) -> tuple[Callable[[Any], TrainState], Callable[..., TrainState]]:
+    """``init`` and ``attach`` of a method as compiled functions that reuse the memory of the parameters.
+
+    Args:
+        method: The method.
+        shardings: Where the arrays of the state are to lie.
+
+    Returns:
+        ``init(params)`` and ``attach(params, trainable, opt_state)``.
+    """
+    compiled = partial(
+        jax.jit, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options()
+    )
+    return compiled(lambda params: method.init(params)), compiled(lambda *parts: method.attach(*parts))
 
 
 def compiler_options() -> dict[str, Any] | None:

@@ -15,16 +15,11 @@ def digests(tree: Any) -> dict[str, str]:
     >>> digests({"a": jnp.zeros(3), "b": {"c": jnp.array(1)}}).keys()
     dict_keys(['a', 'b.c'])
     """
-    found = jax.device_get(_digests(named_leaves(tree)))
+    found = jax.device_get({name: digest(leaf) for name, leaf in named_leaves(tree).items()})
     return {name: f"{int(value):08x}" for name, value in found.items()}
 
 
-@jax.jit
-def _digests(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: digest(leaf) for name, leaf in leaves.items()}
-
-
-@jax.jit  # traced once for all arrays of a shape
+@jax.jit  # compiled once for all arrays of a shape
 def digest(array: jax.Array, first: jax.Array | int = 0) -> jax.Array:
     """A 32-bit digest of an array's bits, each with its place: the sum of their hashes.
 

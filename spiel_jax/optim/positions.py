@@ -46,11 +46,17 @@ def initial_positions(targets: Mapping[str, Target], seed: int | jax.Array) -> d
     positions = {}
     for name, target in targets.items():
         key = jax.random.fold_in(root, zlib.crc32(name.encode()))
-        draw = partial(random_indices, size=target.block_size, count=target.block_count)
-        for _ in target.lead:
-            draw = jax.vmap(draw)
-        positions[name] = target.delta(draw(jax.random.split(key, target.lead) if target.lead else key))
+        positions[name] = target.delta(_drawn(key, target.lead, target.block_size, target.block_count))
     return positions
+
+
+@partial(jax.jit, static_argnames=("lead", "size", "count"))  # where ``init`` is not, too
+def _drawn(key: jax.Array, lead: tuple[int, ...], size: int, count: int) -> jax.Array:
+    """``random_indices`` of every matrix or block: [*lead, count]."""
+    draw = partial(random_indices, size=size, count=count)
+    for _ in lead:
+        draw = jax.vmap(draw)
+    return draw(jax.random.split(key, lead) if lead else key)
 
 
 def active_positions(opt_state: Any) -> dict[str, SparseDelta]:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from spiel_jax.config import Config, micro_batch_size
-from spiel_jax.methods.method import Method, Metrics, TrainState, compiled_step, compiler_options
+from spiel_jax.methods.method import Method, Metrics, TrainState, compiled_evaluation, compiled_step
 from spiel_jax.training.metrics import Recorder
 from spiel_jax.training.nonfinite import NonFiniteError, step_lost, values_lost
 from spiel_jax.training.profiler import Profile
@@ -47,11 +47,8 @@ class Loop:
         self.heldout_losses: list[tuple[int, float]] = []
         self.skipped = 0
         self.seconds = 0.0
-        method = self.method
         self._step: Any = None
-        self._evaluate = jax.jit(
-            lambda state, batch: method.evaluate(state, batch), compiler_options=compiler_options()
-        )
+        self._evaluate = compiled_evaluation(self.method)
         self._unread: list[tuple[int, Metrics]] = []  # step, metrics
         self._in_a_row = 0  # steps that were skipped
         self._others_asked = False  # to stop, where there are several processes

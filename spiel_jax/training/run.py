@@ -38,7 +38,7 @@ from spiel_jax.distributed import processes
 from spiel_jax.distributed.mesh import make_mesh, shard_batch
 from spiel_jax.inference.chat import reply
 from spiel_jax.methods.configured import check_layout, learning_rate
-from spiel_jax.methods.method import Method, TrainState, compiler_options
+from spiel_jax.methods.method import Method, TrainState, compiled_start
 from spiel_jax.methods.registry import build, method_class
 from spiel_jax.models.axes import param_sharding
 from spiel_jax.models.io.fingerprint import differing, fingerprint
@@ -323,10 +323,7 @@ def _first_state(
     It is that of the checkpoint ``known``, or a new one, with what an adapter has ``trained``.
     """
     shardings = method.shardings(jax.eval_shape(method.init, params), mesh)
-    compiled = partial(
-        jax.jit, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options()
-    )
-    begin = compiled(lambda params: method.init(params))
+    begin, attach = compiled_start(method, shardings)
     state = begin(params)
     if known is None and trained is None:
         return state, 0
@@ -335,7 +332,6 @@ def _first_state(
         first = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), first, state)
     else:
         first = restore_state(workdir, state, method, known["step"])
-    attach = compiled(lambda *parts: method.attach(*parts))
     return attach(state.params, first.trainable, first.opt_state), known["step"] if known else 0
 
 

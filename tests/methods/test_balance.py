@@ -1,7 +1,6 @@
 """Balanced sets: parts of rows and columns with as many entries each, whatever chooses them."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import mesh_cases
@@ -11,7 +10,6 @@ from spiel_jax.config import LINEAR_LAYERS, ConfigError, check_config, default_c
 from spiel_jax.errors import SpielError
 from spiel_jax.methods.configured import configured_grid, configured_targets
 from spiel_jax.methods.registry import build
-from spiel_jax.models import init_params
 
 DOWN, UP = "model.layers.mlp.down_proj.weight", "model.layers.mlp.up_proj.weight"  # (32, 64) and (64, 32)
 
@@ -83,7 +81,7 @@ def test_every_part_has_as_many_entries_after_a_reselection_too(method, parts):
     config.targets.rules = (r".*\.(o|up)_proj\.weight",) if method == "spiel_ag" else LINEAR_LAYERS
     check_config(config)
     training = build(config, CONFIG, 8)
-    state = training.init(init_params(CONFIG, jax.random.key(0), jnp.float32))
+    state = jax.jit(training.init)(mesh_cases.pretrained())
     step = jax.jit(
         lambda s, b, phase, reselect: training.step(s, b, phase=phase, reselect=reselect),
         static_argnames=("phase", "reselect"),

@@ -13,7 +13,7 @@ from support.programs import AS_USERS
 import spiel_jax as sj
 from spiel_jax.losses.next_token import Objective
 from spiel_jax.methods.sparse import SparseMethod
-from spiel_jax.models import abstract_params, init_params
+from spiel_jax.models import abstract_params
 from spiel_jax.models.storage import NF4
 from spiel_jax.optim.criteria.lift import LowRankMagnitude, low_rank_positions
 
@@ -30,11 +30,11 @@ def method(targets, **options):
 def test_it_looks_at_the_tuned_weights_merged_or_not():
     """Large deltas make entries principal that were not: both kinds of merges see them."""
     targets = adapted({}, RULES, num_tunable=600)
-    params = init_params(CONFIG, jax.random.key(0), jnp.float32)
+    params = mesh_cases.pretrained()
     found = []
     for in_place in (True, False):
         training = method(targets, in_place=in_place)
-        state = training.init(params)
+        state = jax.jit(training.init)(params)
         large = {name: jnp.where(value == 0, 3.0, 0.0) for name, value in state.trainable.items()}
         state = training.attach(params, large, state.opt_state)
         step = jax.jit(lambda s, b, t=training: t.step(s, b, phase=sj.Phase.PLAIN, reselect=True))

@@ -242,15 +242,16 @@ def test_a_step_that_is_not_finite_changes_the_count_only(name, bad):
     assert_equal(replace(new, opt_state=new.opt_state._replace(step=jnp.int32(0))), state)
 
 
-def test_a_step_forms_no_dense_gradient():
+@pytest.mark.parametrize("rules", [TWO, pytest.param(LINEAR_LAYERS, marks=pytest.mark.slow)])
+def test_a_step_forms_no_dense_gradient(rules):
     """No product of a weight's shape is in the program, and no layer adds one to its temporaries."""
     sizes, data = {}, jax.eval_shape(lambda: jax.tree.map(jnp.asarray, make_batch(0, 1)))
     for layers in (4, 12):
         config = replace(tiny()[0], num_layers=layers, hidden_size=128, intermediate_size=256, head_dim=32)
         params = abstract_params(config)
         matrices = {param.shape[-2:] for name, param in params.items() if param.ndim > 1 + ("layers" in name)}
-        lora = Lora(adapted(config, LINEAR_LAYERS), rank=4, dropout=0.0)
-        for name, kind in (("lora", lora), ("ia3", IA3.matching(config, LINEAR_LAYERS))):
+        lora = Lora(adapted(config, rules), rank=4, dropout=0.0)
+        for name, kind in (("lora", lora), ("ia3", IA3.matching(config, rules))):
             training = ParametrizationMethod(Objective(config), optax.adamw(1e-2), kind)
             state = jax.eval_shape(training.init, params)
             program = jax.jit(jitted(training), donate_argnums=0).lower(state, data).compile(AS_USERS)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.mesh_cases import CONFIG, ROWS, batch, mesh_of, placed
+from support.mesh_cases import CONFIG, ROWS, batch, mesh_of, placed, pretrained
 
 import spiel_jax as sj
 from spiel_jax.config import ConfigError, check_config, default_config
@@ -15,7 +15,6 @@ from spiel_jax.distributed.mesh import batch_sharding
 from spiel_jax.losses.next_token import Objective
 from spiel_jax.methods.method import compiled_step
 from spiel_jax.methods.registry import build
-from spiel_jax.models import init_params
 
 OBJECTIVE = Objective(CONFIG, loss_chunk=16)
 UP = "model.layers.mlp.up_proj.weight"
@@ -27,7 +26,7 @@ def configured(entries="gradient", warmup=1):
     config.rosa.entries, config.rosa.warmup = entries, warmup
     config.model.source, config.data.sources = "random", ("chat.jsonl",)
     config.targets.num_tunable = 600
-    config.targets.rules = (r".*\.(o|up)_proj\.weight",)
+    config.targets.rules = (r".*\.up_proj\.weight",)  # others only take time to compile
     config.targets.grid.update({"fsdp": 1, "tensor": 1})
     config.lora.update({"rank": 2, "alpha": 4.0, "dropout": 0.0})
     config.spiel.update({"every": 2, "accumulation": 2})
@@ -43,12 +42,12 @@ def trained():
     config = configured()
     check_config(config)
     method = build(config, CONFIG, 6)
-    params = init_params(CONFIG, jax.random.key(0), jnp.float32)
+    params = pretrained()
     step = jax.jit(
         lambda s, b, phase, reselect: method.step(s, b, phase=phase, reselect=reselect),
         static_argnames=("phase", "reselect"),
     )
-    states, metrics = [method.init(params)], []
+    states, metrics = [jax.jit(method.init)(params)], []
     for number in (1, 2, 3):
         phase, reselect = method.step_kind(number)
         state, found = step(states[-1], batch(number, 2), phase=phase, reselect=reselect)
@@ -81,7 +80,6 @@ def test_gradients_are_those_of_the_sum_of_both(trained):
     data = batch(7)
     flat = {name: array.reshape(-1, array.shape[-1]) for name, array in data.items()}
 
-    @jax.jit
     def expected(values, low_rank):
         deltas = {name: delta.with_values(values[name]) for name, delta in active.items()}
         weights = dict(sj.merge(params, deltas))
@@ -90,7 +88,7 @@ def test_gradients_are_those_of_the_sum_of_both(trained):
         return OBJECTIVE(weights, flat) / flat["weights"].sum()
 
     low_rank = state.trainable["low_rank"]
-    loss, wanted = jax.value_and_grad(expected, (0, 1))(state.trainable["sparse"], low_rank)
+    loss, wanted = jax.jit(jax.value_and_grad(expected, (0, 1)))(state.trainable["sparse"], low_rank)
     found = jax.jit(
         lambda s, b: method.sparse.passes.of(
             method._sparse(s),
@@ -110,7 +108,7 @@ def test_the_tuned_model_is_the_one_that_is_evaluated_and_restored(trained):
     state = states[-1]
     data = jax.tree.map(lambda x: x[0], batch(8))
     loss, _ = jax.jit(method.evaluate)(state, data)
-    assert float(OBJECTIVE(method.tuned(state), data)) == pytest.approx(float(loss), rel=1e-5)
+    assert float(jax.jit(OBJECTIVE)(method.tuned(state), data)) == pytest.approx(float(loss), rel=1e-5)
     items = method.items(state)
     merged = method.merge(params, items["trainable"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged, dict(method.tuned(state)))

@@ -108,12 +108,16 @@ ANY_GRADIENTS = [name for name in METHODS if name not in ("adamw, AG", "schedule
 def test_updates_are_as_wide_as_gradients_and_values(name, grads, values):
     method = METHODS[name]()
     values = sj.zeros(TARGETS, values)
-    state = method.tx.init(values)
-    given = jax.tree.map(lambda v: jnp.ones(v.shape, grads), values)
-    extra = {"active": FIXED} if method.needs == "active" else {}
-    if method.needs == "candidates":
-        extra = {"candidates": gradients(values, state, weights(dtype=grads))[1]}
-    updates, after = jax.eval_shape(lambda g, s, v: method.tx.update(g, s, v, **extra), given, state, values)
+    state = jax.eval_shape(method.tx.init, values)
+    given = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, grads), values)
+
+    def update(given, state, values):
+        extra = {"active": FIXED} if method.needs == "active" else {}
+        if method.needs == "candidates":
+            extra = {"candidates": gradients(values, state, weights(dtype=grads))[1]}
+        return method.tx.update(given, state, values, **extra)
+
+    updates, after = jax.eval_shape(update, given, state, values)
     width = "float32" if name in SPIEL else grads
     assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(width)}
     assert abstract(after) == abstract(state)

@@ -72,7 +72,7 @@ def test_active_entries_are_no_candidates(active_too, expected):
         adapter = sj.SparseLinear(active, proposal=slots, propose_active=active_too)
         return jnp.sum(sj.sparse_linear(x, jnp.zeros((2, 4)), adapter) * dy)
 
-    _, rows, columns = jax.grad(product)(jnp.zeros((3, 3)))
+    _, rows, columns = jax.jit(jax.grad(product))(jnp.zeros((3, 3)))
     assert (rows * 4 + columns).tolist() == expected
 
 
@@ -147,7 +147,8 @@ def test_score_is_the_product_and_the_minimum_an_option():
     target = sj.Target((2, 2), 1)
     for score, expected in (("product", 0), ("minimum", 3)):  # entry 1, of the largest score, is active
         criterion = sj.MomentApproximation(score)
-        found = criterion.incoming((row, column), jnp.array([1]), jnp.array([True]), 1, target)
+        incoming = jax.jit(partial(criterion.incoming, n=1, target=target))
+        found = incoming((row, column), jnp.array([1]), jnp.array([True]))
         assert found.tolist() == [expected]
 
 
@@ -182,35 +183,30 @@ PLAN = sj.Reselection(16, every=5, accumulation=2, rate=sj.cosine(0.4))
 STEPS, MICRO_BATCHES = 16, 2
 
 
+gathered = jax.jit(jax.vmap(sj.gather, (0, None)))
+proposed = jax.jit(lambda dense, excluded: sj.propose({"w": dense}, {"w": excluded}, {"w": 9})["w"])
+
+
 def trajectory(tx, plan, growth, dtype=jnp.bfloat16):
     """Values and state after every step, of random dense gradients in two micro-batches."""
     rng = np.random.default_rng(0)
     values = sj.zeros(TARGETS, dtype)
     state = tx.init(values)
-    history = []
+    history, update = [], jax.jit(tx.update)
     for step in range(1, STEPS + 1):
         dense = jnp.array(rng.standard_normal((MICRO_BATCHES, 6, 8)) / MICRO_BATCHES, jnp.float32)
         active = sj.deltas(values, state)
-        grads = {"w": sj.gather(dense.sum(0), active["w"]).astype(dtype)}
+        grads = {"w": gathered(dense, active["w"]).sum(0).astype(dtype)}
         seen = None
         if growth is not None:
             known = TARGETS["w"].delta(state.growth["w"].indices)
             if plan.proposes(step):
                 none = jnp.full(9, 48, jnp.int32)
                 excluded = none if growth.propose_active else active["w"].indices
-                known = sj.propose(
-                    {"w": dense[0]}, {"w": active["w"].__class__(excluded, None, (6, 8))}, {"w": 9}
-                )["w"]
-            each = jax.vmap(partial(sj.gather, delta=known))(dense)
+                known = proposed(dense[0], TARGETS["w"].delta(excluded))
+            each = gathered(dense, known)
             seen = {"w": known.with_values(each if growth.per_micro_batch else each.sum(0))}
-        updates, state = tx.update(
-            grads,
-            state,
-            values,
-            candidates=seen,
-            phase=plan.phase(step),
-            reselect=bool(plan.reselects(step)),
-        )
+        updates, state = update(grads, state, values, candidates=seen)
         values = optax.apply_updates(values, updates)
         history.append((values, state))
     return history

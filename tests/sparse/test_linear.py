@@ -27,6 +27,7 @@ def dense_gradient(x, dy) -> np.ndarray:
     return dy.T @ x
 
 
+@jax.jit
 def pull_back(x, weight, adapter, dy):
     """y, and the cotangents of x, the weight and the adapter."""
     y, pull = jax.vjp(sparse_linear, x, weight, adapter)
@@ -48,7 +49,7 @@ def test_sparse_linear_collects_what_the_dense_gradient_holds(grid, propose_acti
     _, candidates = make((4, 6), k, grid=grid, seed=5)
     proposal = jnp.zeros((*active.indices.shape[:-1], 3, 2))
     adapter = SparseLinear(active, candidates, proposal, propose_active=propose_active)
-    y, dx, dw, cotangent = jax.jit(pull_back)(x, weight, adapter, dy)
+    y, dx, dw, cotangent = pull_back(x, weight, adapter, dy)
 
     expected_y, pull = jax.vjp(linear, x, weight)
     np.testing.assert_array_equal(y, expected_y)
@@ -84,13 +85,12 @@ def test_disabled_layer_collects_zeros():
     x, weight, dy = products()
     _, active = make((4, 6), 10)
     adapter = SparseLinear(active, active, jnp.zeros((3, 2)), enabled=jnp.array(False))
-    collect = jax.jit(pull_back)
-    y, dx, _, cotangent = collect(x, weight, adapter, dy)
+    y, dx, _, cotangent = pull_back(x, weight, adapter, dy)
     np.testing.assert_array_equal(y, linear(x, weight))
     assert np.all(dx != 0)
     for part in (cotangent.active.values, cotangent.candidates.values, cotangent.proposal):
         assert not np.any(part)
-    *_, cotangent = collect(x, weight, replace(adapter, enabled=jnp.array(True)), dy)
+    *_, cotangent = pull_back(x, weight, replace(adapter, enabled=jnp.array(True)), dy)
     np.testing.assert_allclose(cotangent.active.values, gathered(dense_gradient(x, dy), active), rtol=1e-5)
 
 
@@ -101,7 +101,7 @@ def test_unmerged_adapter_equals_merge_then_linear():
     def dense(x, values):
         return linear(x, merge({"w": weight}, {"w": active.with_values(values)})["w"])
 
-    y, dx, _, cotangent = jax.jit(pull_back)(x, weight, SparseLinear(active, merged=False), dy)
+    y, dx, _, cotangent = pull_back(x, weight, SparseLinear(active, merged=False), dy)
     expected, pull = jax.vjp(dense, x, active.values)
     np.testing.assert_array_equal(y, expected)
     assert not np.array_equal(y, linear(x, weight))
@@ -112,7 +112,7 @@ def test_unmerged_adapter_equals_merge_then_linear():
 def test_gradients_of_bfloat16_layers_are_not_rounded_to_bfloat16():
     x, weight, dy = products((24, 16), (64,), jnp.bfloat16)
     _, active = make((24, 16), 200)
-    y, dx, _, cotangent = jax.jit(pull_back)(x, weight, SparseLinear(active, proposal=jnp.zeros((3, 50))), dy)
+    y, dx, _, cotangent = pull_back(x, weight, SparseLinear(active, proposal=jnp.zeros((3, 50))), dy)
     assert y.dtype == dx.dtype == jnp.bfloat16
     expected = gathered(dense_gradient(x, dy), active)
     for found in (cotangent.active.values, cotangent.proposal[0]):
@@ -187,7 +187,7 @@ def test_propose_equals_the_proposal_of_sparse_linear(dtype):
 def test_propose_of_some_layers_and_of_a_block_grid():
     weight, active = make(**CASES["layers and grid"])
     count = 2
-    found = propose({"w": weight}, {"w@0,2": active}, {"w@0,2": count})["w@0,2"]
+    found = jax.jit(lambda w: propose({"w": w}, {"w@0,2": active}, {"w@0,2": count}))(weight)["w@0,2"]
     assert (found.grid, found.layers) == (active.grid, active.layers)
     np.testing.assert_array_equal(found.values, gathered(weight, found))
     for slot in np.ndindex(2, 2, 2):

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import re
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,12 @@ def method(targets, growth, *, in_place=True, remat="full", config=CONFIG):
     inner = aged_adamw(1e-2) if growth.uses_candidates else sparse_sm3(1e-2, targets)
     tx = sj.spiel(inner, targets, growth=growth, schedule=PLAN)
     return SparseMethod(Objective(config, remat, loss_chunk=16), tx, targets, growth, in_place)
+
+
+@cache
+def pretrained():
+    """float32 parameters of the model, on one device."""
+    return jax.jit(partial(init_params, CONFIG, dtype=jnp.float32))(jax.random.key(0))
 
 
 def batch(seed, micro_batches=1):

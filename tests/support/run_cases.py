@@ -2,10 +2,14 @@
 
 import contextlib
 import json
+from unittest.mock import patch
 
+import jax
 import numpy as np
 
-from spiel_jax.config import default_config
+from spiel_jax.config import default_config, flatten
+from spiel_jax.methods import method as methods
+from spiel_jax.methods.registry import build
 from spiel_jax.training import run as training
 from spiel_jax.training.metrics import read_metrics
 
@@ -38,7 +42,8 @@ def tiny_config(model, data, method="spiel_ag"):
     config.data.heldout = 8
     config.data.sequence_length = 64
     config.targets.num_tunable = 1000
-    config.targets.rules = (r".*\.(o|up)_proj\.weight",)
+    both, one = r".*\.(o|up)_proj\.weight", r".*\.up_proj\.weight"
+    config.targets.rules = (one if method == "lora" else both,)
     config.spiel.every = 2
     config.spiel.accumulation = 2
     config.spiel.schedule = "constant"
@@ -48,6 +53,44 @@ def tiny_config(model, data, method="spiel_ag"):
     config.eval_batches = 0
     config.checkpoint_every = 0
     return config
+
+
+class Shared:
+    """What runs of the same settings trace and compile, wherever their files are: kept from run to run."""
+
+    def __init__(self):
+        self.methods, self.compiled = {}, {}
+
+    def build(self, config, model, steps, targets=None):
+        settings = {key: value for key, value in flatten(config).items() if not key.startswith(ELSEWHERE)}
+        built = build(config, model, steps, targets)  # each time: it may refuse
+        return self.methods.setdefault((repr(settings), model, steps, repr(built.targets)), built)
+
+    def once(self, make):
+        def made(method, *shardings):
+            key = make.__name__, id(method), tuple(jax.tree.leaves(shardings))
+            if key not in self.compiled:
+                self.compiled[key] = method, make(method, *shardings)  # the method: its id is not given again
+            return self.compiled[key][1]
+
+        return made
+
+    @contextlib.contextmanager
+    def used(self):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(patch("spiel_jax.training.run.build", self.build))
+            for where, make in (
+                ("run", methods.compiled_start),
+                ("loop", methods.compiled_step),
+                ("loop", methods.compiled_evaluation),
+            ):
+                stack.enter_context(patch(f"spiel_jax.training.{where}.{make.__name__}", self.once(make)))
+            yield
+
+
+# Keys that say nothing of what is compiled.
+ELSEWHERE = ("data.", "model.source", "model.tokenizer", "checkpoint_", "eval_", "sample.", "on_record")
+SHARED = Shared()
 
 
 def run(config, workdir, *, until=None, extend=False, accept_new_data=False, resume_from=None, **mesh):
@@ -64,7 +107,8 @@ def run(config, workdir, *, until=None, extend=False, accept_new_data=False, res
     training.stop_on_signal = stop_on_signal
     try:
         options = {"extend": extend, "accept_new_data": accept_new_data, "resume_from": resume_from}
-        return training.run(config, workdir, progress=False, **options)
+        with SHARED.used():
+            return training.run(config, workdir, progress=False, **options)
     finally:
         training.stop_on_signal = original
 

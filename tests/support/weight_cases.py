@@ -1,6 +1,7 @@
 """Kinds of stored weights for the tests that all of them pass, and one that is there for tests only."""
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import jax
@@ -36,6 +37,11 @@ class RowScaled(Weight):
         return (self.codes.astype(jnp.float32) * self.scales).astype(self.dtype)
 
 
+@cache
+def holder(kind):
+    return jax.jit(kind.hold)
+
+
 @dataclass(frozen=True)
 class Case:
     """A kind (None: arrays), the dtype of the weights, and its error relative to the largest of a row.
@@ -51,8 +57,8 @@ class Case:
     columns: int = 6
 
     def hold(self, array):
-        array = jnp.array(array, self.dtype)
-        return array if self.kind is None else jax.jit(self.kind.hold)(array)
+        array = jnp.asarray(np.asarray(array).astype(self.dtype))
+        return array if self.kind is None else holder(self.kind)(array)
 
 
 KINDS = {

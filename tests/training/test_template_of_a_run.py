@@ -36,7 +36,8 @@ def on(monkeypatch):
 @pytest.fixture
 def config(llama_folder, tmp_path):
     (tmp_path / "dated.jinja").write_text(DATED)
-    config = run_cases.tiny_config(llama_folder, run_cases.chat_file(tmp_path), "spiel_ma")
+    config = run_cases.tiny_config(llama_folder, run_cases.chat_file(tmp_path), "lora")
+    config.targets.num_tunable, config.lora.rank = None, 2
     config.data.chat_template = str(tmp_path / "dated.jinja")
     config.steps, config.checkpoint_every = 3, 1
     return config

@@ -44,10 +44,17 @@ def placed(sharding: Callable[[str, tuple[int, ...]], Sharding] | None, name: st
 
 def zeros(spec: Any, place: Any) -> Any:
     """A parameter of zeros, whose arrays lie at ``place``."""
-    make = jax.jit(
-        lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), spec), out_shardings=place
+    leaves, structure = jax.tree.flatten(spec)
+    return _zeros(structure, tuple(leaves), tuple(jax.tree.leaves(place)))()
+
+
+@functools.cache
+def _zeros(structure: Any, leaves: tuple[Any, ...], places: tuple[Sharding, ...]) -> Callable[[], Any]:
+    """Makes a parameter of zeros: one program for all of a shape, and for every model that is loaded."""
+    return jax.jit(
+        lambda: jax.tree.unflatten(structure, [jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves]),
+        out_shardings=jax.tree.unflatten(structure, places),
     )
-    return make()
 
 
 def _tensor(

@@ -1,7 +1,7 @@
 """What every kind of stored weight does, the toy of the tests too; and models and merges on top of them."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ CONFIG = ModelConfig(
     attention_bias=True,
 )
 pytestmark = pytest.mark.filterwarnings("error")
-dense = jax.jit(as_array)
+dense, gathered, merged = jax.jit(as_array), jax.jit(sj.gather), jax.jit(sj.merge)
 
 
 def kinds(quick):
@@ -148,6 +148,14 @@ def test_entries_are_set_where_they_can_be(case):
     assert bits(dense(changed)) == bits(expected)
 
 
+@jax.jit
+def there_and_back(weight, delta):
+    """What the entries were, the weight with the delta merged, and unmerged again."""
+    params, named = {"block": {"w": weight}}, {"block.w": delta}
+    base, new = sj.base_entries(params, named), sj.merge(params, named)
+    return base["block.w"], new["block"]["w"], sj.unmerge(new, named, base)["block"]["w"]
+
+
 @beside_arrays
 @pytest.mark.parametrize("delta_case", ["matrix", "two stack axes", "layers and grid"])
 def test_deltas_work_as_on_the_array(case, delta_case):
@@ -157,26 +165,17 @@ def test_deltas_work_as_on_the_array(case, delta_case):
             case.hold(array)
         return
     weight = case.hold(array)
-    matrix, entries = dense(weight), jnp.array(delta.values, case.dtype)
-    deltas = {"w": delta}
-
-    @jax.jit
-    def everything(weight):
-        params = {"block": {"w": weight}}
-        named = {"block.w": delta}
-        base, merged = sj.base_entries(params, named), sj.merge(params, named)
-        return base["block.w"], merged["block"]["w"], sj.unmerge(merged, named, base)["block"]["w"]
-
-    base, merged, back = everything(weight)
-    assert bits(base) == bits(jax.jit(sj.gather)(matrix, delta)) == bits(sj.gather(weight, delta))
-    assert bits(dense(merged)) == bits(sj.merge({"w": matrix}, deltas)["w"])
+    matrix, entries = dense(weight), jnp.asarray(np.asarray(delta.values).astype(case.dtype))
+    base, new, back = there_and_back(weight, delta)
+    assert bits(base) == bits(gathered(matrix, delta)) == bits(gathered(weight, delta))
+    assert bits(dense(new)) == bits(merged({"w": matrix}, {"w": delta})["w"])
     assert bits(dense(back)) == bits(matrix)
     if is_writable(weight):
-        assert jax.tree.structure(merged) == jax.tree.structure(back) == jax.tree.structure(weight)
+        assert jax.tree.structure(new) == jax.tree.structure(back) == jax.tree.structure(weight)
         changed = jax.jit(set_entries)(weight, delta, entries)
-        assert bits(dense(changed)) == bits(set_entries(matrix, delta, entries))
+        assert bits(dense(changed)) == bits(jax.jit(set_entries)(matrix, delta, entries))
     else:
-        assert not is_stored(merged)
+        assert not is_stored(new)
         with pytest.raises(TypeError, match="cannot be set"):
             set_entries(weight, delta, entries)
 
@@ -186,10 +185,11 @@ def test_deltas_work_as_on_the_array(case, delta_case):
 def test_magnitudes_are_those_of_the_array(case, largest):
     array = jnp.array(numbers(3, 4, 6), case.dtype)
     weight = case.hold(array)
-    for target in (sj.Target((4, 6), 5, (3,)), sj.Target((4, 6), 4, (2,), (2, 1), layers=(0, 2))):
-        find = partial(sj.magnitude_positions, targets={"w": target}, largest=largest)
-        found, expected = find({"w": weight})["w"], find({"w": dense(weight)})["w"]
-        np.testing.assert_array_equal(found.indices, expected.indices)
+    targets = {"w": sj.Target((4, 6), 5, (3,)), "w@0,2": sj.Target((4, 6), 4, (2,), (2, 1), layers=(0, 2))}
+    find = jax.jit(partial(sj.magnitude_positions, targets=targets, largest=largest))
+    found, expected = find({"w": weight}), find({"w": dense(weight)})
+    for name in targets:
+        np.testing.assert_array_equal(found[name].indices, expected[name].indices)
 
 
 def on_mesh(weight, mesh):
@@ -248,11 +248,9 @@ def adapters():
     }
 
 
-@beside_arrays
-@pytest.mark.parametrize("name", adapters())
-def test_products_are_those_with_the_array_bit_for_bit(case, name):
-    weight = case.hold(numbers(8, 6))
-    x = jnp.array(numbers(2, 5, 6, seed=2), case.dtype)
+@cache
+def differentiated(name):
+    """A product, its gradients and what is trained in it; traced once for all kinds of weights."""
     adapter = adapters()[name]
     leaves, structure = jax.tree.flatten(adapter)
     trained = None if callable(leaves[0]) else leaves
@@ -267,6 +265,15 @@ def test_products_are_those_with_the_array_bit_for_bit(case, name):
         gradients = pull(jnp.sin(y.astype(jnp.float32)).astype(y.dtype))
         return y, [g for g in jax.tree.leaves(gradients) if g.dtype != jax.dtypes.float0]
 
+    return value_and_gradients, trained
+
+
+@beside_arrays
+@pytest.mark.parametrize("name", adapters())
+def test_products_are_those_with_the_array_bit_for_bit(case, name):
+    weight = case.hold(numbers(8, 6))
+    x = jnp.array(numbers(2, 5, 6, seed=2), case.dtype)
+    value_and_gradients, trained = differentiated(name)
     found = value_and_gradients(x, trained, weight)
     expected = value_and_gradients(x, trained, dense(weight))
     assert jax.tree.map(bits, found) == jax.tree.map(bits, expected)
@@ -288,11 +295,15 @@ def params():
 TOKENS = np.arange(12).reshape(2, 6) % CONFIG.vocab_size
 
 
+@jax.jit
+def logits(params):
+    return bind(CONFIG, params)(TOKENS)
+
+
 @beside_arrays
 def test_a_model_computes_what_it_does_with_the_arrays(case, params):
     stored = held(params, case)
     arrays = {name: dense(param) for name, param in stored.items()}
-    logits = jax.jit(lambda params: bind(CONFIG, params)(TOKENS))
     assert bits(logits(stored)) == bits(logits(arrays))
     assert bind(CONFIG, stored).dtype == case.dtype
 

@@ -10,7 +10,6 @@ from support.mesh_cases import CONFIG, adapted, batch
 import spiel_jax as sj
 from spiel_jax.losses.next_token import Objective
 from spiel_jax.methods.sparse import SparseMethod
-from spiel_jax.models import init_params
 from spiel_jax.optim.criteria.activations import LargestOutputs, WeightTimesInput
 
 PLAN = sj.Reselection(2, 2, 2, sj.constant(0.0), first=1.0)
@@ -45,8 +44,8 @@ def test_in_a_step_they_see_the_layers(growth):
     targets = adapted({}, (r".*\.q_proj\.weight",), num_tunable=3 * 64)
     tx = sj.spiel(sj.aged_adamw(0.0), targets, growth=growth, schedule=PLAN)
     training = SparseMethod(Objective(CONFIG, loss_chunk=16), tx, targets, growth, schedule=PLAN)
-    params = init_params(CONFIG, jax.random.key(0), jnp.float32)
-    state = training.init(params)
+    params = mesh_cases.pretrained()
+    state = jax.jit(training.init)(params)
     step = jax.jit(
         lambda s, b, phase, reselect: training.step(s, b, phase=phase, reselect=reselect),
         static_argnames=("phase", "reselect"),

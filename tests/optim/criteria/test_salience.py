@@ -10,7 +10,6 @@ from support.mesh_cases import CONFIG, adapted, batch
 import spiel_jax as sj
 from spiel_jax.losses.next_token import Objective
 from spiel_jax.methods.sparse import SparseMethod
-from spiel_jax.models import init_params
 from spiel_jax.optim.criteria.accumulated_gradients import CandidateStats
 from spiel_jax.optim.criteria.salience import GradientOverWeight, LowSensitivity
 
@@ -19,9 +18,12 @@ ONE = jnp.ones((), jnp.int32)
 
 
 def chosen(growth, stats, weights, n, target):
-    seen = growth.survey({"w": stats}, {"w": weights}, {"w": target})["w"]
-    dropped = jnp.ones(n, bool)
-    return sorted(growth.incoming(seen, jnp.arange(n), dropped, n, target).tolist())[:n]
+    @jax.jit
+    def incoming(stats, weights):
+        seen = growth.survey({"w": stats}, {"w": weights}, {"w": target})["w"]
+        return growth.incoming(seen, jnp.arange(n), jnp.ones(n, bool), n, target)
+
+    return sorted(incoming(stats, weights).tolist())[:n]
 
 
 def test_by_hand():
@@ -40,8 +42,8 @@ def test_in_a_step_they_choose_by_the_dense_scores(growth):
     plan = sj.Reselection(2, 2, 2, sj.constant(0.0), first=1.0)
     tx = sj.spiel(sj.aged_adamw(0.0), targets, growth=growth, schedule=plan)
     training = SparseMethod(OBJECTIVE, tx, targets, growth, schedule=plan)
-    params = init_params(CONFIG, jax.random.key(0), jnp.float32)
-    state, grads = training.init(params), []
+    params = mesh_cases.pretrained()
+    state, grads = jax.jit(training.init)(params), []
     step = jax.jit(
         lambda s, b, phase, reselect: training.step(s, b, phase=phase, reselect=reselect),
         static_argnames=("phase", "reselect"),

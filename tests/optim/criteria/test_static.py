@@ -151,7 +151,8 @@ def test_magnitude_positions_of_some_layers():
 def test_place_refuses_what_does_not_fit():
     tx = optax.chain(optax.clip(1.0), sj.spiel_ma(0.1, TARGETS, total_steps=5))
     state = tx.init(sj.zeros(TARGETS))
-    positions = sj.magnitude_positions(weights(jnp.float32, np.random.default_rng(0)), TARGETS)
+    params = weights(jnp.float32, np.random.default_rng(0))
+    positions = jax.jit(lambda params: sj.magnitude_positions(params, TARGETS))(params)
     placed = sj.place(state, positions)
     jax.tree.map(np.testing.assert_array_equal, optax.tree.get(placed, "active"), positions)
     jax.tree.map(np.testing.assert_array_equal, sj.place(placed, optax.tree.get(state, "active")), state)
