@@ -354,6 +354,7 @@ KEYS: dict[str, Kind] = {
     "spiel.tile.columns": OrNone(Whole(1)),
     "spiel.tile.by": _one_of("random", "weights"),
     "spiel.filter_rank": Whole(1, 2**16),
+    "spiel.keep_zeros": Switch(),
     "spiel.merge": _one_of("resident", "per_use"),
     "spiel.delta_dtype": _one_of("float32", "bfloat16"),
     "spiel.parity": OneOf(lambda: get_args(Parity)),

@@ -101,6 +101,8 @@ def default_config() -> Config:
                 # weights, the largest mean
                 "tile": {"rows": optional(int), "columns": optional(int), "by": "random"},
                 "filter_rank": 128,  # lift: of the approximation in which the largest entries are looked for
+                # of a pruned base: entries are chosen where the weight is not zero, so that every zero stays
+                "keep_zeros": False,
                 "merge": "resident",  # resident | per_use
                 # of the deltas: float32 | bfloat16, as in the paper's runs on a quantised base. Gradients and
                 # the optimizer's statistics are float32

@@ -17,6 +17,7 @@ from spiel_jax.optim.criteria.criterion import Criterion
 from spiel_jax.optim.inner_optimizers import state_dtype
 from spiel_jax.optim.positions import deltas
 from spiel_jax.optim.schedules import Phase
+from spiel_jax.optim.zeros import off_zeros_by
 from spiel_jax.sparse.delta import SparseDelta, stack_layers
 from spiel_jax.sparse.linear import SparseLinear, candidates_from_proposal
 from spiel_jax.sparse.targets import Target
@@ -211,7 +212,9 @@ class EntryGradients:
             candidates: As ``active``, or None.
             proposals: Slots by parameter name, or None.
         """
-        layers = self.objective.config.num_layers
+        layers, salience = self.objective.config.num_layers, self.growth.salience
+        if self.growth.keep_zeros:
+            salience = off_zeros_by(salience)
 
         def enabled(group: list[str]) -> jax.Array | None:
             if active[group[0]].layers is None:
@@ -227,7 +230,7 @@ class EntryGradients:
                 enabled=enabled(group),
                 merged=group[0] in merged,
                 propose_active=self.growth.propose_active,
-                salience=self.growth.salience,
+                salience=salience,
             )
             for name, group in by_parameter(active).items()
         }

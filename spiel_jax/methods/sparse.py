@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -24,6 +25,7 @@ from spiel_jax.optim.parity import is_reference
 from spiel_jax.optim.positions import active_positions, deltas, place
 from spiel_jax.optim.schedules import Phase, Reselection
 from spiel_jax.optim.spiel import spiel
+from spiel_jax.optim.zeros import random_off_zeros
 from spiel_jax.sparse.delta import (
     SparseDelta,
     gather,
@@ -94,6 +96,10 @@ class SparseMethod(Method):
         criterion = CRITERIA[config.method]
         targets = with_axes(configured_targets(config, model) if targets is None else targets)
         growth, schedule = criterion.from_config(config), criterion.schedule(config, steps)
+        start = criterion.start(config)
+        if config.spiel.keep_zeros:
+            growth = replace(growth, keep_zeros=True)  # pyright: ignore[reportArgumentType]
+            start = start or partial(random_off_zeros, seed=config.seed)
         tx = spiel(
             criterion.optimizer(config, learning_rate(config, steps), targets),
             targets,
@@ -106,7 +112,7 @@ class SparseMethod(Method):
         )
         in_place = config.spiel.merge == "resident"
         objective = Objective.from_config(config, model)
-        start, dtype = criterion.start(config), jnp.dtype(config.spiel.delta_dtype)
+        dtype = jnp.dtype(config.spiel.delta_dtype)
         looks = growth.uses_weights or config.spiel.drop_by == "weight"
         return cls(objective, tx, targets, growth, in_place, start, schedule, dtype, looks)
 

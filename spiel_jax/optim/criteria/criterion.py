@@ -98,6 +98,8 @@ class Criterion:
     Attributes:
         propose_active: Whether active entries may be candidates.
         per_micro_batch: Whether candidate gradients come per micro-batch, with a leading axis [G].
+        keep_zeros: Whether entries are chosen only where the weight is not zero, so that zeros of a pruned base
+            stay. Candidates are proposed so; what finds entries otherwise looks at the weights.
         salience: By what the largest entries are proposed: gradient and weight, two arrays alike, to scores;
             None for the gradient.
         watch: What is to be seen of a linear in a phase: its inputs [..., in] and weight to an array that is
@@ -118,9 +120,11 @@ class Criterion:
 
     propose_active: bool = False
     per_micro_batch: bool = False
+    keep_zeros: bool = False
     salience: ClassVar[Callable[..., jax.Array] | None] = None
     watch: ClassVar[Callable[..., jax.Array] | None] = None
     in_original: ClassVar[bool] = False  # whether the original implementation has it
+    can_keep_zeros: ClassVar[bool] = False  # whether ``keep_zeros`` is a field of it
     reselects_once: ClassVar[bool] = False  # its one phase may then be longer than ``spiel.every``
     own: ClassVar[tuple[str, ...] | None] = None  # keys of the configuration that are of it; None: not said
     unused: ClassVar[tuple[str, ...]] = ()  # further keys, of all criteria, that mean nothing to it
@@ -243,6 +247,13 @@ class Criterion:
             yield "spiel.first", first, f"unset: {ORIGINAL}"
         if reference and settings.schedule == "constant":
             yield "spiel.schedule", settings.schedule, f"linear or cosine: {ORIGINAL}"
+        if settings.keep_zeros and not cls.can_keep_zeros:
+            yield "spiel.keep_zeros", True, f"False: {config.method} may choose entries that are zero"
+        if settings.keep_zeros and adapter is not None:
+            expected = "unset: the entries of an adapter are where they are (spiel.keep_zeros)"
+            yield "init_from.adapter", adapter, expected
+        if reference and settings.keep_zeros:
+            yield "spiel.keep_zeros", True, f"False: {ORIGINAL}"
         if reference and settings.candidate_ratio != 1:
             yield "spiel.candidate_ratio", settings.candidate_ratio, f"1: {ORIGINAL}"
 

@@ -13,10 +13,11 @@ from spiel_jax.errors import SpielError
 from spiel_jax.ops.selection import top_magnitudes
 from spiel_jax.ops.sharded import on_blocks
 from spiel_jax.ops.stored import as_array
+from spiel_jax.ops.tree import named_leaves, parameter_name
 from spiel_jax.optim.criteria.criterion import Complaint, register
-from spiel_jax.optim.criteria.static import NoGrowth, adapted_matrices
-from spiel_jax.sparse.delta import SparseDelta
-from spiel_jax.sparse.targets import Target
+from spiel_jax.optim.criteria.static import NoGrowth
+from spiel_jax.sparse.delta import SparseDelta, gather
+from spiel_jax.sparse.targets import Target, adapted_matrices
 
 
 @register("structured")
@@ -32,6 +33,7 @@ class Structured(NoGrowth):
         <https://arxiv.org/abs/2405.15525>`_: blocks of 256 x 256, which it chooses by gradients.
     """
 
+    can_keep_zeros = True
     own = ("spiel.tile.rows", "spiel.tile.columns", "spiel.tile.by")
     unused = ("spiel.every", "spiel.accumulation", "spiel.schedule", "spiel.rate", "spiel.first")
 
@@ -48,7 +50,8 @@ class Structured(NoGrowth):
         """See ``Criterion``."""
         tile = config.spiel.tile
         seed = config.seed if tile.by == "random" else None
-        return partial(tile_positions, rows=tile.rows, columns=tile.columns, seed=seed)
+        find = partial(tile_positions, rows=tile.rows, columns=tile.columns, seed=seed)
+        return partial(find, keep_zeros=config.spiel.keep_zeros)
 
 
 def tile_positions(
@@ -58,6 +61,7 @@ def tile_positions(
     rows: int | None = None,
     columns: int | None = None,
     seed: int | None = None,
+    keep_zeros: bool = False,
 ) -> dict[str, SparseDelta]:
     """The entries of some of the rectangles of each matrix (or block), whole.
 
@@ -67,6 +71,7 @@ def tile_positions(
         rows: Of a rectangle; None for all.
         columns: Of a rectangle; None for all.
         seed: Of the draw; None for those of largest mean magnitude, ties towards the first.
+        keep_zeros: Whether slots of entries where the weight is zero are unused.
 
     Returns:
         Target name to ``SparseDelta`` without values, for ``place``; as many whole rectangles as the entries
@@ -107,7 +112,11 @@ def tile_positions(
         found = (first[..., None] + inside.reshape(-1)).reshape(len(first), -1).astype(jnp.int32)
         unused = ((0, 0), (0, target.block_count - number * size))
         found = jnp.pad(found, unused, constant_values=target.block_size)
-        positions[name] = target.delta(found.reshape(*target.lead, target.block_count))
+        delta = target.delta(found.reshape(*target.lead, target.block_count))
+        if keep_zeros:
+            entries = gather(named_leaves(params)[parameter_name(name)], delta)
+            delta = target.delta(jnp.where(entries == 0, target.block_size, delta.indices))
+        positions[name] = delta
     return positions
 
 
