@@ -61,12 +61,11 @@ def trained(config, params, steps=4):
 
 CASES = [
     ("spiel_ag", "2:4", "resident"),
-    ("spiel_ma", "0.7", "resident"),
     *(
-        pytest.param(method, pattern, merge, marks=pytest.mark.slow)
-        for method in CRITERIA
-        for pattern in PRUNED
-        for merge in ("resident", "per_use")
+        pytest.param(
+            method, ("0.7", "2:4")[number % 2], ("resident", "per_use")[number % 2], marks=pytest.mark.slow
+        )
+        for number, method in enumerate(CRITERIA)
     ),
 ]
 
@@ -121,7 +120,7 @@ def test_random_entries_are_spread_over_what_is_not_zero():
 
 
 @pytest.mark.parametrize("growth", [RandomGrowth(3, keep_zeros=True), MomentApproximation(keep_zeros=True)])
-@pytest.mark.parametrize("grid", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("grid", [pytest.param((1, 1), marks=pytest.mark.slow), (2, 2)])
 def test_what_grows_without_candidates_is_not_zero_and_the_best_of_the_rest(growth, grid):
     """Of a stack, in blocks, until no entry is left that is not zero."""
     rng = np.random.default_rng(0)
@@ -134,7 +133,9 @@ def test_what_grows_without_candidates_is_not_zero_and_the_best_of_the_rest(grow
         row, column = (rng.integers(0, 4, part.shape).astype(np.float32) for part in stats["w"])
         stats = {"w": (jnp.array(row), jnp.array(column))}
         scores = row.reshape(-1, block[0], 1) * column.reshape(-1, 1, block[1])
-    seen = growth.survey(stats, {"w": jnp.array(weight)}, {"w": target})["w"]
+    look = jax.jit(lambda stats, weights: growth.survey(stats, weights, {"w": target}))
+    seen = look(stats, {"w": jnp.array(weight)})["w"]
+    choose = jax.jit(lambda seen, active, n: growth.incoming(seen, active, active < 0, n, target))
     axes = len(target.lead)
     for number, matrix in enumerate(blocks):
         free = np.flatnonzero(matrix)
@@ -143,9 +144,7 @@ def test_what_grows_without_candidates_is_not_zero_and_the_best_of_the_rest(grow
         one = jax.tree.map(lambda x, n=number: x.reshape(-1, *x.shape[axes:])[n], seen)
         rest = np.setdiff1d(free, active)
         n = min(3, rest.size)
-        available = growth.available(one, jnp.array(active), target)
-        assert n <= int(available) <= rest.size
-        grown = np.asarray(growth.incoming(one, jnp.array(active), None, jnp.int32(n), target))
+        grown = np.asarray(choose(one, active, n))
         grown = np.sort(grown[grown < matrix.size])
         assert grown.size == n
         assert np.isin(grown, rest).all()

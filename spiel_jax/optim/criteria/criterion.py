@@ -98,8 +98,8 @@ class Criterion:
     Attributes:
         propose_active: Whether active entries may be candidates.
         per_micro_batch: Whether candidate gradients come per micro-batch, with a leading axis [G].
-        keep_zeros: Whether entries are chosen only where the weight is not zero, so that zeros of a pruned base
-            stay. Candidates are proposed so; what finds entries otherwise looks at the weights.
+        keep_zeros: Whether entries are chosen only where the weight is not zero, so that a pruned base keeps
+            its zeros. Candidates are proposed so; what finds entries otherwise looks at the weights.
         salience: By what the largest entries are proposed: gradient and weight, two arrays alike, to scores;
             None for the gradient.
         watch: What is to be seen of a linear in a phase: its inputs [..., in] and weight to an array that is
