@@ -28,6 +28,7 @@ def default_config() -> Config:
         {
             "seed": 0,  # of the initial positions, the order of the data, random weights
             # spiel_ag | spiel_ma: entries evolve by accumulated gradients, by approximated moments
+            # spiel_ma_adam: as spiel_ma, trained by Adam, whose second moments rows and columns seed
             # random: they evolve at random (SET); with spiel.rate=0, a static random mask (SHiRA, SpaRTA)
             # magnitude: static, largest or smallest pretrained weights (Super-Tuning)
             # lift: largest entries of a low-rank approximation of the weight, every spiel.every steps (LIFT)
@@ -92,10 +93,13 @@ def default_config() -> Config:
                 # entries start at random, and as the schedule says for random
                 "first": optional(float),
                 "candidate_ratio": 1.0,  # spiel_ag, gradient, gem, talos: candidates per active entry
+                # spiel_ag, gradient: what proposes candidates: first: the first micro-batch of a phase's first
+                # step; mean: all of them, about the largest of their mean gradient, for a second pass over them
+                "candidates": "first",
                 # what is dropped: the smallest values; relative to the steps they were trained: age; to the
                 # weight: weight
                 "drop_by": "value",
-                "score": "product",  # spiel_ma: of a row's and a column's accumulator: product | minimum
+                "score": "product",  # of spiel_ma: of a row's and a column's accumulator: product | minimum
                 "magnitude": "largest",  # magnitude: largest | smallest
                 # structured: what is taken whole, so many rows and columns (None: all), and by what: random |
                 # weights, the largest mean

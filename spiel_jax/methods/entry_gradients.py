@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from spiel_jax.losses.next_token import Objective, Params, TokenBatch, supervised
 from spiel_jax.methods.method import TrainState, scan_micro_batches
@@ -24,6 +25,13 @@ from spiel_jax.sparse.targets import Target
 
 Beside = Callable[[dict[str, SparseLinear], Any, TokenBatch], Mapping[str, AdaptedLinear]]
 """The adapters of the deltas, what else is trained, and a micro-batch, to what the model runs with."""
+
+
+ProposeFrom = Literal["first", "mean"]
+"""What proposes the candidates of a step: its first micro-batch, or all of them together."""
+
+_KEPT = 2
+"""Candidates that are kept from micro-batch to micro-batch, for each that is proposed in the end."""
 
 
 class Seen(NamedTuple):
@@ -57,20 +65,22 @@ class EntryGradients:
         objective: The loss.
         targets: What is adapted.
         growth: Says which further entries are looked at, and what is watched.
+        candidates: What proposes them.
     """
 
     objective: Objective
     targets: Mapping[str, Target]
     growth: Criterion
+    candidates: ProposeFrom = "first"
 
     def of(
         self, state: TrainState, batch: TokenBatch, others: Any, beside: Beside, *, phase: Phase
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any], Seen]:
         """Mean loss, its gradient at the active entries and of the others, and what the criterion sees.
 
-        On a proposing step micro-batch 0 proposes the candidates, the others observe them. Candidate
-        gradients are those of the step's mean loss; for a criterion that wants them per micro-batch they
-        have a leading axis [G].
+        On a proposing step micro-batch 0 proposes the candidates, the others observe them; or all propose,
+        and all observe them in a second pass. Candidate gradients are those of the step's mean loss; for a
+        criterion that wants them per micro-batch they have a leading axis [G].
 
         Args:
             state: The state.
@@ -90,11 +100,14 @@ class EntryGradients:
         if phase is Phase.ESTIMATE:
             candidates = {}
             for name, stats in optax.tree.get(state.opt_state, "growth").items():
-                known = self.growth.known(stats)
-                zeros_there = jnp.zeros(known.shape, state_dtype(state.trainable[name].dtype))
-                candidates[name] = self.targets[name].delta(known, zeros_there)
+                candidates[name] = self._zeros_at(step, name, self.growth.known(stats))
             loss, grads, seen = self._observed(step, batch, candidates)
             return loss, grads, Seen({n: d.with_values(seen[n]) for n, d in candidates.items()})
+        if self.candidates == "mean" and batch["tokens"].shape[0] > 1:
+            candidates = self._proposed_by_all(step, batch)
+            loss, grads, seen = self._observed(step, batch, candidates)
+            found = {name: delta.with_values(seen[name]) for name, delta in candidates.items()}
+            return loss, grads, Seen({n: _fewer(d, self._count(n)) for n, d in found.items()})
 
         stacked = self.growth.per_micro_batch
         loss, grads, candidates = self._proposed(step, jax.tree.map(lambda x: x[0], batch))
@@ -171,30 +184,73 @@ class EntryGradients:
             found[name] = seen if delta.layers is None else seen[jnp.array(delta.layers)]
         return loss, grads, Seen(watched=found)
 
-    def _proposed(
-        self, step: _Step, micro: TokenBatch
-    ) -> tuple[jax.Array, tuple[Params, Any], dict[str, SparseDelta]]:
-        """Loss and gradients of a micro-batch, and the candidates it proposes."""
+    def _count(self, name: str) -> int:
+        """Candidates of one matrix (or block) of a target."""
+        return self.growth.count(self.targets[name])
+
+    def _zeros_at(self, step: _Step, name: str, positions: jax.Array) -> SparseDelta:
+        """Candidates of a target at these positions, with zeros."""
+        dtype = state_dtype(step.state.trainable[name].dtype)
+        return self.targets[name].delta(positions, jnp.zeros(positions.shape, dtype))
+
+    def _proposal_slots(self, step: _Step) -> Params:
+        """Parameter name to what its layers' proposals come out of."""
         active, params, slots = step.active, step.state.params, {}
-        counts = {name: self.growth.count(target) for name, target in self.targets.items()}
         for name, group in by_parameter(active).items():
             lead = active[group[0]].indices.shape[:-1]
             if active[group[0]].layers is not None:
                 lead = (self.objective.config.num_layers, *lead[1:])
             dtype = jnp.promote_types(params[name].dtype, jnp.float32)
-            slots[name] = jnp.zeros((*lead, 3, max(counts[n] for n in group)), dtype)
+            slots[name] = jnp.zeros((*lead, 3, max(map(self._count, group))), dtype)
+        return slots
+
+    def _found(self, step: _Step, proposals: Params) -> dict[str, SparseDelta]:
+        """The candidates that came out of the slots."""
+        candidates = {}
+        for name, delta in step.active.items():
+            proposal = proposals[parameter_name(name)]
+            if delta.layers is not None:
+                proposal = proposal[jnp.array(delta.layers)]
+            candidates[name] = _fewer(candidates_from_proposal(proposal, delta), self._count(name))
+        return candidates
+
+    def _proposed(
+        self, step: _Step, micro: TokenBatch
+    ) -> tuple[jax.Array, tuple[Params, Any], dict[str, SparseDelta]]:
+        """Loss and gradients of a micro-batch, and the candidates it proposes."""
 
         def adapters(active: dict[str, SparseDelta], slots: Params) -> dict[str, SparseLinear]:
             return self.adapters(active, step.state.base, proposals=slots)
 
-        value, grads, proposals = self._pass(step, micro, slots, adapters)
-        candidates = {}
-        for name, delta in active.items():
-            proposal = proposals[parameter_name(name)]
-            if delta.layers is not None:
-                proposal = proposal[jnp.array(delta.layers)]
-            candidates[name] = _fewer(candidates_from_proposal(proposal, delta), counts[name])
-        return value, grads, candidates
+        value, grads, proposals = self._pass(step, micro, self._proposal_slots(step), adapters)
+        return value, grads, self._found(step, proposals)
+
+    def _proposed_by_all(self, step: _Step, batch: TokenBatch) -> dict[str, SparseDelta]:
+        """Twice as many candidates as wanted, about those of largest gradient of all micro-batches together.
+
+        No sum of dense gradients is held, so they are found as a stream: each micro-batch adds its gradients
+        to those of the entries that are kept so far, and proposes others; those of largest sum are kept. What
+        enters late has a sum of fewer, and may be missed: that is what makes it approximate.
+        """
+
+        def visit(kept: dict[str, SparseDelta], micro: TokenBatch) -> tuple[dict[str, SparseDelta], None]:
+            def adapters(active: dict[str, SparseDelta], slots: Any) -> dict[str, SparseLinear]:
+                probes = {name: delta.with_values(slots[0][name]) for name, delta in kept.items()}
+                return self.adapters(active, step.state.base, candidates=probes, proposals=slots[1])
+
+            zeros = {name: jnp.zeros_like(delta.values) for name, delta in kept.items()}
+            slots = zeros, self._proposal_slots(step)
+            _, _, (seen, proposals) = self._pass(step, micro, slots, adapters)
+            new = self._found(step, proposals)
+            return {name: _joined(delta, seen[name], new[name]) for name, delta in kept.items()}, None
+
+        none = {}
+        for name, target in self.targets.items():
+            room = min(_KEPT * self._count(name), target.block_size)
+            positions = jnp.full((*target.lead, room), target.block_size, jnp.int32)
+            none[name] = self._zeros_at(step, name, positions)
+        kept, _ = lax.scan(visit, none, batch)
+        return {name: delta.with_values(jnp.zeros_like(delta.values)) for name, delta in kept.items()}
 
     def adapters(
         self,
@@ -253,6 +309,13 @@ def joined(parts: Mapping[str, SparseDelta], group: list[str], layers: int) -> S
     """The deltas on one parameter as one delta on all of its layers."""
     whole = parts[group[0]].layers is None
     return parts[group[0]] if whole else stack_layers([parts[name] for name in group], layers)
+
+
+def _joined(kept: SparseDelta, seen: jax.Array, new: SparseDelta) -> SparseDelta:
+    """As many as are kept: those with what was seen of them, and new ones, of largest sum."""
+    sums = jnp.concatenate([kept.values + seen, new.values.astype(seen.dtype)], -1)
+    both = replace(kept, indices=jnp.concatenate([kept.indices, new.indices], -1), values=sums)
+    return _fewer(both, kept.values.shape[-1])
 
 
 def _fewer(candidates: SparseDelta, count: int) -> SparseDelta:

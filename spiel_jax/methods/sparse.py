@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from spiel_jax.losses.next_token import Objective, Params, TokenBatch
 from spiel_jax.methods.configured import configured_targets, learning_rate, with_axes
-from spiel_jax.methods.entry_gradients import EntryGradients, Seen, alone, by_parameter, joined
+from spiel_jax.methods.entry_gradients import EntryGradients, ProposeFrom, Seen, alone, by_parameter, joined
 from spiel_jax.methods.method import Method, Metrics, TrainState, guarded
 from spiel_jax.methods.unmerged import Unmerged
 from spiel_jax.models.config import ModelConfig
@@ -53,6 +53,7 @@ class SparseMethod(Method):
         start: Pretrained parameters and targets to the positions to start from; None for random ones.
         delta_dtype: Of the values. Their gradients, sums and statistics are float32 or better.
         looks: Whether ``tx`` looks at the weights where it reselects; None: as the criterion says.
+        candidates: What proposes them; see ``EntryGradients``.
         schedule: That of ``tx``; None where the steps' kinds are not asked of the method.
     """
 
@@ -67,6 +68,7 @@ class SparseMethod(Method):
     schedule: Reselection | None = None
     delta_dtype: Any = jnp.float32
     looks: bool | None = None
+    candidates: ProposeFrom = "first"
 
     @classmethod
     def complaints(cls, config: Any) -> Iterator[Complaint]:
@@ -114,12 +116,13 @@ class SparseMethod(Method):
         objective = Objective.from_config(config, model)
         dtype = jnp.dtype(config.spiel.delta_dtype)
         looks = growth.uses_weights or config.spiel.drop_by == "weight"
-        return cls(objective, tx, targets, growth, in_place, start, schedule, dtype, looks)
+        proposers = config.spiel.candidates
+        return cls(objective, tx, targets, growth, in_place, start, schedule, dtype, looks, proposers)
 
     @property
     def passes(self) -> EntryGradients:
         """The forward and backward passes of its steps."""
-        return EntryGradients(self.objective, self.targets, self.growth)
+        return EntryGradients(self.objective, self.targets, self.growth, self.candidates)
 
     def step_kind(self, step: int) -> tuple[Phase, bool]:
         """See ``Method``: as the schedule says."""

@@ -33,7 +33,8 @@ class SparseLinear:
 
     Attributes:
         active: Active entries. The cotangent of its values is the gradient there.
-        candidates: Further entries whose gradient is wanted (they are merged nowhere), or None.
+        candidates: Further entries whose gradient is wanted (they are merged nowhere, and not proposed), or
+            None.
         proposal: Zeros [*stack, ..., 3, c], float32 or float64, or None. Their cotangent holds, for the c
             entries of largest gradient magnitude that are not excluded, gradient, row and column in the block
             as floats (exact up to 2^24); an unused slot has the number of rows as its row.
@@ -150,6 +151,8 @@ def _collect(x: jax.Array, dy: jax.Array, adapter: SparseLinear, weight: jax.Arr
             return found, probed, None
         with jax.named_scope("propose"):
             own = replace(adapter, active=adapter.active.part(active), proposal=proposal)
+            if adapter.candidates is not None:
+                own = replace(own, candidates=adapter.candidates.part(candidates))
             return found, probed, _propose(gradient, own, part)
 
     candidates = None if adapter.candidates is None else adapter.candidates.indices
@@ -172,11 +175,13 @@ def _propose(gradient: jax.Array, adapter: SparseLinear, weight: jax.Array | Non
     assert slots is not None
     count = slots.shape[-1]
     grid, block = adapter.active.grid, adapter.active.block
-    active = adapter.active.indices.reshape(math.prod(grid), -1)
+    known = [] if adapter.propose_active else [adapter.active]
+    known += [] if adapter.candidates is None else [adapter.candidates]
+    excluded = [delta.indices.reshape(math.prod(grid), -1) for delta in known]
     scores = gradient
     if adapter.salience is not None and weight is not None:
         scores = adapter.salience(gradient, weight.astype(gradient.dtype))
-    positions = top_in_blocks(scores, block, count, None if adapter.propose_active else active)
+    positions = top_in_blocks(scores, block, count, jnp.concatenate(excluded, -1) if excluded else None)
     found = SparseDelta(positions, None, adapter.active.shape, grid, axes=(None, None))
     entries = gather(gradient, found)
     # one by one: a stack of bfloat16 entries and positions would round the positions

@@ -79,7 +79,18 @@ def runs(configured, tmp_path_factory):
     return make
 
 
-SLOW = ("magnitude", "gradient", "gem", "talos", "wanda", "migu", "lift", "rosa", "structured")
+SLOW = (
+    "magnitude",
+    "gradient",
+    "gem",
+    "talos",
+    "wanda",
+    "migu",
+    "lift",
+    "rosa",
+    "structured",
+    "spiel_ma_adam",
+)
 
 
 @pytest.mark.parametrize(

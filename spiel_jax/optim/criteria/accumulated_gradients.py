@@ -87,7 +87,7 @@ class AccumulatedGradients(Criterion):
 
     in_original = True
     can_keep_zeros = True
-    own = ("spiel.candidate_ratio", "spiel.drop_by")
+    own = ("spiel.candidate_ratio", "spiel.candidates", "spiel.drop_by")
 
     b1: float = 0.9
     b2: float = 0.999

@@ -194,6 +194,20 @@ class Criterion:
         del stats, source
         return {}
 
+    def seed_at(
+        self, stats: Any, source: jax.Array, indices: jax.Array, target: Target
+    ) -> dict[str, jax.Array]:
+        """As ``seed``, which it asks by default, where it matters where the grown entries are.
+
+        Args:
+            stats: Those of one matrix.
+            source: See ``seed``.
+            indices: [k] positions after the reselection.
+            target: What is adapted.
+        """
+        del indices, target
+        return self.seed(stats, source)
+
     def first_age(self, accumulation: int) -> int:
         """The age, in an inner optimizer that keeps one, that a grown entry begins with.
 
@@ -252,6 +266,11 @@ class Criterion:
         if settings.keep_zeros and adapter is not None:
             expected = "unset: the entries of an adapter are where they are (spiel.keep_zeros)"
             yield "init_from.adapter", adapter, expected
+        if settings.candidates == "mean" and cls.salience is not None:
+            expected = f"first: {config.method} proposes by a score that is not a sum over micro-batches"
+            yield "spiel.candidates", "mean", expected
+        if reference and settings.candidates != "first":
+            yield "spiel.candidates", settings.candidates, f"first: {ORIGINAL}"
         if reference and settings.keep_zeros:
             yield "spiel.keep_zeros", True, f"False: {ORIGINAL}"
         if reference and settings.candidate_ratio != 1:
