@@ -33,6 +33,7 @@ def default_config() -> Config:
             # magnitude: static, largest or smallest pretrained weights (Super-Tuning)
             # lift: largest entries of a low-rank approximation of the weight, every spiel.every steps (LIFT)
             # structured: static, whole rows, columns or rectangles (S2FT)
+            # smt: static, the rectangles of largest gradients in the first spiel.accumulation steps (SMT)
             # gradient: static, largest gradients at the start (SIFT); the entries are chosen at the end of
             # step spiel.accumulation
             # gem, talos: as gradient, the largest relative to the weight (GEM), the least sensitive (TaLoS)
@@ -93,15 +94,15 @@ def default_config() -> Config:
                 # entries start at random, and as the schedule says for random
                 "first": optional(float),
                 "candidate_ratio": 1.0,  # spiel_ag, gradient, gem, talos: candidates per active entry
-                # spiel_ag, gradient: what proposes candidates: first: the first micro-batch of a phase's first
-                # step; mean: all of them, about the largest of their mean gradient, for a second pass over them
+                # spiel_ag, gradient: what proposes candidates: first, the first micro-batch of the step that does;
+                # mean, all of them, about the largest of their mean gradient, for a second pass over them
                 "candidates": "first",
                 # what is dropped: the smallest values; relative to the steps they were trained: age; to the
                 # weight: weight
                 "drop_by": "value",
                 "score": "product",  # of spiel_ma: of a row's and a column's accumulator: product | minimum
                 "magnitude": "largest",  # magnitude: largest | smallest
-                # structured: what is taken whole, so many rows and columns (None: all), and by what: random |
+                # structured, smt: what is taken whole, so many rows and columns (None: all), and by what: random |
                 # weights, the largest mean
                 "tile": {"rows": optional(int), "columns": optional(int), "by": "random"},
                 "filter_rank": 128,  # lift: of the approximation in which the largest entries are looked for

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -92,7 +93,7 @@ class EntryGradients:
         state = replace(state, trainable=_wide(state.trainable))
         active = deltas(state.trainable, state.opt_state)
         step = _Step(state, active, supervised(batch), others, beside)
-        if phase is not Phase.PLAIN and self.growth.watch is not None:
+        if phase is not Phase.PLAIN and (self.growth.measures or self.growth.watch is not None):
             return self._watched(step, batch)
         if phase is Phase.PLAIN or not self.growth.uses_candidates:
             loss, grads, _ = self._observed(step, batch, None)
@@ -162,18 +163,26 @@ class EntryGradients:
         return (*total, each) if stacked else total
 
     def _watched(self, step: _Step, batch: TokenBatch) -> tuple[jax.Array, tuple[Params, Any], Seen]:
-        """Loss and gradients, and what the criterion watches of the layers."""
-        watch, layers, empty = self.growth.watch, self.objective.config.num_layers, {}
-        assert watch is not None
-        for name in by_parameter(step.active):
-            shape = step.state.params[name].shape[-2:]
-            abstract = (jax.ShapeDtypeStruct(size, jnp.float32) for size in ((1, shape[1]), shape))
-            part = jax.eval_shape(watch, *abstract)
-            empty[name] = jnp.zeros((layers, *part.shape), part.dtype)
+        """Loss and gradients, and what the criterion watches of the layers, or measures of their gradients."""
+        layers, empty = self.objective.config.num_layers, {}
+        watch, measure = self.growth.watch, self.growth.measure if self.growth.measures else None
+        for name, group in by_parameter(step.active).items():
+            delta = step.active[group[0]]
+            abstract = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+            if measure is not None:
+                part = jax.eval_shape(partial(measure, block=delta.block), abstract(delta.shape))
+                shape = (layers, *(delta.grid if delta.block_axes == 3 else ()), part.shape[-1])
+            else:
+                assert watch is not None
+                part = jax.eval_shape(watch, abstract((1, delta.shape[1])), abstract(delta.shape))
+                shape = (layers, *part.shape)
+            empty[name] = jnp.zeros(shape, part.dtype)
 
         def adapters(active: dict[str, SparseDelta], slots: Params) -> dict[str, SparseLinear]:
             plain = self.adapters(active, step.state.base)
-            return {name: replace(one, watched=slots[name], watch=watch) for name, one in plain.items()}
+            if measure is not None:
+                return {n: replace(one, measured=slots[n], measure=measure) for n, one in plain.items()}
+            return {n: replace(one, watched=slots[n], watch=watch) for n, one in plain.items()}
 
         (loss, grads, watched), _ = scan_micro_batches(
             lambda micro: (self._pass(step, micro, empty, adapters), None), batch

@@ -128,7 +128,8 @@ class SparseMethod(Method):
         """See ``Method``: as the schedule says."""
         if self.schedule is None:
             raise ValueError("a method without a schedule does not know the kinds of its steps")
-        has_phases = self.growth.uses_candidates or self.growth.watch is not None
+        growth = self.growth
+        has_phases = growth.uses_candidates or growth.measures or growth.watch is not None
         phase = self.schedule.phase(step) if has_phases else Phase.PLAIN
         return phase, bool(self.schedule.reselects(step))
 

@@ -89,6 +89,7 @@ SLOW = (
     "lift",
     "rosa",
     "structured",
+    "smt",
     "spiel_ma_adam",
 )
 

@@ -42,7 +42,8 @@ class Observation(NamedTuple):
         proposes: Whether the candidates are newly proposed.
         estimates: Whether they are observed again.
         inner: State of the inner optimizer after its update.
-        watched: Target name to what ``Criterion.watch`` saw in the step, summed; None if it saw nothing.
+        watched: Target name to what ``Criterion.watch`` or ``measure`` saw in the step, summed; None if
+            nothing was seen.
     """
 
     active: Mapping[str, SparseDelta]
@@ -104,6 +105,7 @@ class Criterion:
             None for the gradient.
         watch: What is to be seen of a linear in a phase: its inputs [..., in] and weight to an array that is
             summed over micro-batches; None: nothing.
+        measures: Whether something of the weight gradients is to be seen in a phase; see ``measure``.
 
     Example:
         >>> from dataclasses import dataclass
@@ -123,6 +125,7 @@ class Criterion:
     keep_zeros: bool = False
     salience: ClassVar[Callable[..., jax.Array] | None] = None
     watch: ClassVar[Callable[..., jax.Array] | None] = None
+    measures: ClassVar[bool] = False
     in_original: ClassVar[bool] = False  # whether the original implementation has it
     can_keep_zeros: ClassVar[bool] = False  # whether ``keep_zeros`` is a field of it
     reselects_once: ClassVar[bool] = False  # its one phase may then be longer than ``spiel.every``
@@ -146,6 +149,18 @@ class Criterion:
     def known(self, stats: Any) -> jax.Array:
         """Positions [*stack, ..., c] of one target's candidates; asked of criteria that use candidates."""
         raise NotImplementedError(f"{type(self).__name__} uses candidates, but has no known()")
+
+    def measure(self, gradient: jax.Array, block: tuple[int, int]) -> jax.Array:
+        """What is to be seen of a weight gradient, summed over micro-batches; asked where ``measures``.
+
+        Args:
+            gradient: [R, C] float32, of some of the blocks, that of one micro-batch.
+            block: (rows, columns) of one block.
+
+        Returns:
+            [R / rows, C / columns, S] float32: S numbers of each block.
+        """
+        raise NotImplementedError(f"{type(self).__name__} measures, but has no measure()")
 
     def init(self, targets: Mapping[str, Target], values: Mapping[str, jax.Array]) -> dict[str, Any]:
         """Statistics before the first step."""
