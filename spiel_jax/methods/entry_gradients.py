@@ -163,7 +163,7 @@ class EntryGradients:
         return (*total, each) if stacked else total
 
     def _watched(self, step: _Step, batch: TokenBatch) -> tuple[jax.Array, tuple[Params, Any], Seen]:
-        """Loss and gradients, and what the criterion watches of the layers, or measures of their gradients."""
+        """Loss and gradients, and what the criterion watches of the layers, or measures of gradients."""
         layers, empty = self.objective.config.num_layers, {}
         watch, measure = self.growth.watch, self.growth.measure if self.growth.measures else None
         for name, group in by_parameter(step.active).items():

@@ -46,8 +46,8 @@ class SparseLinear:
         propose_active: Static. Whether active entries may be proposed.
         salience: Static. Gradient and weight to the scores by which entries are proposed; None: the gradient.
         watch: Static. Inputs and weight to what is to be seen of them; see ``Criterion.watch``.
-        measured: Zeros [*stack, ..., S] float32, or None; their cotangent is what ``measure`` gives of the weight
-            gradient.
+        measured: Zeros [*stack, ..., S] float32, or None; their cotangent is what ``measure`` gives of the
+            weight gradient.
         measure: Static. Weight gradient [rows, columns] of some blocks and the shape of one to numbers
             [grid_rows, grid_columns, S]; see ``Criterion.measure``.
         batch_axes: Static. Mesh axes over which the leading axis of ``x`` is spread under ``jax.set_mesh``.

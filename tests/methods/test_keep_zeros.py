@@ -12,9 +12,11 @@ import spiel_jax as sj
 from spiel_jax.config import ConfigError, check_config, default_config
 from spiel_jax.methods.registry import build
 from spiel_jax.models import init_params
+from spiel_jax.optim.criteria.activations import WeightTimesInput
 from spiel_jax.optim.criteria.criterion import CRITERIA
 from spiel_jax.optim.criteria.moment_approximation import MomentApproximation
 from spiel_jax.optim.criteria.random import RandomGrowth
+from spiel_jax.optim.spiel import _reselect_matrix
 from spiel_jax.optim.zeros import random_off_zeros
 
 RULES = (r".*\.(o|up)_proj\.weight",)
@@ -74,7 +76,7 @@ CASES = [
 def test_the_zeros_stay(method, pattern, merge):
     params = pruned_params(pattern)
     config = configured(method, **{"spiel.merge": merge})
-    if method == "structured":
+    if method in ("structured", "smt"):
         config.targets.num_tunable = 3 * 32 * 8
     training, states = trained(config, params)
     for state in states:
@@ -86,7 +88,7 @@ def test_the_zeros_stay(method, pattern, merge):
             used = [row[row < delta.shape[0] * delta.shape[1]] for row in np.asarray(delta.indices)]
             assert all(len(set(row)) == len(row) for row in used)
             assert not any(zero[layer].ravel()[row].any() for layer, row in enumerate(used))
-            if method != "structured":
+            if method not in ("structured", "smt"):
                 assert all(len(row) == delta.indices.shape[-1] for row in used)
     moved = any(np.any(tuned[name] != params[name]) for name in NAMES)
     assert moved
@@ -105,6 +107,19 @@ def test_where_too_few_are_not_zero_slots_are_unused():
         lambda w: sj.magnitude_positions(w, {"w": target}, largest=False, keep_zeros=True),
     ):
         assert find({"w": jnp.array(weight)})["w"].indices.tolist() == [6, 8, 11, 24, 24]
+
+
+def test_a_static_mask_by_activations_leaves_the_rest_unused():
+    """Where fewer are not zero than there are slots, each of them once."""
+    target, size = sj.Target((4, 6), 5), 24
+    growth = WeightTimesInput(keep_zeros=True)
+    weight = jnp.zeros((4, 6)).at[1, jnp.array([0, 2, 5])].set(1.0)
+    found = growth.survey({"w": jnp.ones(6)}, {"w": weight}, {"w": target})["w"]
+    active = jnp.array([8, 11, size, 6, size], jnp.int32)
+    new, *_ = _reselect_matrix(
+        active, jnp.ones(5), jnp.zeros(5), found, n=jnp.int32(5), target=target, growth=growth
+    )
+    assert sorted(new.tolist()) == [6, 8, 11, size, size]
 
 
 def test_random_entries_are_spread_over_what_is_not_zero():

@@ -80,9 +80,9 @@ class _Activations(Criterion):
             found[name] = positions.reshape(*target.lead, target.block_count)
         return found
 
-    def available(self, stats: jax.Array, indices: jax.Array, target: Target) -> jax.Array:
-        """As many as were found: those among them that are active stay."""
-        return jnp.sum(stats < target.block_size, dtype=jnp.int32)
+    def available(self, stats: jax.Array, indices: jax.Array, target: Target) -> int:
+        """All are replaced; where fewer were found, for zeros that are kept, slots are unused."""
+        return indices.size
 
     def incoming(
         self, stats: jax.Array, indices: jax.Array, dropped: jax.Array, n: jax.Array, target: Target

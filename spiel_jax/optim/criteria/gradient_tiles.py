@@ -27,10 +27,10 @@ class LargestGradientTiles(Criterion):
     \text{rank}(T) = \sum_t \frac{1}{|T|} \sum_{(x, y) \in T} |g_t[x, y]|
     $$
 
-    over all micro-batches t of the first ``spiel.accumulation`` steps, in which random entries train. Of a weight
-    one number per rectangle is kept. What the budget leaves beside whole rectangles are unused slots. The paper
-    has squares of 256 after 100 steps of warm-up, and lets the layers compete for them; here each weight has
-    its own share.
+    over all micro-batches t of the first ``spiel.accumulation`` steps, in which random entries train. Of a
+    weight one number per rectangle is kept. What the budget leaves beside whole rectangles are unused slots.
+    The paper has squares of 256 after 100 steps of warm-up, and lets the layers compete for them; here each
+    weight has its own share.
 
     Attributes:
         rows: Of a rectangle; None for all.
@@ -119,9 +119,9 @@ class LargestGradientTiles(Criterion):
     def _found(self, stats: jax.Array, target: Target) -> jax.Array:
         return stats if self.keep_zeros else self._tiling(target).best(stats)
 
-    def available(self, stats: jax.Array, indices: jax.Array, target: Target) -> jax.Array:
-        """As many as whole rectangles have: those among them that are active stay."""
-        return jnp.sum(self._found(stats, target) < target.block_size, dtype=jnp.int32)
+    def available(self, stats: jax.Array, indices: jax.Array, target: Target) -> int:
+        """All are replaced; what whole rectangles do not fill is unused."""
+        return indices.size
 
     def incoming(
         self, stats: jax.Array, indices: jax.Array, dropped: jax.Array, n: jax.Array, target: Target
