@@ -94,16 +94,16 @@ def default_config() -> Config:
                 # entries start at random, and as the schedule says for random
                 "first": optional(float),
                 "candidate_ratio": 1.0,  # spiel_ag, gradient, gem, talos: candidates per active entry
-                # spiel_ag, gradient: what proposes candidates: first, the first micro-batch of a step; mean, all
-                # of them, about the largest of their mean gradient, for a second pass over them
+                # spiel_ag, gradient: what proposes them: first, a step's first micro-batch; mean, all of them,
+                # about the largest entries of their mean gradient, for a second pass of that step
                 "candidates": "first",
                 # what is dropped: the smallest values; relative to the steps they were trained: age; to the
                 # weight: weight
                 "drop_by": "value",
                 "score": "product",  # of spiel_ma: of a row's and a column's accumulator: product | minimum
                 "magnitude": "largest",  # magnitude: largest | smallest
-                # structured, smt: what is taken whole, so many rows and columns (None: all). structured: by what:
-                # random | weights, the largest mean
+                # structured, smt: what is taken whole, so many rows and columns (None: all); structured: by
+                # what: random | weights, the largest mean
                 "tile": {"rows": optional(int), "columns": optional(int), "by": "random"},
                 "filter_rank": 128,  # lift: of the approximation in which the largest entries are looked for
                 # of a pruned base: entries are chosen where the weight is not zero, so that every zero stays

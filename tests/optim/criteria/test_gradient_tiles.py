@@ -60,7 +60,8 @@ def dense_sums(params, names):
     return total
 
 
-@pytest.mark.parametrize("grid", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", [False, True])
 def test_the_rectangles_of_largest_gradient_are_chosen(grid):
     blocks = {"fsdp": 2, "tensor": 2} if grid else {}
     targets = adapted(blocks, RULES, num_tunable=3 * 300 + 500)
