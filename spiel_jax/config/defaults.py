@@ -94,7 +94,7 @@ def default_config() -> Config:
                 # entries start at random, and as the schedule says for random
                 "first": optional(float),
                 "candidate_ratio": 1.0,  # spiel_ag, gradient, gem, talos: candidates per active entry
-                # spiel_ag, gradient: what proposes them: first, a step's first micro-batch; mean, all of them,
+                # spiel_ag, gradient: what proposes them: first, a step's first micro-batch; mean, all,
                 # about the largest entries of their mean gradient, for a second pass of that step
                 "candidates": "first",
                 # what is dropped: the smallest values; relative to the steps they were trained: age; to the
