@@ -163,7 +163,7 @@ def _collect(x: jax.Array, dy: jax.Array, adapter: SparseLinear, weight: jax.Arr
             return found, probed, None, sums
         with jax.named_scope("propose"):
             own = replace(adapter, active=adapter.active.part(active), proposal=proposal)
-            if adapter.candidates is not None:
+            if adapter.candidates is not None and candidates is not None:
                 own = replace(own, candidates=adapter.candidates.part(candidates))
             return found, probed, _propose(gradient, own, part), sums
 
