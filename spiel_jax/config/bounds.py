@@ -12,6 +12,7 @@ from typing import Any, ClassVar, get_args
 
 import numpy as np
 
+from spiel_jax.methods.entry_gradients import ProposeFrom
 from spiel_jax.methods.registry import method_names
 from spiel_jax.models.decoder import Remat
 from spiel_jax.models.storage import KINDS
@@ -347,6 +348,7 @@ KEYS: dict[str, Kind] = {
     "spiel.rate": Number(0, 1),
     "spiel.first": OrNone(Number(high=1)),
     "spiel.candidate_ratio": Number(above=0),
+    "spiel.candidates": OneOf(lambda: get_args(ProposeFrom)),
     "spiel.drop_by": OneOf(lambda: get_args(DropBy)),
     "spiel.score": OneOf(lambda: get_args(Score)),
     "spiel.magnitude": _one_of("largest", "smallest"),
@@ -354,6 +356,7 @@ KEYS: dict[str, Kind] = {
     "spiel.tile.columns": OrNone(Whole(1)),
     "spiel.tile.by": _one_of("random", "weights"),
     "spiel.filter_rank": Whole(1, 2**16),
+    "spiel.keep_zeros": Switch(),
     "spiel.merge": _one_of("resident", "per_use"),
     "spiel.delta_dtype": _one_of("float32", "bfloat16"),
     "spiel.parity": OneOf(lambda: get_args(Parity)),

@@ -28,10 +28,12 @@ def default_config() -> Config:
         {
             "seed": 0,  # of the initial positions, the order of the data, random weights
             # spiel_ag | spiel_ma: entries evolve by accumulated gradients, by approximated moments
+            # spiel_ma_adam: as spiel_ma, trained by Adam, whose second moments rows and columns seed
             # random: they evolve at random (SET); with spiel.rate=0, a static random mask (SHiRA, SpaRTA)
             # magnitude: static, largest or smallest pretrained weights (Super-Tuning)
             # lift: largest entries of a low-rank approximation of the weight, every spiel.every steps (LIFT)
             # structured: static, whole rows, columns or rectangles (S2FT)
+            # smt: static, the rectangles of largest gradients in the first spiel.accumulation steps (SMT)
             # gradient: static, largest gradients at the start (SIFT); the entries are chosen at the end of
             # step spiel.accumulation
             # gem, talos: as gradient, the largest relative to the weight (GEM), the least sensitive (TaLoS)
@@ -92,15 +94,20 @@ def default_config() -> Config:
                 # entries start at random, and as the schedule says for random
                 "first": optional(float),
                 "candidate_ratio": 1.0,  # spiel_ag, gradient, gem, talos: candidates per active entry
+                # spiel_ag, gradient: what proposes them: first, a step's first micro-batch; mean, all,
+                # about the largest entries of their mean gradient, for a second pass of that step
+                "candidates": "first",
                 # what is dropped: the smallest values; relative to the steps they were trained: age; to the
                 # weight: weight
                 "drop_by": "value",
-                "score": "product",  # spiel_ma: of a row's and a column's accumulator: product | minimum
+                "score": "product",  # of spiel_ma: of a row's and a column's accumulator: product | minimum
                 "magnitude": "largest",  # magnitude: largest | smallest
-                # structured: what is taken whole, so many rows and columns (None: all), and by what: random |
-                # weights, the largest mean
+                # structured, smt: what is taken whole, so many rows and columns (None: all); structured: by
+                # what: random | weights, the largest mean
                 "tile": {"rows": optional(int), "columns": optional(int), "by": "random"},
                 "filter_rank": 128,  # lift: of the approximation in which the largest entries are looked for
+                # of a pruned base: entries are chosen where the weight is not zero, so that every zero stays
+                "keep_zeros": False,
                 "merge": "resident",  # resident | per_use
                 # of the deltas: float32 | bfloat16, as in the paper's runs on a quantised base. Gradients and
                 # the optimizer's statistics are float32

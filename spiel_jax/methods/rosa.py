@@ -94,6 +94,8 @@ class RosaMethod(Method):
         """See ``Method``: those of the sparse part, and of the warm-up."""
         for key, value, expected in SparseMethod.complaints(_sparse_config(config)):
             yield ("rosa.entries" if key == "method" else key), value, expected
+        if config.spiel.keep_zeros:
+            yield "spiel.keep_zeros", True, "False: matrices of low rank fill the zeros of a weight"
         after = config.rosa.warmup + config.spiel.accumulation
         if config.steps is not None and after > config.steps:
             room = config.steps - config.spiel.accumulation

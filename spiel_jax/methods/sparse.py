@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from spiel_jax.losses.next_token import Objective, Params, TokenBatch
 from spiel_jax.methods.configured import configured_targets, learning_rate, with_axes
-from spiel_jax.methods.entry_gradients import EntryGradients, Seen, alone, by_parameter, joined
+from spiel_jax.methods.entry_gradients import EntryGradients, ProposeFrom, Seen, alone, by_parameter, joined
 from spiel_jax.methods.method import Method, Metrics, TrainState, guarded
 from spiel_jax.methods.unmerged import Unmerged
 from spiel_jax.models.config import ModelConfig
@@ -24,6 +25,7 @@ from spiel_jax.optim.parity import is_reference
 from spiel_jax.optim.positions import active_positions, deltas, place
 from spiel_jax.optim.schedules import Phase, Reselection
 from spiel_jax.optim.spiel import spiel
+from spiel_jax.optim.zeros import random_off_zeros
 from spiel_jax.sparse.delta import (
     SparseDelta,
     gather,
@@ -51,6 +53,7 @@ class SparseMethod(Method):
         start: Pretrained parameters and targets to the positions to start from; None for random ones.
         delta_dtype: Of the values. Their gradients, sums and statistics are float32 or better.
         looks: Whether ``tx`` looks at the weights where it reselects; None: as the criterion says.
+        candidates: What proposes them; see ``EntryGradients``.
         schedule: That of ``tx``; None where the steps' kinds are not asked of the method.
     """
 
@@ -65,6 +68,7 @@ class SparseMethod(Method):
     schedule: Reselection | None = None
     delta_dtype: Any = jnp.float32
     looks: bool | None = None
+    candidates: ProposeFrom = "first"
 
     @classmethod
     def complaints(cls, config: Any) -> Iterator[Complaint]:
@@ -94,6 +98,10 @@ class SparseMethod(Method):
         criterion = CRITERIA[config.method]
         targets = with_axes(configured_targets(config, model) if targets is None else targets)
         growth, schedule = criterion.from_config(config), criterion.schedule(config, steps)
+        start = criterion.start(config)
+        if config.spiel.keep_zeros:
+            growth = replace(growth, keep_zeros=True)  # pyright: ignore[reportArgumentType]
+            start = start or partial(random_off_zeros, seed=config.seed)
         tx = spiel(
             criterion.optimizer(config, learning_rate(config, steps), targets),
             targets,
@@ -106,20 +114,22 @@ class SparseMethod(Method):
         )
         in_place = config.spiel.merge == "resident"
         objective = Objective.from_config(config, model)
-        start, dtype = criterion.start(config), jnp.dtype(config.spiel.delta_dtype)
+        dtype = jnp.dtype(config.spiel.delta_dtype)
         looks = growth.uses_weights or config.spiel.drop_by == "weight"
-        return cls(objective, tx, targets, growth, in_place, start, schedule, dtype, looks)
+        proposers = config.spiel.candidates
+        return cls(objective, tx, targets, growth, in_place, start, schedule, dtype, looks, proposers)
 
     @property
     def passes(self) -> EntryGradients:
         """The forward and backward passes of its steps."""
-        return EntryGradients(self.objective, self.targets, self.growth)
+        return EntryGradients(self.objective, self.targets, self.growth, self.candidates)
 
     def step_kind(self, step: int) -> tuple[Phase, bool]:
         """See ``Method``: as the schedule says."""
         if self.schedule is None:
             raise ValueError("a method without a schedule does not know the kinds of its steps")
-        has_phases = self.growth.uses_candidates or self.growth.watch is not None
+        growth = self.growth
+        has_phases = growth.uses_candidates or growth.measures or growth.watch is not None
         phase = self.schedule.phase(step) if has_phases else Phase.PLAIN
         return phase, bool(self.schedule.reselects(step))
 

@@ -33,7 +33,8 @@ class SparseLinear:
 
     Attributes:
         active: Active entries. The cotangent of its values is the gradient there.
-        candidates: Further entries whose gradient is wanted (they are merged nowhere), or None.
+        candidates: Further entries whose gradient is wanted (they are merged nowhere, and not proposed), or
+            None.
         proposal: Zeros [*stack, ..., 3, c], float32 or float64, or None. Their cotangent holds, for the c
             entries of largest gradient magnitude that are not excluded, gradient, row and column in the block
             as floats (exact up to 2^24); an unused slot has the number of rows as its row.
@@ -45,6 +46,10 @@ class SparseLinear:
         propose_active: Static. Whether active entries may be proposed.
         salience: Static. Gradient and weight to the scores by which entries are proposed; None: the gradient.
         watch: Static. Inputs and weight to what is to be seen of them; see ``Criterion.watch``.
+        measured: Zeros [*stack, ..., S] float32, or None; their cotangent is what ``measure`` gives of the
+            weight gradient.
+        measure: Static. Weight gradient [rows, columns] of some blocks and the shape of one to numbers
+            [grid_rows, grid_columns, S]; see ``Criterion.measure``.
         batch_axes: Static. Mesh axes over which the leading axis of ``x`` is spread under ``jax.set_mesh``.
             An axis that is also one of the weight's (``active.axes``) is one over which the weight is
             collected for its use, as "fsdp" is.
@@ -60,6 +65,8 @@ class SparseLinear:
     watched: jax.Array | None = None
     salience: Callable[[jax.Array, jax.Array], jax.Array] | None = _static(default=None)  # noqa: RUF009
     watch: Callable[[jax.Array, jax.Array], jax.Array] | None = _static(default=None)  # noqa: RUF009
+    measured: jax.Array | None = None
+    measure: Callable[[jax.Array, tuple[int, int]], jax.Array] | None = _static(default=None)  # noqa: RUF009
 
     def __call__(self, x: jax.Array, weight: jax.Array | Stored) -> jax.Array:
         """[..., in] and [out, in] give [..., out], dtype of ``x``."""
@@ -108,12 +115,12 @@ def _sparse_linear_forward(x: jax.Array, weight: jax.Array, adapter: SparseLinea
 
 
 def _collect(x: jax.Array, dy: jax.Array, adapter: SparseLinear, weight: jax.Array | None) -> tuple:
-    """Float32 cotangents of (active values, candidate values, proposal) from one dense gradient.
+    """Float32 cotangents of (active values, candidate values, proposal, measured) from one dense gradient.
 
     The weight is given where entries are proposed by it too.
 
     On a mesh each device forms the gradient of its own examples, and takes the entries from it before
-    anything is summed over devices; only what proposes sums the dense gradient.
+    anything is summed over devices; only what proposes or measures sums the dense gradient.
     """
     rows, columns = current_axes(adapter.active.axes or (None, None))
     batch = tuple(name for name in current_axes(adapter.batch_axes) if name)
@@ -126,18 +133,20 @@ def _collect(x: jax.Array, dy: jax.Array, adapter: SparseLinear, weight: jax.Arr
             x = lax.psum_scatter(x, name, scatter_dimension=axis, tiled=True)
         return lax.psum(x, others) if others else x
 
-    def collect(x: jax.Array, dy: jax.Array, active: Any, candidates: Any, proposal: Any, part: Any) -> tuple:
-        proposes = proposal is not None
+    def collect(
+        x: jax.Array, dy: jax.Array, active: Any, candidates: Any, proposal: Any, measured: Any, part: Any
+    ) -> tuple:
+        dense = proposal is not None or measured is not None
         # what is transposed on its way into the product is the narrower of the two
         turned = x.shape[-1] < dy.shape[-1]
         with jax.named_scope("weight_gradient"):
             gradient = weight_gradient(dy, x) if turned else weight_gradient(x, dy)  # [in, out] if turned
-            if proposes:
+            if dense:
                 # the barrier keeps XLA from exchanging the operands again
                 gradient = reduced(lax.optimization_barrier(gradient).T if turned else gradient)
 
         def entries(indices: jax.Array) -> jax.Array:
-            if proposes:
+            if dense:
                 return gather(gradient, adapter.active.part(indices))
             for name, axis in whole:
                 indices = lax.all_gather(indices, name, axis=axis, tiled=True)
@@ -146,14 +155,20 @@ def _collect(x: jax.Array, dy: jax.Array, adapter: SparseLinear, weight: jax.Arr
         with jax.named_scope("gather_gradient"):
             found = entries(active)
             probed = None if candidates is None else entries(candidates)
-        if not proposes:
-            return found, probed, None
+        sums = None
+        if measured is not None and adapter.measure is not None:
+            with jax.named_scope("measure"):
+                sums = adapter.measure(gradient, adapter.active.block).reshape(measured.shape)
+        if proposal is None:
+            return found, probed, None, sums
         with jax.named_scope("propose"):
             own = replace(adapter, active=adapter.active.part(active), proposal=proposal)
-            return found, probed, _propose(gradient, own, part)
+            if adapter.candidates is not None and candidates is not None:
+                own = replace(own, candidates=adapter.candidates.part(candidates))
+            return found, probed, _propose(gradient, own, part), sums
 
     candidates = None if adapter.candidates is None else adapter.candidates.indices
-    parts = (x, dy, adapter.active.indices, candidates, adapter.proposal, weight)
+    parts = (x, dy, adapter.active.indices, candidates, adapter.proposal, adapter.measured, weight)
     if not (batch or rows or columns):
         return collect(*parts)
     between = [None] * (x.ndim - 2)
@@ -161,7 +176,7 @@ def _collect(x: jax.Array, dy: jax.Array, adapter: SparseLinear, weight: jax.Arr
     specs = (
         PartitionSpec(batch or None, *between, None if columns in batch else columns),
         PartitionSpec(batch or None, *between, None if rows in batch else rows),
-        *[of_weight] * 4,
+        *[of_weight] * 5,
     )
     return jax.shard_map(collect, in_specs=specs, out_specs=of_weight, check_vma=False)(*parts)
 
@@ -172,11 +187,13 @@ def _propose(gradient: jax.Array, adapter: SparseLinear, weight: jax.Array | Non
     assert slots is not None
     count = slots.shape[-1]
     grid, block = adapter.active.grid, adapter.active.block
-    active = adapter.active.indices.reshape(math.prod(grid), -1)
+    known = [] if adapter.propose_active else [adapter.active]
+    known += [] if adapter.candidates is None else [adapter.candidates]
+    excluded = [delta.indices.reshape(math.prod(grid), -1) for delta in known]
     scores = gradient
     if adapter.salience is not None and weight is not None:
         scores = adapter.salience(gradient, weight.astype(gradient.dtype))
-    positions = top_in_blocks(scores, block, count, None if adapter.propose_active else active)
+    positions = top_in_blocks(scores, block, count, jnp.concatenate(excluded, -1) if excluded else None)
     found = SparseDelta(positions, None, adapter.active.shape, grid, axes=(None, None))
     entries = gather(gradient, found)
     # one by one: a stack of bfloat16 entries and positions would round the positions
@@ -191,10 +208,10 @@ def _sparse_linear_backward(residuals: tuple, dy: jax.Array) -> tuple:
     seen = None if adapter.proposal is None or adapter.salience is None else used
     x, dy = x.astype(weight.dtype), dy.astype(weight.dtype)
     if adapter.enabled is None:
-        active, candidates, proposal = _collect(x, dy, adapter, seen)
+        active, candidates, proposal, measured = _collect(x, dy, adapter, seen)
     else:
         shapes = jax.eval_shape(_collect, x, dy, adapter, seen)
-        active, candidates, proposal = lax.cond(
+        active, candidates, proposal, measured = lax.cond(
             adapter.enabled,
             _collect,
             lambda *_: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
@@ -213,6 +230,7 @@ def _sparse_linear_backward(residuals: tuple, dy: jax.Array) -> tuple:
         cotangent,
         active=cotangent.active.with_values(active.astype(adapter.active.values.dtype)),
         proposal=proposal,
+        measured=measured,
     )
     if adapter.watched is not None and adapter.watch is not None:
         with jax.named_scope("watch"):

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from spiel_jax.errors import SpielError
 from spiel_jax.ops.sharded import Axes
-from spiel_jax.ops.tree import named_leaves, path_name
+from spiel_jax.ops.stored import one_stack
+from spiel_jax.ops.tree import named_leaves, parameter_name, path_name
 from spiel_jax.sparse.delta import SparseDelta
 
 
@@ -149,6 +150,21 @@ def like_values(tree: Any, named: Mapping[str, Any], targets: Collection[str]) -
     """The inverse of ``by_target``: a tree like ``tree`` with the named leaves."""
     by_target(tree, targets)
     return jax.tree_util.tree_map_with_path(lambda path, _: named[path_name(path[-1:])], tree)
+
+
+def adapted_matrices(params: Any, name: str, target: Target) -> Any:
+    """The weight of a target as one stack of those of its matrices that are adapted, an array or stored.
+
+    Raises:
+        KeyError: If it is no leaf of ``params``.
+    """
+    leaves, parameter = named_leaves(params), parameter_name(name)
+    if parameter not in leaves:
+        raise KeyError(f"no parameter {parameter!r}: expected one of {', '.join(leaves)}")
+    matrices = one_stack(leaves[parameter])
+    if target.layers is None:
+        return matrices
+    return jax.tree.map(lambda leaf: leaf[jnp.array(target.layers)], matrices)
 
 
 def _default_layer_names(name: str, stack: tuple[int, ...]) -> list[str]:

@@ -72,6 +72,7 @@ class AccumulatedGradients(Criterion):
         low_precision: As the original has it: statistics and seeds in the dtype of the values. In bfloat16
             a decay rate of 0.999 rounds to 1, so that ``nu`` is seeded with 0, and counting stops at 256.
             By default they are float32 or better, and counts integers.
+        keep_zeros: See ``Criterion``. Read by what proposes.
 
     Example:
         >>> growth, target = AccumulatedGradients(), Target((2, 3), 2)
@@ -85,7 +86,8 @@ class AccumulatedGradients(Criterion):
     """
 
     in_original = True
-    own = ("spiel.candidate_ratio", "spiel.drop_by")
+    can_keep_zeros = True
+    own = ("spiel.candidate_ratio", "spiel.candidates", "spiel.drop_by")
 
     b1: float = 0.9
     b2: float = 0.999
@@ -95,6 +97,7 @@ class AccumulatedGradients(Criterion):
     late_age: bool = False
     propose_active: bool = False
     low_precision: bool = False
+    keep_zeros: bool = False
 
     @classmethod
     def reference(cls, b1: float = 0.9, b2: float = 0.999) -> "AccumulatedGradients":

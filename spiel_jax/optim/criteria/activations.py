@@ -13,18 +13,23 @@ from spiel_jax.ops.selection import top_in_blocks
 from spiel_jax.ops.sharded import on_blocks
 from spiel_jax.ops.stored import as_array
 from spiel_jax.optim.criteria.criterion import Criterion, Observation, Regridding, register
-from spiel_jax.optim.criteria.static import adapted_matrices, chosen_once
+from spiel_jax.optim.criteria.static import chosen_once
 from spiel_jax.optim.schedules import Reselection
-from spiel_jax.sparse.targets import Target
+from spiel_jax.optim.zeros import off_zeros
+from spiel_jax.sparse.targets import Target, adapted_matrices
 
 
+@dataclass(frozen=True)
 class _Activations(Criterion):
     """Entries by a score of the weight and of sums over the tokens of a phase; chosen once, at its end."""
 
+    can_keep_zeros = True
     own = ()
     unused = ("spiel.every", "spiel.schedule", "spiel.rate", "spiel.first")
     reselects_once = True
     side: ClassVar[int]  # axis of the matrix that the sums belong to
+
+    keep_zeros: bool = False
 
     @staticmethod
     def score(matrix: jax.Array, sums: jax.Array) -> jax.Array:
@@ -60,7 +65,9 @@ class _Activations(Criterion):
         for name, target in targets.items():
 
             def largest(matrix: jax.Array, sums: jax.Array, target: Target = target) -> jax.Array:
-                return top_in_blocks(self.score(matrix, sums), target.block, target.block_count)
+                scores = self.score(matrix, sums)
+                scores = off_zeros(scores, matrix) if self.keep_zeros else scores
+                return top_in_blocks(scores, target.block, target.block_count)
 
             def one(
                 item: tuple[Any, jax.Array], target: Target = target, largest: Any = largest
@@ -73,9 +80,9 @@ class _Activations(Criterion):
             found[name] = positions.reshape(*target.lead, target.block_count)
         return found
 
-    def available(self, stats: jax.Array, indices: jax.Array, target: Target) -> jax.Array:
-        """As many as were found: those among them that are active stay."""
-        return jnp.sum(stats < target.block_size, dtype=jnp.int32)
+    def available(self, stats: jax.Array, indices: jax.Array, target: Target) -> int:
+        """All are replaced; where fewer were found, for zeros that are kept, slots are unused."""
+        return indices.size
 
     def incoming(
         self, stats: jax.Array, indices: jax.Array, dropped: jax.Array, n: jax.Array, target: Target

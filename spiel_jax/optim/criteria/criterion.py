@@ -42,7 +42,8 @@ class Observation(NamedTuple):
         proposes: Whether the candidates are newly proposed.
         estimates: Whether they are observed again.
         inner: State of the inner optimizer after its update.
-        watched: Target name to what ``Criterion.watch`` saw in the step, summed; None if it saw nothing.
+        watched: Target name to what ``Criterion.watch`` or ``measure`` saw in the step, summed; None if
+            nothing was seen.
     """
 
     active: Mapping[str, SparseDelta]
@@ -98,10 +99,13 @@ class Criterion:
     Attributes:
         propose_active: Whether active entries may be candidates.
         per_micro_batch: Whether candidate gradients come per micro-batch, with a leading axis [G].
+        keep_zeros: Whether entries are chosen only where the weight is not zero, so that a pruned base keeps
+            its zeros. Candidates are proposed so; what finds entries otherwise looks at the weights.
         salience: By what the largest entries are proposed: gradient and weight, two arrays alike, to scores;
             None for the gradient.
         watch: What is to be seen of a linear in a phase: its inputs [..., in] and weight to an array that is
             summed over micro-batches; None: nothing.
+        measures: Whether something of the weight gradients is to be seen in a phase; see ``measure``.
 
     Example:
         >>> from dataclasses import dataclass
@@ -118,9 +122,12 @@ class Criterion:
 
     propose_active: bool = False
     per_micro_batch: bool = False
+    keep_zeros: bool = False
     salience: ClassVar[Callable[..., jax.Array] | None] = None
     watch: ClassVar[Callable[..., jax.Array] | None] = None
+    measures: ClassVar[bool] = False
     in_original: ClassVar[bool] = False  # whether the original implementation has it
+    can_keep_zeros: ClassVar[bool] = False  # whether ``keep_zeros`` is a field of it
     reselects_once: ClassVar[bool] = False  # its one phase may then be longer than ``spiel.every``
     own: ClassVar[tuple[str, ...] | None] = None  # keys of the configuration that are of it; None: not said
     unused: ClassVar[tuple[str, ...]] = ()  # further keys, of all criteria, that mean nothing to it
@@ -142,6 +149,18 @@ class Criterion:
     def known(self, stats: Any) -> jax.Array:
         """Positions [*stack, ..., c] of one target's candidates; asked of criteria that use candidates."""
         raise NotImplementedError(f"{type(self).__name__} uses candidates, but has no known()")
+
+    def measure(self, gradient: jax.Array, block: tuple[int, int]) -> jax.Array:
+        """What is to be seen of a weight gradient, summed over micro-batches; asked where ``measures``.
+
+        Args:
+            gradient: [R, C] float32, of some of the blocks, that of one micro-batch.
+            block: (rows, columns) of one block.
+
+        Returns:
+            [R / rows, C / columns, S] float32: S numbers of each block.
+        """
+        raise NotImplementedError(f"{type(self).__name__} measures, but has no measure()")
 
     def init(self, targets: Mapping[str, Target], values: Mapping[str, jax.Array]) -> dict[str, Any]:
         """Statistics before the first step."""
@@ -189,6 +208,20 @@ class Criterion:
         """
         del stats, source
         return {}
+
+    def seed_at(
+        self, stats: Any, source: jax.Array, indices: jax.Array, target: Target
+    ) -> dict[str, jax.Array]:
+        """As ``seed``, which it asks by default, where it matters where the grown entries are.
+
+        Args:
+            stats: Those of one matrix.
+            source: See ``seed``.
+            indices: [k] positions after the reselection.
+            target: What is adapted.
+        """
+        del indices, target
+        return self.seed(stats, source)
 
     def first_age(self, accumulation: int) -> int:
         """The age, in an inner optimizer that keeps one, that a grown entry begins with.
@@ -243,6 +276,18 @@ class Criterion:
             yield "spiel.first", first, f"unset: {ORIGINAL}"
         if reference and settings.schedule == "constant":
             yield "spiel.schedule", settings.schedule, f"linear or cosine: {ORIGINAL}"
+        if settings.keep_zeros and not cls.can_keep_zeros:
+            yield "spiel.keep_zeros", True, f"False: {config.method} may choose entries that are zero"
+        if settings.keep_zeros and adapter is not None:
+            expected = "unset: the entries of an adapter are where they are (spiel.keep_zeros)"
+            yield "init_from.adapter", adapter, expected
+        if settings.candidates == "mean" and cls.salience is not None:
+            expected = f"first: {config.method} proposes by a score that is not a sum over micro-batches"
+            yield "spiel.candidates", "mean", expected
+        if reference and settings.candidates != "first":
+            yield "spiel.candidates", settings.candidates, f"first: {ORIGINAL}"
+        if reference and settings.keep_zeros:
+            yield "spiel.keep_zeros", True, f"False: {ORIGINAL}"
         if reference and settings.candidate_ratio != 1:
             yield "spiel.candidate_ratio", settings.candidate_ratio, f"1: {ORIGINAL}"
 

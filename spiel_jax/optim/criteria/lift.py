@@ -14,10 +14,10 @@ from spiel_jax.ops.selection import isin, top_in_blocks
 from spiel_jax.ops.sharded import on_blocks
 from spiel_jax.ops.stored import as_array
 from spiel_jax.optim.criteria.criterion import Criterion, register
-from spiel_jax.optim.criteria.static import adapted_matrices
 from spiel_jax.optim.schedules import Reselection, constant
+from spiel_jax.optim.zeros import off_zeros
 from spiel_jax.sparse.delta import SparseDelta
-from spiel_jax.sparse.targets import Target
+from spiel_jax.sparse.targets import Target, adapted_matrices
 
 
 @register("lift")
@@ -37,6 +37,7 @@ class LowRankMagnitude(Criterion):
 
     Attributes:
         rank: Of the approximation. The paper takes 32 to 128.
+        keep_zeros: See ``Criterion``.
 
     Example:
         >>> weights = {"w": jnp.array([[2.0, 2.0, 0.0], [2.0, 2.0, 0.0], [0.0, 0.0, 3.0]])}
@@ -51,10 +52,12 @@ class LowRankMagnitude(Criterion):
         entries, new ones every 10 to 400 steps (``spiel.every``), learning rates of 1e-4 and 2e-4.
     """
 
+    can_keep_zeros = True
     own = ("spiel.filter_rank",)
     unused = ("spiel.accumulation", "spiel.schedule", "spiel.rate", "spiel.first")
 
     rank: int = 128
+    keep_zeros: bool = False
 
     @classmethod
     def from_config(cls, config: Any) -> "LowRankMagnitude":
@@ -64,7 +67,8 @@ class LowRankMagnitude(Criterion):
     @classmethod
     def start(cls, config: Any) -> Callable[..., Mapping[str, SparseDelta]]:
         """See ``Criterion``."""
-        return partial(low_rank_positions, rank=config.spiel.filter_rank)
+        settings = config.spiel
+        return partial(low_rank_positions, rank=settings.filter_rank, keep_zeros=settings.keep_zeros)
 
     @classmethod
     def schedule(cls, config: Any, steps: int) -> Reselection:
@@ -80,7 +84,7 @@ class LowRankMagnitude(Criterion):
     def survey(self, stats: Any, weights: Any, targets: Mapping[str, Target]) -> dict[str, jax.Array]:
         """Where the largest entries are: target name to positions [..., k]."""
         del stats
-        found = low_rank_positions(weights, targets, rank=self.rank)
+        found = low_rank_positions(weights, targets, rank=self.rank, keep_zeros=self.keep_zeros)
         return {name: delta.indices for name, delta in found.items()}
 
     def available(self, stats: Any, indices: jax.Array, target: Target) -> jax.Array:
@@ -98,7 +102,9 @@ class LowRankMagnitude(Criterion):
         return jnp.where(new & (jnp.cumsum(new, dtype=jnp.int32) <= n), stats, size)
 
 
-def low_rank_positions(params: Any, targets: Mapping[str, Target], *, rank: int) -> dict[str, SparseDelta]:
+def low_rank_positions(
+    params: Any, targets: Mapping[str, Target], *, rank: int, keep_zeros: bool = False
+) -> dict[str, SparseDelta]:
     """The entries of largest magnitude in an approximation of each matrix of a rank.
 
     The approximation is of the whole matrix, also where a block grid gives each block its own share. One
@@ -108,6 +114,7 @@ def low_rank_positions(params: Any, targets: Mapping[str, Target], *, rank: int)
         params: Pytree of weights, [*stack, rows, columns]; stored ones too.
         targets: What is adapted.
         rank: Of the approximation.
+        keep_zeros: Only entries where the weight is not zero; where they are too few, slots are unused.
 
     Returns:
         Target name to ``SparseDelta`` without values, for ``place``.
@@ -123,14 +130,19 @@ def low_rank_positions(params: Any, targets: Mapping[str, Target], *, rank: int)
     positions = {}
     for name, target in targets.items():
 
-        def largest(left: jax.Array, right: jax.Array, target: Target = target) -> jax.Array:
+        def largest(
+            left: jax.Array, right: jax.Array, *matrix: jax.Array, target: Target = target
+        ) -> jax.Array:
             part = jnp.matmul(left[:, 0], right[0].T, precision=lax.Precision.HIGHEST)
+            part = off_zeros(part, matrix[0]) if matrix else part
             return top_in_blocks(part, target.block, target.block_count)
 
         def one(weight: Any, target: Target = target, largest: Any = largest) -> jax.Array:
-            left, right = low_rank(as_array(weight), rank)
+            matrix = as_array(weight)
+            left, right = low_rank(matrix, rank)
+            looked_at = (matrix,) if keep_zeros else ()
             # rows and columns of the weight first: these are spread over a mesh, ranks are not
-            return on_blocks(largest, target.axes, 0, left[:, None], right.T[None])
+            return on_blocks(largest, target.axes, 0, left[:, None], right.T[None], *looked_at)
 
         found = lax.map(one, adapted_matrices(params, name, target))
         positions[name] = target.delta(found.reshape(*target.lead, target.block_count))

@@ -1,5 +1,6 @@
 """Growth by moments that rows and columns approximate: SpIEL-MA."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from spiel_jax.errors import SpielError
-from spiel_jax.ops.selection import top_products
+from spiel_jax.ops.selection import largest, top_products
 from spiel_jax.optim.criteria.criterion import (
     ORIGINAL,
     Complaint,
@@ -20,6 +21,8 @@ from spiel_jax.optim.criteria.criterion import (
 )
 from spiel_jax.optim.inner_optimizers import sm3_init, sm3_observe, sparse_sm3
 from spiel_jax.optim.parity import Parity, is_reference
+from spiel_jax.optim.zeros import best_off_zeros, inactive
+from spiel_jax.sparse.delta import divided
 from spiel_jax.sparse.targets import Target
 
 Score = Literal["product", "minimum"]
@@ -44,6 +47,7 @@ class MomentApproximation(Criterion):
         score: "product" (the paper's choice) or "minimum" (the bound that SM3 itself puts on a moment).
         shared: Take the accumulators from the inner optimizer's state (fields ``row_moments`` and
             ``column_moments``, as ``scale_by_sparse_sm3`` has them) instead of keeping its own.
+        keep_zeros: See ``Criterion``. A reselection then forms the scores of all entries, matrix by matrix.
 
     Example:
         >>> growth, target = MomentApproximation(), Target((2, 3), 2)
@@ -57,11 +61,13 @@ class MomentApproximation(Criterion):
     """
 
     in_original = True
+    can_keep_zeros = True
     own = ("spiel.score", "spiel.drop_by")
     unused = ("optimizer.b1", "optimizer.b2")
 
     score: Score = "product"
     shared: bool = False
+    keep_zeros: bool = False
 
     @classmethod
     def of(cls, score: Score, parity: Parity = "corrected") -> "MomentApproximation":
@@ -130,17 +136,52 @@ class MomentApproximation(Criterion):
             for name, (row, column) in stats.items()
         }
 
+    @property
+    def uses_weights(self) -> bool:
+        """See ``Criterion``: for their zeros."""
+        return self.keep_zeros
+
+    def survey(self, stats: dict[str, Any], weights: Any, targets: Mapping[str, Target]) -> dict[str, Any]:
+        """The accumulators, and the 2k best entries that are not zero: k of them or more are not active."""
+        if not self.keep_zeros:
+            return stats
+        combine, found = SCORES[self.score], {}
+        for name, target in targets.items():
+
+            def scores(item: tuple[jax.Array, jax.Array], target: Target = target) -> jax.Array:
+                row, column = (part.reshape(*target.grid, -1) for part in item)
+                parts = combine(row[..., :, None], column[..., None, :])  # of each block
+                return parts.swapaxes(1, 2).reshape(target.shape)
+
+            matrices = math.prod(target.stack)
+            flat = tuple(part.reshape(matrices, *part.shape[len(target.stack) :]) for part in stats[name])
+            best = best_off_zeros(weights, name, target, 2 * target.block_count, scores, flat)
+            found[name] = *stats[name], best
+        return found
+
+    def available(self, stats: Any, indices: jax.Array, target: Target) -> jax.Array | int:
+        """All that are not active; of those surveyed, where zeros are kept."""
+        if not self.keep_zeros:
+            return super().available(stats, indices, target)
+        return jnp.sum(inactive(stats[2], indices, target.block_size), dtype=jnp.int32)
+
     def incoming(
         self,
-        stats: tuple[jax.Array, jax.Array],
+        stats: tuple[jax.Array, ...],
         indices: jax.Array,
         dropped: jax.Array,
         n: jax.Array,
         target: Target,
     ) -> jax.Array:
         """The n entries of largest score that are not active; dropped ones count as active."""
-        row, column = stats
-        return top_products(row, column, n, indices.size, indices, SCORES[self.score])
+        row, column, *surveyed = stats
+        combine, size = SCORES[self.score], target.block_size
+        if not surveyed:
+            return top_products(row, column, n, indices.size, indices, combine)
+        rows, columns = divided(surveyed[0], target.block[1])
+        scores = combine(row[rows], column[columns])
+        scores = jnp.where(inactive(surveyed[0], indices, size), scores, jnp.nan)
+        return jnp.where(largest(scores, surveyed[0], n), surveyed[0], size)
 
     def regrid(self, stats: tuple[Any, Any], move: Regridding) -> Any:
         """Joins or cuts the accumulators: they stay upper bounds."""

@@ -1,5 +1,6 @@
 """Random growth: SET and static random masks."""
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spiel_jax.ops.selection import largest
 from spiel_jax.optim.criteria.criterion import Criterion, Regridding, configured_schedule, register
 from spiel_jax.optim.schedules import Reselection
+from spiel_jax.optim.zeros import draw_off_zeros, inactive
 from spiel_jax.sparse.targets import Target
 
 
@@ -24,6 +27,7 @@ class RandomGrowth(Criterion):
 
     Attributes:
         key: Seed of the draws, an int, which may be traced.
+        keep_zeros: See ``Criterion``. A reselection then draws a number for every entry, matrix by matrix.
 
     Example:
         >>> growth, target = RandomGrowth(), Target((2, 3), 5)
@@ -38,9 +42,11 @@ class RandomGrowth(Criterion):
         <https://arxiv.org/abs/2406.13175>`_.
     """
 
+    can_keep_zeros = True
     own = ("spiel.drop_by",)
 
     key: int | jax.Array = 0
+    keep_zeros: bool = False
 
     @classmethod
     def from_config(cls, config: Any) -> "RandomGrowth":
@@ -62,10 +68,37 @@ class RandomGrowth(Criterion):
             for name, target in targets.items()
         }
 
+    @property
+    def uses_weights(self) -> bool:
+        """See ``Criterion``: for their zeros."""
+        return self.keep_zeros
+
+    def survey(self, stats: dict[str, Any], weights: Any, targets: Mapping[str, Target]) -> dict[str, Any]:
+        """The keys, and random entries [..., 2k] that are not zero: k of them or more are not active."""
+        if not self.keep_zeros:
+            return stats
+        found = {}
+        for name, target in targets.items():
+            keys = stats[name].reshape(math.prod(target.stack), -1, stats[name].shape[-1])[:, 0]
+            keys = jax.random.wrap_key_data(keys)
+            found[name] = stats[name], draw_off_zeros(weights, name, target, 2 * target.block_count, keys)
+        return found
+
+    def available(self, stats: Any, indices: jax.Array, target: Target) -> jax.Array | int:
+        """All that are not active; of those surveyed, where zeros are kept."""
+        if not self.keep_zeros:
+            return super().available(stats, indices, target)
+        return jnp.sum(inactive(stats[1], indices, target.block_size), dtype=jnp.int32)
+
     def incoming(
-        self, stats: jax.Array, indices: jax.Array, dropped: jax.Array, n: jax.Array, target: Target
+        self, stats: Any, indices: jax.Array, dropped: jax.Array, n: jax.Array, target: Target
     ) -> jax.Array:
         """N distinct inactive entries, each about equally likely; dropped ones count as active."""
+        if self.keep_zeros:
+            data, found = stats
+            scores = jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(data), 2), found.shape)
+            scores = jnp.where(inactive(found, indices, target.block_size), scores, jnp.nan)
+            return jnp.where(largest(scores, found, n), found, target.block_size)
         count = indices.size
         slot = jnp.arange(count, dtype=jnp.int32)
         free = self.available(stats, indices, target)

@@ -11,23 +11,28 @@ from jax import lax
 
 from spiel_jax.ops.selection import top_in_blocks
 from spiel_jax.ops.sharded import on_blocks
-from spiel_jax.ops.stored import Stored, as_array, one_stack
-from spiel_jax.ops.tree import named_leaves, parameter_name
+from spiel_jax.ops.stored import Stored, as_array
 from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients
 from spiel_jax.optim.criteria.criterion import Criterion, register
 from spiel_jax.optim.schedules import Reselection, constant
+from spiel_jax.optim.zeros import off_zeros
 from spiel_jax.sparse.delta import SparseDelta
-from spiel_jax.sparse.targets import Target
+from spiel_jax.sparse.targets import Target, adapted_matrices
 
 
 @dataclass(frozen=True)
 class NoGrowth(Criterion):
     """Grows nothing: the entries stay where they were placed.
 
+    Attributes:
+        keep_zeros: See ``Criterion``. Read by what places them.
+
     Example:
         >>> NoGrowth().available((), jnp.array([0, 1]), Target((2, 3), 2))
         0
     """
+
+    keep_zeros: bool = False
 
     def available(self, stats: tuple, indices: jax.Array, target: Target) -> int:
         """None."""
@@ -50,13 +55,15 @@ class NoGrowth(Criterion):
 class LargestWeights(NoGrowth):
     """The largest or smallest pretrained weights, a static mask (Super-Tuning)."""
 
+    can_keep_zeros = True
     own = ("spiel.magnitude",)
     unused = ("spiel.every", "spiel.accumulation", "spiel.schedule", "spiel.rate", "spiel.first")
 
     @classmethod
     def start(cls, config: Any) -> Callable[..., Mapping[str, SparseDelta]]:
         """See ``Criterion``."""
-        return partial(magnitude_positions, largest=config.spiel.magnitude == "largest")
+        largest, keep_zeros = config.spiel.magnitude == "largest", config.spiel.keep_zeros
+        return partial(magnitude_positions, largest=largest, keep_zeros=keep_zeros)
 
 
 @register("gradient")
@@ -91,7 +98,7 @@ def chosen_once(config: Any, steps: int) -> Reselection:
 
 
 def magnitude_positions(
-    params: Any, targets: Mapping[str, Target], *, largest: bool = True
+    params: Any, targets: Mapping[str, Target], *, largest: bool = True, keep_zeros: bool = False
 ) -> dict[str, SparseDelta]:
     """The entries of largest (or smallest) pretrained magnitude of each matrix, a static mask (Super-Tuning).
 
@@ -101,6 +108,7 @@ def magnitude_positions(
         params: Pytree of pretrained weights, [*stack, rows, columns]; stored ones too.
         targets: What is adapted.
         largest: Or the smallest.
+        keep_zeros: Only weights that are not zero; where they are too few, slots are unused.
 
     Returns:
         Target name to ``SparseDelta`` without values, for ``place``.
@@ -117,38 +125,25 @@ def magnitude_positions(
     """
     positions = {}
     for name, target in targets.items():
-        find = partial(_strongest, target=target, largest=largest)
+        find = partial(_strongest, target=target, largest=largest, keep_zeros=keep_zeros)
         indices = on_blocks(find, target.axes, 1, adapted_matrices(params, name, target))
         positions[name] = target.delta(indices.reshape(*target.lead, target.block_count))
     return positions
 
 
-def adapted_matrices(params: Any, name: str, target: Target) -> Any:
-    """The weight of a target as one stack of those of its matrices that are adapted, an array or stored.
-
-    Raises:
-        KeyError: If it is no leaf of ``params``.
-    """
-    leaves, parameter = named_leaves(params), parameter_name(name)
-    if parameter not in leaves:
-        raise KeyError(f"no parameter {parameter!r}: expected one of {', '.join(leaves)}")
-    matrices = one_stack(leaves[parameter])
-    if target.layers is None:
-        return matrices
-    return jax.tree.map(lambda leaf: leaf[jnp.array(target.layers)], matrices)
-
-
-def _strongest(matrices: Any, target: Target, largest: bool) -> jax.Array:
+def _strongest(matrices: Any, target: Target, largest: bool, keep_zeros: bool) -> jax.Array:
     """[M, grid_rows, grid_columns, k] positions in each block of a stack of weights, or of parts of them."""
 
     def strongest(weight: jax.Array | Stored) -> jax.Array:
-        matrix = as_array(weight)
+        matrix = scores = as_array(weight)
         if not largest:
             # the bits of non-negative floats are ordered as the floats are: mirror them
             wide = jnp.abs(matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32)))
             bits = jnp.int64 if wide.dtype == jnp.float64 else jnp.int32
             top = lax.bitcast_convert_type(jnp.array(jnp.inf, wide.dtype), bits)
-            matrix = lax.bitcast_convert_type(top - lax.bitcast_convert_type(wide, bits), wide.dtype)
-        return top_in_blocks(matrix, target.block, target.block_count)
+            scores = lax.bitcast_convert_type(top - lax.bitcast_convert_type(wide, bits), wide.dtype)
+        if keep_zeros:
+            scores = off_zeros(scores, matrix)
+        return top_in_blocks(scores, target.block, target.block_count)
 
     return lax.map(strongest, matrices)

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,10 +14,11 @@ from spiel_jax.errors import SpielError
 from spiel_jax.ops.selection import top_magnitudes
 from spiel_jax.ops.sharded import on_blocks
 from spiel_jax.ops.stored import as_array
+from spiel_jax.ops.tree import named_leaves, parameter_name
 from spiel_jax.optim.criteria.criterion import Complaint, register
-from spiel_jax.optim.criteria.static import NoGrowth, adapted_matrices
-from spiel_jax.sparse.delta import SparseDelta
-from spiel_jax.sparse.targets import Target
+from spiel_jax.optim.criteria.static import NoGrowth
+from spiel_jax.sparse.delta import SparseDelta, gather
+from spiel_jax.sparse.targets import Target, adapted_matrices
 
 
 @register("structured")
@@ -29,9 +31,10 @@ class Structured(NoGrowth):
     References:
         Yang et al., `S2FT <https://arxiv.org/abs/2412.06289>`_: channels at random, in the projections after
         them rows, in those before columns; He et al., `Sparse Matrix Tuning
-        <https://arxiv.org/abs/2405.15525>`_: blocks of 256 x 256, which it chooses by gradients.
+        <https://arxiv.org/abs/2405.15525>`_: blocks of 256 x 256, by gradients; see ``LargestGradientTiles``.
     """
 
+    can_keep_zeros = True
     own = ("spiel.tile.rows", "spiel.tile.columns", "spiel.tile.by")
     unused = ("spiel.every", "spiel.accumulation", "spiel.schedule", "spiel.rate", "spiel.first")
 
@@ -39,6 +42,11 @@ class Structured(NoGrowth):
     def complaints(cls, config: Any) -> Iterator[Complaint]:
         """See ``Criterion``."""
         yield from super().complaints(config)
+        yield from cls.untold(config)
+
+    @staticmethod
+    def untold(config: Any) -> Iterator[Complaint]:
+        """That nothing says what is taken whole."""
         tile = config.spiel.tile
         if tile.rows is None and tile.columns is None:
             yield "spiel.tile.rows", None, "a number of rows, or of columns (spiel.tile.columns), or both"
@@ -48,7 +56,78 @@ class Structured(NoGrowth):
         """See ``Criterion``."""
         tile = config.spiel.tile
         seed = config.seed if tile.by == "random" else None
-        return partial(tile_positions, rows=tile.rows, columns=tile.columns, seed=seed)
+        find = partial(tile_positions, rows=tile.rows, columns=tile.columns, seed=seed)
+        return partial(find, keep_zeros=config.spiel.keep_zeros)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The rectangles of each block of a target.
+
+    Attributes:
+        block: (rows, columns) of a block.
+        tile: (rows, columns) of a rectangle; they divide it.
+        count: Entries of a block, of which some rectangles are made.
+
+    Example:
+        >>> tiling = Tiling((2, 4), (1, 2), 5)
+        >>> tiling.parts, tiling.number, tiling.best(jnp.array([1.0, 4.0, 3.0, 2.0])).tolist()  # 8: unused
+        (4, 2, [2, 3, 4, 5, 8])
+    """
+
+    block: tuple[int, int]
+    tile: tuple[int, int]
+    count: int
+
+    @classmethod
+    def of(cls, name: str, target: Target, rows: int | None, columns: int | None) -> "Tiling":
+        """The rectangles of so many rows and columns, None for all of a block's.
+
+        Raises:
+            SpielError: If the rectangles do not divide a block, or the entries of a block are not one.
+        """
+        block, count = target.block, target.block_count
+        tile = (rows or block[0], columns or block[1])
+        size = tile[0] * tile[1]
+        if block[0] % tile[0] or block[1] % tile[1]:
+            raise SpielError(f"parts of {tile} (spiel.tile) do not divide a block of {block} of {name}")
+        if count < size:
+            raise SpielError(
+                f"{name}: {count} entries are not one part of {tile} (spiel.tile), which has "
+                f"{size}: raise the budget, or take smaller parts"
+            )
+        return cls(block, tile, count)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rectangles of a block, down and across."""
+        return self.block[0] // self.tile[0], self.block[1] // self.tile[1]
+
+    @property
+    def parts(self) -> int:
+        """Rectangles of a block."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def number(self) -> int:
+        """Rectangles that are chosen."""
+        return self.count // (self.tile[0] * self.tile[1])
+
+    def means(self, matrix: jax.Array) -> jax.Array:
+        """[grid_rows, grid_columns, parts] float32: the mean magnitude of the rectangles of some blocks."""
+        matrix = jnp.abs(matrix.astype(jnp.float32))
+        blocks = matrix.shape[0] // self.block[0], matrix.shape[1] // self.block[1]
+        parts = matrix.reshape(blocks[0], self.grid[0], self.tile[0], blocks[1], self.grid[1], self.tile[1])
+        return parts.mean((2, 5)).swapaxes(1, 2).reshape(*blocks, -1)
+
+    def best(self, scores: jax.Array) -> jax.Array:
+        """[count] int32: the entries of the rectangles of largest score [parts]; the last slots unused."""
+        chosen = top_magnitudes(scores, self.number)
+        first = chosen // self.grid[1] * self.tile[0] * self.block[1] + chosen % self.grid[1] * self.tile[1]
+        inside = jnp.arange(self.tile[0])[:, None] * self.block[1] + jnp.arange(self.tile[1])
+        found = (first[:, None] + inside.reshape(-1)).reshape(-1).astype(jnp.int32)
+        size = self.block[0] * self.block[1]
+        return jnp.pad(found, (0, self.count - found.size), constant_values=size)
 
 
 def tile_positions(
@@ -58,6 +137,7 @@ def tile_positions(
     rows: int | None = None,
     columns: int | None = None,
     seed: int | None = None,
+    keep_zeros: bool = False,
 ) -> dict[str, SparseDelta]:
     """The entries of some of the rectangles of each matrix (or block), whole.
 
@@ -67,6 +147,7 @@ def tile_positions(
         rows: Of a rectangle; None for all.
         columns: Of a rectangle; None for all.
         seed: Of the draw; None for those of largest mean magnitude, ties towards the first.
+        keep_zeros: Whether slots of entries where the weight is zero are unused.
 
     Returns:
         Target name to ``SparseDelta`` without values, for ``place``; as many whole rectangles as the entries
@@ -83,42 +164,21 @@ def tile_positions(
     """
     positions = {}
     for name, target in targets.items():
-        block = target.block
-        tile = (rows or block[0], columns or block[1])
-        grid, size = (block[0] // tile[0], block[1] // tile[1]), tile[0] * tile[1]
-        number = target.block_count // size
-        if block[0] % tile[0] or block[1] % tile[1]:
-            raise SpielError(f"parts of {tile} (spiel.tile) do not divide a block of {block} of {name}")
-        if number < 1:
-            raise SpielError(
-                f"{name}: {target.block_count} entries are not one part of {tile} (spiel.tile), which has "
-                f"{size}: raise the budget, or take smaller parts"
-            )
+        tiling = Tiling.of(name, target, rows, columns)
         if seed is None:
-            means = on_blocks(
-                partial(_means, block, tile), target.axes, 1, adapted_matrices(params, name, target)
-            )
+            means = on_blocks(partial(_means, tiling), target.axes, 1, adapted_matrices(params, name, target))
         else:
             key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-            means = jax.random.uniform(key, (*target.lead, grid[0] * grid[1]))
-        chosen = jax.vmap(partial(top_magnitudes, k=number))(means.reshape(-1, grid[0] * grid[1]))
-        first = chosen // grid[1] * tile[0] * block[1] + chosen % grid[1] * tile[1]  # of each rectangle
-        inside = jnp.arange(tile[0])[:, None] * block[1] + jnp.arange(tile[1])
-        found = (first[..., None] + inside.reshape(-1)).reshape(len(first), -1).astype(jnp.int32)
-        unused = ((0, 0), (0, target.block_count - number * size))
-        found = jnp.pad(found, unused, constant_values=target.block_size)
-        positions[name] = target.delta(found.reshape(*target.lead, target.block_count))
+            means = jax.random.uniform(key, (*target.lead, tiling.parts))
+        best = jax.vmap(tiling.best)(means.reshape(-1, tiling.parts))
+        delta = target.delta(best.reshape(*target.lead, target.block_count))
+        if keep_zeros:
+            entries = gather(named_leaves(params)[parameter_name(name)], delta)
+            delta = target.delta(jnp.where(entries == 0, target.block_size, delta.indices))
+        positions[name] = delta
     return positions
 
 
-def _means(block: tuple[int, int], tile: tuple[int, int], matrices: Any) -> jax.Array:
+def _means(tiling: Tiling, matrices: Any) -> jax.Array:
     """[M, grid_rows, grid_columns, rectangles] mean magnitude of each."""
-
-    def means(weight: Any) -> jax.Array:
-        matrix = jnp.abs(as_array(weight).astype(jnp.float32))
-        grid = matrix.shape[0] // block[0], matrix.shape[1] // block[1]
-        inside = block[0] // tile[0], block[1] // tile[1]
-        parts = matrix.reshape(grid[0], inside[0], tile[0], grid[1], inside[1], tile[1])
-        return parts.mean((2, 5)).swapaxes(1, 2).reshape(*grid, -1)
-
-    return lax.map(means, matrices)
+    return lax.map(lambda weight: tiling.means(as_array(weight)), matrices)
