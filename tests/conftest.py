@@ -56,7 +56,7 @@ def shared_context():
     return shared.context
 
 
-mlir.make_ir_context = shared_context
+mlir.make_ir_context = shared_context  # private: without it tests are slower, and the same
 
 CHATML = (
     "{% for message in messages %}"
