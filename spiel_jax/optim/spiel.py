@@ -371,4 +371,6 @@ def _reselect_matrix(
     dropped = drop(moved if scale is None else moved / scale, indices, n, target.block_size)
     incoming = growth.incoming(stats, indices, dropped, n, target)
     new = replace_dropped(indices, dropped, incoming, target.block_size)
+    if not isinstance(growth, Criterion):  # a class of one's own need not have what came later
+        return new.indices, new.replaced, growth.seed(stats, new.source)
     return new.indices, new.replaced, growth.seed_at(stats, new.source, new.indices, target)
