@@ -295,6 +295,7 @@ class EntryGradients:
                 enabled=enabled(group),
                 merged=group[0] in merged,
                 propose_active=self.growth.propose_active,
+                propose_candidates=False,
                 salience=salience,
             )
             for name, group in by_parameter(active).items()

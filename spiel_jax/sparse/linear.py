@@ -33,8 +33,7 @@ class SparseLinear:
 
     Attributes:
         active: Active entries. The cotangent of its values is the gradient there.
-        candidates: Further entries whose gradient is wanted (they are merged nowhere, and not proposed), or
-            None.
+        candidates: Further entries whose gradient is wanted (they are merged nowhere), or None.
         proposal: Zeros [*stack, ..., 3, c], float32 or float64, or None. Their cotangent holds, for the c
             entries of largest gradient magnitude that are not excluded, gradient, row and column in the block
             as floats (exact up to 2^24); an unused slot has the number of rows as its row.
@@ -44,6 +43,7 @@ class SparseLinear:
         merged: Static. True where ``weight`` already holds the active deltas (a in-place merge); False
             where they are scattered into it on each use.
         propose_active: Static. Whether active entries may be proposed.
+        propose_candidates: Static. Whether candidates may be proposed.
         salience: Static. Gradient and weight to the scores by which entries are proposed; None: the gradient.
         watch: Static. Inputs and weight to what is to be seen of them; see ``Criterion.watch``.
         measured: Zeros [*stack, ..., S] float32, or None; their cotangent is what ``measure`` gives of the
@@ -65,6 +65,7 @@ class SparseLinear:
     watched: jax.Array | None = None
     salience: Callable[[jax.Array, jax.Array], jax.Array] | None = _static(default=None)  # noqa: RUF009
     watch: Callable[[jax.Array, jax.Array], jax.Array] | None = _static(default=None)  # noqa: RUF009
+    propose_candidates: bool = _static(default=True)
     measured: jax.Array | None = None
     measure: Callable[[jax.Array, tuple[int, int]], jax.Array] | None = _static(default=None)  # noqa: RUF009
 
@@ -188,7 +189,7 @@ def _propose(gradient: jax.Array, adapter: SparseLinear, weight: jax.Array | Non
     count = slots.shape[-1]
     grid, block = adapter.active.grid, adapter.active.block
     known = [] if adapter.propose_active else [adapter.active]
-    known += [] if adapter.candidates is None else [adapter.candidates]
+    known += [] if adapter.propose_candidates or adapter.candidates is None else [adapter.candidates]
     excluded = [delta.indices.reshape(math.prod(grid), -1) for delta in known]
     scores = gradient
     if adapter.salience is not None and weight is not None:
