@@ -251,7 +251,7 @@ class EntryGradients:
             slots = zeros, self._proposal_slots(step)
             _, _, (seen, proposals) = self._pass(step, micro, slots, adapters)
             new = self._found(step, proposals)
-            return {name: _joined(delta, seen[name], new[name]) for name, delta in kept.items()}, None
+            return {name: _kept(delta, seen[name], new[name]) for name, delta in kept.items()}, None
 
         none = {}
         for name, target in self.targets.items():
@@ -321,7 +321,7 @@ def joined(parts: Mapping[str, SparseDelta], group: list[str], layers: int) -> S
     return parts[group[0]] if whole else stack_layers([parts[name] for name in group], layers)
 
 
-def _joined(kept: SparseDelta, seen: jax.Array, new: SparseDelta) -> SparseDelta:
+def _kept(kept: SparseDelta, seen: jax.Array, new: SparseDelta) -> SparseDelta:
     """As many as are kept: those with what was seen of them, and new ones, of largest sum."""
     sums = jnp.concatenate([kept.values + seen, new.values.astype(seen.dtype)], -1)
     both = replace(kept, indices=jnp.concatenate([kept.indices, new.indices], -1), values=sums)

@@ -74,6 +74,21 @@ def batch(seed, micro_batches=1):
     return make_batch(seed, micro_batches, ROWS, LENGTH, CONFIG.vocab_size)
 
 
+def after_phase(training, params):
+    """The state after two steps of two micro-batches each, a phase that the only reselection ends."""
+    state = jax.jit(training.init)(params)
+    step = jax.jit(
+        lambda s, b, phase, reselect: training.step(s, b, phase=phase, reselect=reselect),
+        static_argnames=("phase", "reselect"),
+    )
+    for number in (1, 2):
+        phase, reselect = training.step_kind(number)
+        assert phase is not sj.Phase.PLAIN
+        state, _ = step(state, batch(number, 2), phase=phase, reselect=reselect)
+    assert training.step_kind(3) == (sj.Phase.PLAIN, False)
+    return state
+
+
 def mesh_of(data, fsdp, tensor):
     devices = jax.devices()[: data * fsdp * tensor]
     return make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, devices)

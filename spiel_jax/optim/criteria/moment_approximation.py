@@ -14,7 +14,7 @@ from spiel_jax.ops.selection import largest, top_products
 from spiel_jax.optim.criteria.criterion import (
     ORIGINAL,
     Complaint,
-    Criterion,
+    NonZeros,
     Observation,
     Regridding,
     register,
@@ -34,7 +34,7 @@ SCORES = {"product": jnp.multiply, "minimum": jnp.minimum}
 
 @register("spiel_ma")
 @dataclass(frozen=True)
-class MomentApproximation(Criterion):
+class MomentApproximation(NonZeros):
     """SpIEL-MA: the second moment of every entry, approximated by its row's and its column's.
 
     The accumulators are those of sparse SM3: m + n numbers per matrix and O(k) work per step; growth needs
@@ -61,7 +61,6 @@ class MomentApproximation(Criterion):
     """
 
     in_original = True
-    can_keep_zeros = True
     own = ("spiel.score", "spiel.drop_by")
     unused = ("optimizer.b1", "optimizer.b2")
 
@@ -136,11 +135,6 @@ class MomentApproximation(Criterion):
             for name, (row, column) in stats.items()
         }
 
-    @property
-    def uses_weights(self) -> bool:
-        """See ``Criterion``: for their zeros."""
-        return self.keep_zeros
-
     def survey(self, stats: dict[str, Any], weights: Any, targets: Mapping[str, Target]) -> dict[str, Any]:
         """The accumulators, and the 2k best entries that are not zero: k of them or more are not active."""
         if not self.keep_zeros:
@@ -158,12 +152,6 @@ class MomentApproximation(Criterion):
             best = best_off_zeros(weights, name, target, 2 * target.block_count, scores, flat)
             found[name] = *stats[name], best
         return found
-
-    def available(self, stats: Any, indices: jax.Array, target: Target) -> jax.Array | int:
-        """All that are not active; of those surveyed, where zeros are kept."""
-        if not self.keep_zeros:
-            return super().available(stats, indices, target)
-        return jnp.sum(inactive(stats[2], indices, target.block_size), dtype=jnp.int32)
 
     def incoming(
         self,

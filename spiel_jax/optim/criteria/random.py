@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spiel_jax.ops.selection import largest
-from spiel_jax.optim.criteria.criterion import Criterion, Regridding, configured_schedule, register
+from spiel_jax.optim.criteria.criterion import NonZeros, Regridding, configured_schedule, register
 from spiel_jax.optim.schedules import Reselection
 from spiel_jax.optim.zeros import draw_off_zeros, inactive
 from spiel_jax.sparse.targets import Target
@@ -19,7 +19,7 @@ from spiel_jax.sparse.targets import Target
 
 @register("random")
 @dataclass(frozen=True)
-class RandomGrowth(Criterion):
+class RandomGrowth(NonZeros):
     """Grows random entries (SET); at a replacement rate of 0, a static random mask (SHiRA, SpaRTA).
 
     Its only statistic is a PRNG key per matrix. A reselection takes O(k log k): one entry is drawn from each
@@ -42,7 +42,6 @@ class RandomGrowth(Criterion):
         <https://arxiv.org/abs/2406.13175>`_.
     """
 
-    can_keep_zeros = True
     own = ("spiel.drop_by",)
 
     key: int | jax.Array = 0
@@ -68,11 +67,6 @@ class RandomGrowth(Criterion):
             for name, target in targets.items()
         }
 
-    @property
-    def uses_weights(self) -> bool:
-        """See ``Criterion``: for their zeros."""
-        return self.keep_zeros
-
     def survey(self, stats: dict[str, Any], weights: Any, targets: Mapping[str, Target]) -> dict[str, Any]:
         """The keys, and random entries [..., 2k] that are not zero: k of them or more are not active."""
         if not self.keep_zeros:
@@ -83,12 +77,6 @@ class RandomGrowth(Criterion):
             keys = jax.random.wrap_key_data(keys)
             found[name] = stats[name], draw_off_zeros(weights, name, target, 2 * target.block_count, keys)
         return found
-
-    def available(self, stats: Any, indices: jax.Array, target: Target) -> jax.Array | int:
-        """All that are not active; of those surveyed, where zeros are kept."""
-        if not self.keep_zeros:
-            return super().available(stats, indices, target)
-        return jnp.sum(inactive(stats[1], indices, target.block_size), dtype=jnp.int32)
 
     def incoming(
         self, stats: Any, indices: jax.Array, dropped: jax.Array, n: jax.Array, target: Target

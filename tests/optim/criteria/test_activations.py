@@ -45,16 +45,7 @@ def test_in_a_step_they_see_the_layers(growth):
     tx = sj.spiel(sj.aged_adamw(0.0), targets, growth=growth, schedule=PLAN)
     training = SparseMethod(Objective(CONFIG, loss_chunk=16), tx, targets, growth, schedule=PLAN)
     params = mesh_cases.pretrained()
-    state = jax.jit(training.init)(params)
-    step = jax.jit(
-        lambda s, b, phase, reselect: training.step(s, b, phase=phase, reselect=reselect),
-        static_argnames=("phase", "reselect"),
-    )
-    for number in (1, 2):
-        phase, reselect = training.step_kind(number)
-        assert phase is not sj.Phase.PLAIN
-        state, _ = step(state, batch(number, 2), phase=phase, reselect=reselect)
-    assert training.step_kind(3) == (sj.Phase.PLAIN, False)
+    state = mesh_cases.after_phase(training, params)
     x = np.concatenate([inputs_of_the_first_layer(params, batch(number, 2)) for number in (1, 2)])
     weight = np.asarray(params[Q][0], np.float64)
     if isinstance(growth, WeightTimesInput):

@@ -28,21 +28,6 @@ def method(targets, growth=GROWTH):
     return SparseMethod(OBJECTIVE, tx, targets, growth, schedule=PLAN)
 
 
-def stepped(training, params):
-    """The state after the phase of two steps, of two micro-batches each; nothing moves before its end."""
-    state = training.init(params)
-    step = jax.jit(
-        lambda s, b, phase, reselect: training.step(s, b, phase=phase, reselect=reselect),
-        static_argnames=("phase", "reselect"),
-    )
-    for number in (1, 2):
-        phase, reselect = training.step_kind(number)
-        assert phase is not sj.Phase.PLAIN
-        state, _ = step(state, batch(number, 2), phase=phase, reselect=reselect)
-    assert training.step_kind(3) == (sj.Phase.PLAIN, False)
-    return state
-
-
 def dense_sums(params, names):
     """Name to the sum over micro-batches of |gradient|, each of its share of the step's mean loss."""
     total = dict.fromkeys(names, 0.0)
@@ -66,7 +51,7 @@ def test_the_rectangles_of_largest_gradient_are_chosen(grid):
     blocks = {"fsdp": 2, "tensor": 2} if grid else {}
     targets = adapted(blocks, RULES, num_tunable=3 * 300 + 500)
     params = init_params(CONFIG, jax.random.key(0), jnp.float32)
-    state = stepped(method(targets), params)
+    state = mesh_cases.after_phase(method(targets), params)
     sums = dense_sums(params, {name.partition("@")[0] for name in targets})
     for name, delta in sj.deltas(state.trainable, state.opt_state).items():
         target, (height, width) = targets[name], delta.block
