@@ -84,7 +84,7 @@ def test_main_command_trains_and_replies(tmp_path):
     words = shlex.split(command("train").rpartition("&&")[2])
     assert words[0].endswith("python")
     words = [sys.executable, *words[1:-1], f"--workdir={tmp_path}", "--config.steps=6"]
-    environment = os.environ | {"PYTHONWARNINGS": "default"}
+    environment = os.environ | {"PYTHONWARNINGS": "default", "XLA_FLAGS": ""}  # one device, as users have
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     losses = [float(x) for x in re.findall(r"held-out loss, step \d+ +([\d.]+)", done.stdout)]
