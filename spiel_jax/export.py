@@ -33,8 +33,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "format",
         None,
-        "native | merged | peft (or one type of it: peft_supertuning, peft_shira, peft_lora, peft_ia3) | "
-        "reference | sparse_update.",
+        "native | merged | peft (or one type of it: peft_supertuning, peft_supra, peft_shira, peft_lora, "
+        "peft_ia3) | reference | sparse_update.",
         required=True,
         flag_values=values,
     )

@@ -25,6 +25,7 @@ pytestmark = [
 FORMATS = [
     ("peft_supertuning", "sparse"),
     ("peft_shira", "sparse"),
+    ("peft_supra", "hybrid"),
     ("peft_lora", "lora"),
     ("peft_ia3", "ia3"),
 ]

@@ -175,6 +175,24 @@ def test_other_methods_export_merged(method, llama_folder, data, tmp_path):
         np.testing.assert_array_equal(np.asarray(param), np.asarray(tuned[name]), err_msg=name)
 
 
+@pytest.mark.slow
+def test_sparse_and_low_rank_goes_to_peft(llama_folder, data, tmp_path):
+    config = tiny_config(llama_folder, data, "rosa")
+    config.rosa.warmup, config.lora.rank, config.lora.rslora = 0, 2, True
+    config.steps, config.optimizer.learning_rate = 2, 1e-3
+    run(config, tmp_path / "run")
+    command(export, f"--checkpoint={tmp_path / 'run'}", "--format=peft", f"--out={tmp_path / 'p'}")
+    ours, found = adapter_of_run(tmp_path / "run"), read_adapter(tmp_path / "p")
+    assert_same(found.sparse, ours.sparse)
+    for name, term in ours.low_rank.matrices.items():
+        np.testing.assert_array_equal(found.low_rank.matrices[name].b, term.b)
+        assert found.low_rank.scale(name) == pytest.approx(ours.low_rank.scale(name), rel=1e-15)
+    source = open_model(str(llama_folder))
+    one, other = (a.merge(source.load("float32", progress=False), source.config) for a in (found, ours))
+    for name, param in one.items():
+        np.testing.assert_allclose(np.asarray(param), np.asarray(other[name]), rtol=1e-6, err_msg=name)
+
+
 class TestCommand:
     def test_merged_is_what_the_run_gives(self, trained, tmp_path, capsys):
         command(export, f"--checkpoint={trained}", "--format=merged", f"--out={tmp_path / 'm'}")

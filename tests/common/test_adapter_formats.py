@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from support.exports import adapter_of_kind, assert_same, origin_of, sparse_adapter
 
 from spiel_jax.adapters import FORMATS, AdapterError, open_base, read_adapter, write_adapter
+from spiel_jax.adapters.hybrid import HybridAdapter
 from spiel_jax.errors import SpielError
 from spiel_jax.models import open_model
 
@@ -20,6 +21,7 @@ BACK = [
     ("native", "sparse"),
     ("peft_supertuning", "sparse"),
     ("peft_shira", "sparse"),
+    ("peft_supra", "hybrid"),
     ("reference", "sparse"),
     ("peft_lora", "lora"),
     ("peft_ia3", "ia3"),
@@ -49,6 +51,14 @@ def written(case, tmp_path_factory):
     return make
 
 
+def of_one_weight(adapter):
+    if adapter.kind == "hybrid":
+        return HybridAdapter(of_one_weight(adapter.sparse), of_one_weight(adapter.low_rank))
+    part = {"sparse": "entries", "lora": "matrices", "ia3": "factors"}[adapter.kind]
+    name = "model.layers.1.self_attn.v_proj.weight"
+    return dataclasses.replace(adapter, **{part: {name: getattr(adapter, part)[name]}})
+
+
 def contents(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
@@ -68,12 +78,7 @@ class TestThereAndBack:
 
     def test_of_one_weight_alone(self, name, kind, case, tmp_path):
         model, origin, _ = case
-        adapter = adapter_of_kind(kind, model, origin)
-        part = {"sparse": "entries", "lora": "matrices", "ia3": "factors"}[kind]
-        one = {
-            n: x for n, x in getattr(adapter, part).items() if n == "model.layers.1.self_attn.v_proj.weight"
-        }
-        adapter = dataclasses.replace(adapter, **{part: one})
+        adapter = of_one_weight(adapter_of_kind(kind, model, origin))
         assert_same(read_adapter(write_adapter(adapter, tmp_path / "out", name)), adapter)
 
     def test_without_our_header_the_model_says_the_shapes(self, name, kind, written, case, tmp_path):

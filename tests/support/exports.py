@@ -55,7 +55,7 @@ def ia3_adapter(model, origin=None, seed=0, scale=0.2):
 
 
 def hybrid_adapter(model, origin=None):
-    return HybridAdapter(sparse_adapter(model, origin), lora_adapter(model, origin))
+    return HybridAdapter(sparse_adapter(model, origin), lora_adapter(model, origin, uneven=False))
 
 
 def adapter_of_kind(kind, model, origin=None, **options):
@@ -65,6 +65,9 @@ def adapter_of_kind(kind, model, origin=None, **options):
 
 def arrays(adapter):
     """The arrays of an adapter by name, and what else there is."""
+    if adapter.kind == "hybrid":
+        (entries, shapes), (terms, more) = arrays(adapter.sparse), arrays(adapter.low_rank)
+        return {n: (*entries[n], *terms[n]) for n in entries}, (shapes, more)
     if adapter.kind == "sparse":
         return {n: (e.positions, e.values) for n, e in adapter.entries.items()}, adapter.shapes
     if adapter.kind == "lora":

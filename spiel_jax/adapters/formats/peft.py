@@ -183,6 +183,17 @@ def sparse_adapter(
     return SparseAdapter(entries, about.origin)
 
 
+def matrix(name: str, tensor: np.ndarray) -> np.ndarray:
+    """A factor of a weight's term of low rank, in float32.
+
+    Raises:
+        AdapterError: If its numbers are of another kind.
+    """
+    if tensor.dtype.kind not in "fV":
+        raise AdapterError(f"{name}: {tensor.dtype} matrices, expected floating-point numbers")
+    return tensor.astype(np.float32)
+
+
 def peft_type(path: Path) -> str | None:
     """What type a folder's configuration says; None if there is none that can be read."""
     try:
@@ -220,14 +231,20 @@ def _split(name: str, parts: tuple[str, ...]) -> tuple[str, str]:
 
 @register
 class Peft(Format):
-    """The type of PEFT's that fits: SUPERTUNING, SHIRA on a quantised base, LORA, IA3."""
+    """The type of PEFT's that fits: SUPERTUNING (of sparse and low rank with a rank), SHIRA, LORA, IA3."""
 
     name = "peft"
-    kinds = ("sparse", "lora", "ia3")
+    kinds = ("sparse", "lora", "ia3", "hybrid")
 
     def write(self, export: Export, folder: Path) -> None:
         """See ``Format``."""
         kind = export.adapter.kind
         if kind == "sparse":
             kind = "supertuning" if export.adapter.origin.quantization == "none" else "shira"
+        elif kind == "hybrid":
+            if export.adapter.origin.quantization != "none":
+                raise AdapterError(
+                    "PEFT has no sparse deltas and LoRA in one on a quantised base: use merged"
+                )
+            kind = "supra"
         FORMATS[f"peft_{kind}"].write(export, folder)

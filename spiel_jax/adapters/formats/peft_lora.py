@@ -10,7 +10,7 @@ import numpy as np
 
 from spiel_jax.adapters.adapter import Adapter, AdapterError
 from spiel_jax.adapters.formats.format import Export, register
-from spiel_jax.adapters.formats.peft import About, PeftFormat
+from spiel_jax.adapters.formats.peft import About, PeftFormat, matrix
 from spiel_jax.adapters.parametrized import LoraAdapter, LowRank
 
 _A, _B = "lora_A.weight", "lora_B.weight"
@@ -67,7 +67,7 @@ class Lora(PeftFormat):
             )
         matrices = {}
         for name, parts in weights.items():
-            a, b = (_numbers(name, parts[part]) for part in (_A, _B))
+            a, b = (matrix(name, parts[part]) for part in (_A, _B))
             if a.ndim != 2 or a.shape[0] != _of(config, "r", "rank_pattern", name, 8):
                 raise AdapterError(
                     f"{name}: lora_A is {list(a.shape)}, which contradicts the rank of the config"
@@ -80,12 +80,6 @@ class Lora(PeftFormat):
         for name, shape in adapter.shapes.items():
             about.known(name, shape)
         return adapter
-
-
-def _numbers(name: str, tensor: np.ndarray) -> np.ndarray:
-    if tensor.dtype.kind not in "fV":
-        raise AdapterError(f"{name}: {tensor.dtype} matrices, expected floating-point numbers")
-    return tensor.astype(np.float32)
 
 
 def _usual(numbers: Mapping[str, float]) -> float:

@@ -1,15 +1,25 @@
-"""PEFT's SUPERTUNING: flat positions and values that are added to the weight."""
+"""PEFT's SUPERTUNING: flat positions and values that are added to the weight.
 
+With a rank it is Supra (arXiv 2607.09287): matrices of low rank on the same modules as well.
+"""
+
+import dataclasses
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spiel_jax.adapters.adapter import Adapter, AdapterError, SparseAdapter
+from spiel_jax.adapters.files import read_json
 from spiel_jax.adapters.formats.format import Export, register
-from spiel_jax.adapters.formats.peft import About, PeftFormat, sparse_adapter
+from spiel_jax.adapters.formats.peft import CONFIG, About, PeftFormat, matrix, sparse_adapter
+from spiel_jax.adapters.hybrid import HybridAdapter
+from spiel_jax.adapters.parametrized import LoraAdapter, LowRank
 
 _INDICES, _VALUES = "supertuning_indices", "supertuning_values"
+_A, _B = "supertuning_lora_A.weight", "supertuning_lora_B.weight"
 
 
 @register
@@ -23,6 +33,10 @@ class SuperTuning(PeftFormat):
     neutral = frozenset(
         {"sparsity", "select_top", "init_weights", "save_precomputed_indices", "lora_dropout"}
     )
+
+    def recognises(self, path: Path) -> bool:
+        """See ``Format``."""
+        return super().recognises(path) and _has_rank(path) == ("r" in self.read_keys)
 
     def contents(self, export: Export) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
         """See ``PeftFormat``."""
@@ -56,6 +70,70 @@ class SuperTuning(PeftFormat):
     ) -> Adapter:
         """See ``PeftFormat``."""
         return sparse_adapter(weights, about, (_INDICES, _VALUES))
+
+
+@register
+class Supra(SuperTuning):
+    """The hybrid: matrices of low rank on the same modules, of one rank and one scale."""
+
+    name = "peft_supra"
+    kinds = ("hybrid",)
+    parts = (_INDICES, _VALUES, _A, _B)
+    read_keys = frozenset({"r", "lora_alpha"})
+
+    def contents(self, export: Export) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+        """See ``PeftFormat``."""
+        adapter = export.adapter
+        assert isinstance(adapter, HybridAdapter)
+        matrices = adapter.low_rank.matrices
+        if alone := sorted(adapter.sparse.shapes.keys() ^ matrices.keys()):
+            raise AdapterError(
+                f"{alone[0]} has deltas or matrices alone: SUPERTUNING has both on every module"
+            )
+        ranks = {term.rank for term in matrices.values()}
+        alphas = {adapter.low_rank.scale(name) * term.rank for name, term in matrices.items()}
+        if len(ranks) > 1 or len(alphas) > 1:
+            raise AdapterError(
+                "SUPERTUNING has one rank and one alpha: "
+                f"these are of rank {_some(ranks)} and alpha {_some(alphas)}"
+            )
+        keys, weights = super().contents(dataclasses.replace(export, adapter=adapter.sparse))
+        for name, term in matrices.items():
+            weights[name] |= {_A: term.a, _B: term.b}
+        return {**keys, "lora_alpha": alphas.pop(), "r": ranks.pop()}, weights
+
+    def meaning(self, adapter: Adapter) -> Any:
+        """See ``PeftFormat``: the scale."""
+        assert isinstance(adapter, HybridAdapter)
+        return sorted({adapter.low_rank.scale(name) for name in adapter.low_rank.matrices})
+
+    def adapter(
+        self, config: Mapping[str, Any], weights: Mapping[str, dict[str, np.ndarray]], about: About
+    ) -> Adapter:
+        """See ``PeftFormat``."""
+        rank = config["r"]
+        alpha = config.get("lora_alpha")
+        alpha = 2 * rank if alpha is None else alpha  # as PEFT has it
+        if type(rank) is not int or type(alpha) not in (int, float) or not math.isfinite(alpha):
+            raise AdapterError(f"r = {str(rank)[:100]}, lora_alpha = {str(alpha)[:100]}: expected numbers")
+        matrices = {}
+        for name, parts in weights.items():
+            a, b = (matrix(name, parts[part]) for part in (_A, _B))
+            if a.ndim != 2 or len(a) != rank:
+                raise AdapterError(f"{name}: lora_A is {list(a.shape)}, which contradicts r = {rank}")
+            matrices[name] = LowRank(a, b, float(alpha))
+        low_rank = LoraAdapter(matrices, False, about.origin)
+        for name, shape in low_rank.shapes.items():
+            about.known(name, shape)
+        return HybridAdapter(sparse_adapter(weights, about, (_INDICES, _VALUES)), low_rank)
+
+
+def _has_rank(path: Path) -> bool:
+    return bool(read_json(path / CONFIG).get("r"))
+
+
+def _some(numbers: set[Any]) -> str:
+    return ", ".join(f"{number:g}" for number in sorted(numbers)[:5])
 
 
 def _count(shape: tuple[int, int], sparsity: float) -> int:
