@@ -24,9 +24,10 @@ from spiel_jax.errors import SpielError
 BASES = {"bf16": "none", "int8": "int8", "nf4": "nf4"}
 RANK = 8
 ENTRIES = 30 * RANK * 10_176  # of that LoRA: 30 layers, rows and columns of a layer's linears
+EVOLVING = {"targets.num_tunable": ENTRIES, "spiel.every": 8, "spiel.accumulation": 3}
 METHODS = {
-    "spiel_ag": {"targets.num_tunable": ENTRIES, "optimizer.learning_rate": 1e-3},
-    "spiel_ma": {"targets.num_tunable": ENTRIES, "optimizer.learning_rate": 3e-3},
+    "spiel_ag": {**EVOLVING, "optimizer.learning_rate": 1e-3},
+    "spiel_ma": {**EVOLVING, "optimizer.learning_rate": 3e-3},
     "lora": {"targets.num_tunable": None, "lora.rank": RANK, "optimizer.learning_rate": 3e-3},
 }
 CONFIG = "configs/smollm2_135m.py"
@@ -74,8 +75,6 @@ def settings(method: str, base: str, seed: int, steps: int) -> dict[str, Any]:
         "model.dtype": "bfloat16",
         "model.quantization": BASES[base],
         "model.requantize": True,  # the file is in 4 bits: what these stand for is the base in bfloat16
-        "spiel.every": 8,
-        "spiel.accumulation": 3,
         "batch_size": 1,
         "eval_batches": 16,
         "eval_every": 0,  # at the ends
