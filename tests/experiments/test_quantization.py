@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 from experiments.quantization.compare import BASES, CONFIG, METHODS, markdown, settings
+from spiel_jax.config.checks import ConfigError
 from spiel_jax.config.file import load
-from spiel_jax.errors import ConfigError
 
 
 def given(method, base, **more):
