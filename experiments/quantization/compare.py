@@ -85,7 +85,11 @@ def settings(method: str, base: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """The table: means over seeds, and ratios to the run on bf16 by the same method."""
+    """The table: means over seeds, and how far from the runs on bf16 by the same method with the same seeds.
+
+    After ± stand standard deviations over seeds: a seed also draws the texts that are held out, so that
+    losses differ more from seed to seed than what two bases come to with one seed.
+    """
     lines = [
         "| method | base | held-out loss | after | beside bf16 | step time | peak memory |",
         "|---|---|---|---|---|---|---|",
@@ -96,16 +100,20 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
             found = _of(results, method, base)
             before = mean(result["heldout"][0][1] for result in found)
             after = [result["heldout"][-1][1] for result in found]
-            spread = f" ± {stdev(after):.4f}" if len(after) > 1 else ""
             apart = [a - b["heldout"][-1][1] for a, b in zip(after, plain, strict=False)]
             ratios = [_ratio(found, plain, _seconds), _ratio(found, plain, lambda r: r["peak_gib"])]
-            shown = f"{mean(apart):+.4f}" if apart else "-"
+            shown = f"{mean(apart):+.4f}{_spread(apart)}" if apart else "-"
             lines.append(
-                f"| {method} | {base} | {before:.4f} | {mean(after):.4f}{spread} | {shown} | "
+                f"| {method} | {base} | {before:.4f} | {mean(after):.4f}{_spread(after)} | {shown} | "
                 + " | ".join(ratios)
                 + " |"
             )
     return "\n".join(lines)
+
+
+def _spread(numbers: Sequence[float]) -> str:
+    """Their standard deviation, if there are several."""
+    return f" ± {stdev(numbers):.4f}" if len(numbers) > 1 else ""
 
 
 def _of(results: Sequence[dict[str, Any]], method: str, base: str) -> list[dict[str, Any]]:

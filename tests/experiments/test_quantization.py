@@ -38,10 +38,14 @@ def test_the_table_compares_seed_by_seed():
         }
 
     results = [
-        result(base, seed, 3.5 + seed / 10 + worse, seconds, peak)
+        result(base, seed, 3.5 + seed / 10 + (1 + seed) * worse, seconds, peak)
         for seed in (0, 1)
         for base, worse, seconds, peak in (("bf16", 0.0, 2.0, 4.0), ("nf4", 0.03, 3.0, 1.0))
     ]
     first, second = markdown(results).splitlines()[2:]
-    assert first == "| lora | bf16 | 4.0000 | 3.5500 ± 0.0707 | +0.0000 | 1.00 (2.00) | 1.00 (4.00) |"
-    assert second == "| lora | nf4 | 4.0000 | 3.5800 ± 0.0707 | +0.0300 | 1.50 (3.00) | 0.25 (1.00) |"
+    assert (
+        first == "| lora | bf16 | 4.0000 | 3.5500 ± 0.0707 | +0.0000 ± 0.0000 | 1.00 (2.00) | 1.00 (4.00) |"
+    )
+    assert (
+        second == "| lora | nf4 | 4.0000 | 3.5950 ± 0.0919 | +0.0450 ± 0.0212 | 1.50 (3.00) | 0.25 (1.00) |"
+    )
