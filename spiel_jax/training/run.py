@@ -49,6 +49,7 @@ from spiel_jax.training.continuing import (
     check_config_of,
     tell_of_cut_phase,
 )
+from spiel_jax.training.host_memory import given_back_after_compiling
 from spiel_jax.training.inputs import Claim, Inputs, read_inputs, step_tokens, training_batches
 from spiel_jax.training.interrupts import stop_on_signal
 from spiel_jax.training.loop import Loop
@@ -156,7 +157,7 @@ def run(
         source = processes.together(lambda: open_model(config.model.source, preset=config.model.preset))
         has_deltas = method_class(config.method).has_deltas
         check_layout(config, source.config, mesh, has_deltas=has_deltas)
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), given_back_after_compiling():
             summary = _run(config, claim, source, mesh, progress and first)
             processes.wait_for_all("the end of the run")
     return summary
