@@ -1,6 +1,6 @@
 """Gradients of a few entries of each weight: forward and backward passes over the micro-batches of a step."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -12,6 +12,7 @@ from jax import lax
 
 from spiel_jax.losses.next_token import Objective, Params, TokenBatch, supervised
 from spiel_jax.methods.method import TrainState, scan_micro_batches
+from spiel_jax.methods.unmerged import by_parameter, joined, unmerged
 from spiel_jax.models.layers import AdaptedLinear
 from spiel_jax.ops.selection import compact, largest
 from spiel_jax.ops.tree import parameter_name
@@ -20,7 +21,7 @@ from spiel_jax.optim.inner_optimizers import state_dtype
 from spiel_jax.optim.positions import deltas
 from spiel_jax.optim.schedules import Phase
 from spiel_jax.optim.zeros import off_zeros_by
-from spiel_jax.sparse.delta import SparseDelta, stack_layers
+from spiel_jax.sparse.delta import SparseDelta
 from spiel_jax.sparse.linear import SparseLinear, candidates_from_proposal
 from spiel_jax.sparse.targets import Target
 
@@ -51,8 +52,9 @@ def alone(adapters: dict[str, SparseLinear], others: Any, micro: TokenBatch) -> 
 class _Step(NamedTuple):
     """What all passes of a step have in common."""
 
-    state: TrainState
+    params: Params  # the tuned model's, some with their deltas beside them
     active: dict[str, SparseDelta]
+    values: Any  # zeros in the place of the active values, whose gradients are wanted
     total: jax.Array  # supervised tokens
     others: Any
     beside: Beside
@@ -90,9 +92,11 @@ class EntryGradients:
             beside: What the model runs with.
             phase: Of the step.
         """
-        state = replace(state, trainable=_wide(state.trainable))
-        active = deltas(state.trainable, state.opt_state)
-        step = _Step(state, active, supervised(batch), others, beside)
+        held, layers = deltas(state.trainable, state.opt_state), self.objective.config.num_layers
+        params = unmerged(state.params, {n: d for n, d in held.items() if n not in state.base}, layers)
+        # the model runs with the deltas in or beside its weights: no values in the dtype of their gradients
+        slots = jax.tree.map(lambda v: jnp.zeros(v.shape, state_dtype(v.dtype)), state.trainable)
+        step = _Step(params, deltas(slots, state.opt_state), slots, supervised(batch), others, beside)
         if phase is not Phase.PLAIN and (self.growth.measures or self.growth.watch is not None):
             return self._watched(step, batch)
         if phase is Phase.PLAIN or not self.growth.uses_candidates:
@@ -135,11 +139,9 @@ class EntryGradients:
             values, more = trained
             positions = {name: delta.with_values(values[name]) for name, delta in step.active.items()}
             both = step.beside(adapters(positions, slots), more, micro)
-            return self.objective(step.state.params, micro, both, frozen=True) / step.total
+            return self.objective(step.params, micro, both, frozen=True) / step.total
 
-        value, (grads, collected) = jax.value_and_grad(loss, (0, 1))(
-            (step.state.trainable, step.others), slots
-        )
+        value, (grads, collected) = jax.value_and_grad(loss, (0, 1))((step.values, step.others), slots)
         return value, grads, collected
 
     def _observed(
@@ -152,7 +154,7 @@ class EntryGradients:
             probes = None
             if candidates is not None and slots is not None:
                 probes = {name: delta.with_values(slots[name]) for name, delta in candidates.items()}
-            return self.adapters(active, step.state.base, candidates=probes)
+            return self.adapters(active, candidates=probes)
 
         def function(micro: TokenBatch) -> tuple[Any, Any]:
             slots = candidates and {n: jnp.zeros_like(d.values) for n, d in candidates.items()}
@@ -179,7 +181,7 @@ class EntryGradients:
             empty[name] = jnp.zeros(shape, part.dtype)
 
         def adapters(active: dict[str, SparseDelta], slots: Params) -> dict[str, SparseLinear]:
-            plain = self.adapters(active, step.state.base)
+            plain = self.adapters(active)
             if measure is not None:
                 return {n: replace(one, measured=slots[n], measure=measure) for n, one in plain.items()}
             return {n: replace(one, watched=slots[n], watch=watch) for n, one in plain.items()}
@@ -199,12 +201,12 @@ class EntryGradients:
 
     def _zeros_at(self, step: _Step, name: str, positions: jax.Array) -> SparseDelta:
         """Candidates of a target at these positions, with zeros."""
-        dtype = state_dtype(step.state.trainable[name].dtype)
+        dtype = step.active[name].values.dtype
         return self.targets[name].delta(positions, jnp.zeros(positions.shape, dtype))
 
     def _proposal_slots(self, step: _Step) -> Params:
         """Parameter name to what its layers' proposals come out of."""
-        active, params, slots = step.active, step.state.params, {}
+        active, params, slots = step.active, step.params, {}
         for name, group in by_parameter(active).items():
             lead = active[group[0]].indices.shape[:-1]
             if active[group[0]].layers is not None:
@@ -229,7 +231,7 @@ class EntryGradients:
         """Loss and gradients of a micro-batch, and the candidates it proposes."""
 
         def adapters(active: dict[str, SparseDelta], slots: Params) -> dict[str, SparseLinear]:
-            return self.adapters(active, step.state.base, proposals=slots)
+            return self.adapters(active, proposals=slots)
 
         value, grads, proposals = self._pass(step, micro, self._proposal_slots(step), adapters)
         return value, grads, self._found(step, proposals)
@@ -245,7 +247,7 @@ class EntryGradients:
         def visit(kept: dict[str, SparseDelta], micro: TokenBatch) -> tuple[dict[str, SparseDelta], None]:
             def adapters(active: dict[str, SparseDelta], slots: Any) -> dict[str, SparseLinear]:
                 probes = {name: delta.with_values(slots[0][name]) for name, delta in kept.items()}
-                return self.adapters(active, step.state.base, candidates=probes, proposals=slots[1])
+                return self.adapters(active, candidates=probes, proposals=slots[1])
 
             zeros = {name: jnp.zeros_like(delta.values) for name, delta in kept.items()}
             slots = zeros, self._proposal_slots(step)
@@ -264,7 +266,6 @@ class EntryGradients:
     def adapters(
         self,
         active: dict[str, SparseDelta],
-        merged: Collection[str],
         *,
         candidates: dict[str, SparseDelta] | None = None,
         proposals: Params | None = None,
@@ -273,7 +274,6 @@ class EntryGradients:
 
         Args:
             active: Deltas by target name.
-            merged: Names of the targets whose weight holds the deltas.
             candidates: As ``active``, or None.
             proposals: Slots by parameter name, or None.
         """
@@ -293,32 +293,12 @@ class EntryGradients:
                 candidates=None if candidates is None else joined(candidates, group, layers),
                 proposal=None if proposals is None else proposals[name],
                 enabled=enabled(group),
-                merged=group[0] in merged,
                 propose_active=self.growth.propose_active,
                 propose_candidates=False,
                 salience=salience,
             )
             for name, group in by_parameter(active).items()
         }
-
-
-def _wide(values: Any) -> Any:
-    """In the dtype in which their gradients are summed."""
-    return jax.tree.map(lambda leaf: leaf.astype(state_dtype(leaf.dtype)), values)
-
-
-def by_parameter(active: Mapping[str, SparseDelta]) -> dict[str, list[str]]:
-    """Parameter name to the targets on it."""
-    groups: dict[str, list[str]] = {}
-    for name in active:
-        groups.setdefault(parameter_name(name), []).append(name)
-    return groups
-
-
-def joined(parts: Mapping[str, SparseDelta], group: list[str], layers: int) -> SparseDelta:
-    """The deltas on one parameter as one delta on all of its layers."""
-    whole = parts[group[0]].layers is None
-    return parts[group[0]] if whole else stack_layers([parts[name] for name in group], layers)
 
 
 def _kept(kept: SparseDelta, seen: jax.Array, new: SparseDelta) -> SparseDelta:

@@ -289,9 +289,25 @@ def scan_micro_batches(
 
 
 def guarded(
-    finite: jax.Array, change: Callable[[Any, Any], tuple[Any, Any]], trainable: Any, opt_state: Any
+    finite: jax.Array,
+    change: Callable[[Any, Any], tuple[Any, Any]],
+    trainable: Any,
+    opt_state: Any,
+    *,
+    branch: bool = True,
 ) -> tuple[Any, Any]:
-    """``change(trainable, opt_state)`` if finite; otherwise both as they are, but for the count of steps."""
+    """``change(trainable, opt_state)`` if finite; otherwise both as they are, but for the count of steps.
+
+    Args:
+        finite: Bool scalar.
+        change: Gives both after a step.
+        trainable: What is trained.
+        opt_state: State of its optimizer.
+        branch: Whether ``change`` is a branch of the program, or done in any case, and chosen entry by entry
+            whether it counts. A branch holds all that it is given, and beside it all that it gives, until it
+            is over. But XLA copies statistics of entries to choose between them, and fuses their products and
+            sums otherwise.
+    """
 
     def skip(trainable: Any, opt_state: Any) -> tuple[Any, Any]:
         count = optax.tree.get(opt_state, "spiel_count")
@@ -299,7 +315,12 @@ def guarded(
             opt_state = optax.tree.set(opt_state, spiel_count=count + 1)
         return trainable, opt_state
 
-    return lax.cond(finite, change, skip, trainable, opt_state)
+    def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
+        return old if new is old else jnp.where(finite, new, old)
+
+    if branch:
+        return lax.cond(finite, change, skip, trainable, opt_state)
+    return jax.tree.map(chosen, change(trainable, opt_state), skip(trainable, opt_state))
 
 
 def optimizer_step(

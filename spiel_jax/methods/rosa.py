@@ -208,9 +208,10 @@ class RosaMethod(Method):
 
     def evaluate(self, state: TrainState, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
         """See ``Method``; without dropout."""
-        adapters = self.sparse.unmerged_adapters(self._sparse(state))
-        both = self._beside(state.params, adapters, state.trainable["low_rank"], None)
-        return self.objective(state.params, batch, both, frozen=True), jnp.sum(batch["weights"])
+        params = self.sparse.merged(self._sparse(state))
+        adapters = self.sparse.passes.adapters(self.sparse.unmerged(self._sparse(state)))
+        both = self._beside(params, adapters, state.trainable["low_rank"], None)
+        return self.objective(params, batch, both, frozen=True), jnp.sum(batch["weights"])
 
     def changed(self, trained: Any) -> Set[str]:
         """See ``Method``."""

@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec
 
 from spiel_jax.losses.next_token import Objective, Params, TokenBatch
 from spiel_jax.methods.configured import configured_targets, learning_rate, with_axes
-from spiel_jax.methods.entry_gradients import EntryGradients, ProposeFrom, Seen, alone, by_parameter, joined
+from spiel_jax.methods.entry_gradients import EntryGradients, ProposeFrom, Seen, alone
 from spiel_jax.methods.method import Method, Metrics, TrainState, guarded
-from spiel_jax.methods.unmerged import Unmerged
+from spiel_jax.methods.unmerged import unmerged
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.ops.stored import is_writable
 from spiel_jax.ops.tree import all_finite, parameter_name
@@ -34,7 +34,6 @@ from spiel_jax.sparse.delta import (
     set_entries,
     unmerge,
 )
-from spiel_jax.sparse.linear import SparseLinear
 from spiel_jax.sparse.targets import Target, zeros
 
 
@@ -154,23 +153,18 @@ class SparseMethod(Method):
 
     def tuned(self, state: TrainState) -> Params:
         """See ``Method``."""
-        return self.beside(state.params, self._unmerged(state))
+        return self.beside(state.params, self.unmerged(state))
 
     def pretrained(self, state: TrainState) -> Params:
         """See ``Method``."""
         zipped = deltas(state.trainable, state.opt_state)
         return unmerge(state.params, {name: zipped[name] for name in state.base}, state.base)
 
-    def _merged(self, state: TrainState) -> Params:
+    def merged(self, state: TrainState) -> Params:
         """The tuned weights, each matrix merged when it is used."""
-        unmerged, layers = self._unmerged(state), self.objective.config.num_layers
-        held = {
-            name: Unmerged(state.params[name], joined(unmerged, group, layers))
-            for name, group in by_parameter(unmerged).items()
-        }
-        return state.params | held
+        return unmerged(state.params, self.unmerged(state), self.objective.config.num_layers)
 
-    def _unmerged(self, state: TrainState) -> dict[str, SparseDelta]:
+    def unmerged(self, state: TrainState) -> dict[str, SparseDelta]:
         """The deltas that the parameters do not hold."""
         zipped = deltas(state.trainable, state.opt_state)
         return {name: delta for name, delta in zipped.items() if name not in state.base}
@@ -211,7 +205,7 @@ class SparseMethod(Method):
     ) -> tuple[Params, Any]:
         """Values and optimizer state after a step of these gradients; as they are if it is not finite."""
         looks = self.growth.uses_weights if self.looks is None else self.looks
-        weights = self._merged(state) if reselect and looks else None
+        weights = self.merged(state) if reselect and looks else None
 
         def change(values: Params, opt_state: Any) -> tuple[Any, Any]:
             updates, opt_state = self.tx.update(
@@ -226,17 +220,15 @@ class SparseMethod(Method):
             )
             return optax.apply_updates(values, updates), opt_state
 
+        shapes = {values.shape for values in jax.tree.leaves(state.trainable)}
+        statistics = jax.tree.leaves(optax.tree.set(state.opt_state, active={}))
+        of_entries = any(leaf.shape in shapes for leaf in statistics)  # as Adam's, not as SM3's
         with jax.named_scope("optimizer"):
-            return guarded(finite, change, state.trainable, state.opt_state)
+            return guarded(finite, change, state.trainable, state.opt_state, branch=of_entries)
 
     def evaluate(self, state: TrainState, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
         """See ``Method``."""
-        adapters = self.unmerged_adapters(state)
-        return self.objective(state.params, batch, adapters, frozen=True), jnp.sum(batch["weights"])
-
-    def unmerged_adapters(self, state: TrainState) -> dict[str, SparseLinear]:
-        """What the model needs beside its parameters to be the tuned one."""
-        return self.passes.adapters(self._unmerged(state), state.base)
+        return self.objective(self.merged(state), batch, frozen=True), jnp.sum(batch["weights"])
 
     def changed(self, trained: Mapping[str, SparseDelta]) -> Set[str]:
         """See ``Method``."""
@@ -248,12 +240,11 @@ class SparseMethod(Method):
 
     def beside(self, params: Params, trained: Mapping[str, SparseDelta]) -> Params:
         """See ``Method``."""
-        layers, held = self.objective.config.num_layers, {}
-        for name, group in by_parameter(trained).items():
-            if not is_writable(params[name]):
-                held[name] = Unmerged(params[name], joined(trained, group, layers))
-        written = {name: delta for name, delta in trained.items() if parameter_name(name) not in held}
-        return merge(params, written) | held
+        written = {
+            name: delta for name, delta in trained.items() if is_writable(params[parameter_name(name)])
+        }
+        beside = {name: delta for name, delta in trained.items() if name not in written}
+        return unmerged(merge(params, written), beside, self.objective.config.num_layers)
 
     def items(self, state: TrainState) -> dict[str, Any]:
         """See ``Method``: the positions are in "deltas" and nowhere else."""

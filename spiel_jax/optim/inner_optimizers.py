@@ -4,6 +4,7 @@ Both are ordinary Optax transformations over the tree of values, whose leaves ar
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -122,18 +123,35 @@ def sm3_observe(
         Anil et al., `Memory-Efficient Adaptive Optimization <https://arxiv.org/abs/1901.11150>`_;
         SpIEL, section 3.3.
     """
-    height, width = delta.block
+    return map_matrices(partial(_sm3_matrix, delta.block), delta, row, column, delta.indices, grads)
 
-    def observe(row: jax.Array, column: jax.Array, indices: jax.Array, grads: jax.Array) -> tuple:
-        rows, columns = divided(indices, width)  # [k]
-        columns = jnp.where(rows < height, columns, width)  # of unused slots neither is there
-        bounds = (a.at[i].get(mode="fill", fill_value=0) for a, i in ((row, rows), (column, columns)))
-        moments = jnp.minimum(*bounds) + jnp.square(grads.astype(row.dtype))
-        # moments only grow, so a maximum with the old accumulator changes no row that has entries
-        row, column = row.at[rows].max(moments, mode="drop"), column.at[columns].max(moments, mode="drop")
-        return row, column, moments
 
-    return map_matrices(observe, delta, row, column, delta.indices, grads)
+def _sm3_matrix(
+    block: tuple[int, int], row: jax.Array, column: jax.Array, indices: jax.Array, grads: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``sm3_observe`` of one matrix (or block)."""
+    height, width = block
+    rows, columns = divided(indices, width)  # [k]
+    columns = jnp.where(rows < height, columns, width)  # of unused slots neither is there
+    bounds = (a.at[i].get(mode="fill", fill_value=0) for a, i in ((row, rows), (column, columns)))
+    moments = jnp.minimum(*bounds) + jnp.square(grads.astype(row.dtype))
+    # moments only grow, so a maximum with the old accumulator changes no row that has entries
+    row, column = row.at[rows].max(moments, mode="drop"), column.at[columns].max(moments, mode="drop")
+    return row, column, moments
+
+
+def _sm3_scaled(
+    block: tuple[int, int],
+    eps: float,
+    gradient: jax.Array,
+    row: jax.Array,
+    column: jax.Array,
+    indices: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Of one matrix (or block) the updates in the place of the gradients, and new accumulators."""
+    row, column, moments = _sm3_matrix(block, row, column, indices, gradient)
+    scaled = gradient.astype(moments.dtype) / jnp.sqrt(moments + eps)
+    return scaled.astype(gradient.dtype), (row, column)
 
 
 class ScaleBySparseSM3State(NamedTuple):
@@ -196,11 +214,11 @@ def scale_by_sparse_sm3(
             )
         rows, columns, updates = {}, {}, {}
         for name, gradient in by_target(grads, targets).items():
-            rows[name], columns[name], moments = sm3_observe(
-                state.row_moments[name], state.column_moments[name], active[name], gradient
+            delta, scaled = active[name], partial(_sm3_scaled, active[name].block, eps)
+            moments = state.row_moments[name], state.column_moments[name]
+            updates[name], (rows[name], columns[name]) = map_matrices(
+                scaled, delta, gradient, *moments, delta.indices, in_place=True
             )
-            scaled = gradient.astype(moments.dtype) / jnp.sqrt(moments + eps)
-            updates[name] = scaled.astype(gradient.dtype)
         return like_values(grads, updates, targets), ScaleBySparseSM3State(rows, columns)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

@@ -18,7 +18,7 @@ from spiel_jax.methods.sparse import SparseMethod
 from spiel_jax.models import ModelConfig, abstract_params, init_params, layer_names
 from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients
 from spiel_jax.optim.criteria.moment_approximation import MomentApproximation
-from spiel_jax.optim.inner_optimizers import descend, scale_by_aged_adam
+from spiel_jax.optim.inner_optimizers import descend, scale_by_aged_adam, sparse_sm3
 
 CONFIG = ModelConfig(
     vocab_size=40,
@@ -33,6 +33,7 @@ CONFIG = ModelConfig(
     initializer_range=0.3,
 )
 OBJECTIVE = Objective(CONFIG, remat="full", loss_chunk=16)
+SHARED = MomentApproximation(shared=True)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,8 @@ def method(targets, growth=None, *, in_place=True, steps=12, **options):
     growth = growth or AccumulatedGradients()
     plan = sj.Reselection(steps, every=4, accumulation=2)
     inner = optax.chain(scale_by_aged_adam(), descend(1e-2))
+    if growth == SHARED:
+        inner = sparse_sm3(1e-2, targets)
     tx = sj.spiel(inner, targets, growth=growth, schedule=plan, **options)
     return SparseMethod(OBJECTIVE, tx, targets, growth, in_place), plan
 
@@ -264,11 +267,16 @@ def test_layers_adapted_differently(params):
         assert np.array_equal(one.params[name][layer], params[name][layer]) != changes
 
 
-@pytest.mark.parametrize("bad", ["weights", "params"])
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_step_that_is_not_finite_changes_the_count_only(params, bad, number):
+@pytest.mark.parametrize(
+    ("growth", "number", "bad"),
+    [
+        *((AccumulatedGradients(), number, bad) for number in (1, 2, 3) for bad in ("weights", "params")),
+        (SHARED, 2, "params"),  # around SM3 there is no branch
+    ],
+)
+def test_a_step_that_is_not_finite_changes_the_count_only(params, growth, number, bad):
     """On a proposing, a reselecting and a plain step."""
-    training, plan, step = standard()
+    training, plan, step = standard(growth)
     state, _ = run(training, plan, step, params, steps=number - 1)
     data = batch(number)
     if bad == "weights":
@@ -277,7 +285,8 @@ def test_a_step_that_is_not_finite_changes_the_count_only(params, bad, number):
         poisoned = state.params["model.norm.weight"].at[0].set(jnp.nan)
         state = replace(state, params=state.params | {"model.norm.weight": poisoned})
     reselect = bool(plan.reselects(number))
-    new, metrics = step(state, data, phase=plan.phase(number), reselect=reselect)
+    phase = plan.phase(number) if growth.uses_candidates else sj.Phase.PLAIN
+    new, metrics = step(state, data, phase=phase, reselect=reselect)
     assert not metrics["finite"]
     assert metrics["replaced"] == 0  # also right after a reselection
     assert int(optax.tree.get(new.opt_state, "spiel_count")) == number
