@@ -18,7 +18,7 @@ TUNED = {"llama2_7b": "159,907,744 (2.37% of 6,738,415,616)", "llama2_13b": "250
     ("preset", "config", "limit"),
     [
         ("llama2_7b", "llama2_7b", 19e9),
-        ("llama2_7b", "llama2_7b_nf4", 9e9),
+        ("llama2_7b", "llama2_7b_nf4", 8e9),
         ("llama2_13b", "llama2_13b_nf4", 14e9),
     ],
 )
