@@ -16,7 +16,6 @@ from spiel_jax.inference import steps
 from spiel_jax.inference.choosing import NOT_FINITE, Choice, Way
 from spiel_jax.inference.requests import Request
 from spiel_jax.inference.served import Served, batch_devices, rows_for, slots_for
-from spiel_jax.models.cache import init_past
 from spiel_jax.models.storage.packed import runs_on_cpu
 
 BLOCK = 8
@@ -75,6 +74,7 @@ def continuations(
     """
     for number, request in enumerate(requests):
         request.check(served.config, number)
+    served = served.by_layer()
     groups: dict[int, list[int]] = {}
     for number, request in enumerate(requests):
         groups.setdefault(slots_for(request.length), []).append(number)
@@ -115,7 +115,7 @@ class _Batch:
         self.served, self.requests, self.programs = served, requests, programs
         self.waiting = waiting[::-1]
         self.rows = [_Row() for _ in range(rows)]
-        self.past = init_past(served.config, rows, slots_for(1), served.dtype)
+        self.past = served.past(rows, 1)
         own = [requests[number] for number in waiting]
         self.way: Way = "greedy"
         if not all(request.greedy for request in own):

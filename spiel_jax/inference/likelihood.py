@@ -1,7 +1,7 @@
 """How likely a model finds texts, many at once."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from spiel_jax.errors import SpielError
 from spiel_jax.inference.served import Served, batch_devices, rows_for, slots_for
 from spiel_jax.inference.tree import Piece, lay_out
 from spiel_jax.models import ModelConfig, bind
-from spiel_jax.models.cache import Past, Sight, init_past
+from spiel_jax.models.cache import Past, Sight
 from spiel_jax.models.storage.packed import runs_on_cpu
 from spiel_jax.ops.sharded import constrain
 
@@ -111,6 +111,7 @@ def _answers(
     if not sequences:
         return
     rows_for(served, max(map(len, sequences)), memory, 1)  # whether one fits
+    served = served.by_layer()
     size = _PIECE["cpu" if runs_on_cpu() else "other"]
     streams = [
         (numbers, lay_out([sequences[i] for i in numbers], [first[i] for i in numbers], size))
@@ -163,7 +164,7 @@ class _Reader:
 
     def __init__(self, served: Served, rows: int, size: int, programs: set[tuple]):
         self.served, self.rows, self.size, self.programs = served, rows, size, programs
-        self.past = init_past(served.config, rows, slots_for(1), served.dtype)
+        self.past = served.past(rows, 1)
 
     def resize(self, depth: int) -> None:
         slots = slots_for(depth)
@@ -206,13 +207,14 @@ def _read(
     slots: jax.Array,
 ) -> tuple[jax.Array, Past]:
     """Final hidden states [B * S, D], and the past with what is kept of these tokens."""
+    rows = jnp.broadcast_to(jnp.arange(past.rows)[:, None], slots.shape)
     hidden, new = bind(config, params).following(
         past,
         pieces["tokens"],
         Sight(pieces["reach"], pieces["until"]),
         positions=pieces["positions"],
     )
-    return hidden.reshape(-1, hidden.shape[-1]), past.with_tokens(new, slots)
+    return hidden.reshape(-1, hidden.shape[-1]), past.with_tokens(new, rows, slots)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -230,8 +232,4 @@ def _answer(
 def resized(past: Past, slots: int) -> Past:
     """With another number of slots; what does not fit is lost."""
     more = max(slots - past.slots, 0)
-
-    def one(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, 0)] * 3 + [(0, more), (0, 0)])[:, :, :, :slots]
-
-    return replace(past, keys=one(past.keys), values=one(past.values)).spread()
+    return past.map(lambda x: jnp.pad(x, [(0, 0)] * 2 + [(0, more), (0, 0)])[:, :, :slots])

@@ -13,8 +13,10 @@ from jax.sharding import Mesh
 
 from spiel_jax.errors import SpielError
 from spiel_jax.models import ModelConfig
-from spiel_jax.models.axes import param_sharding
+from spiel_jax.models.axes import LAYERS, param_sharding
+from spiel_jax.models.cache import Past, init_past
 from spiel_jax.models.decoder import EMBEDDING
+from spiel_jax.models.stack import Layers, by_layer
 from spiel_jax.models.storage.packed import runs_on_cpu
 from spiel_jax.ops.sharded import BATCH_AXES, axis_size
 from spiel_jax.sparse.delta import SparseDelta
@@ -56,6 +58,16 @@ class Served:
         """What keys and values of one token take, in all layers."""
         config = self.config
         return 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(self.dtype).itemsize
+
+    def by_layer(self) -> "Served":
+        """The same as it runs fastest: on CPUs with every layer's weights by themselves, in the same memory."""
+        params = {name: by_layer(p) if name.startswith(LAYERS) else p for name, p in self.params.items()}
+        return replace(self, params=params)
+
+    def past(self, rows: int, length: int) -> Past:
+        """A cache for rows of so many tokens."""
+        layered = any(isinstance(param, Layers) for param in self.params.values())
+        return init_past(self.config, rows, slots_for(length), self.dtype, by_layer=layered)
 
     def spread(self, mesh: Mesh) -> "Served":
         """The same, its parameters laid over a mesh; to be asked under ``jax.set_mesh(mesh)``.

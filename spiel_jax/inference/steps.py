@@ -61,8 +61,8 @@ def fill(
         choice: Of these rows.
         way: See ``choose``.
     """
-    places_read = jnp.minimum(places, past.keys.shape[1] - 1)
-    own = jax.tree.map(lambda x: x[:, places_read], past).spread()
+    places_read = jnp.minimum(places, past.rows - 1)
+    own = past.map(lambda x: x[places_read])
     steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions = start[:, None] + steps
     sight = Sight(jnp.broadcast_to(start[:, None], tokens.shape), jnp.full_like(tokens, tokens.shape[1]))
@@ -70,11 +70,7 @@ def fill(
     hidden, new = model.following(own, tokens, sight, positions=positions)
     slots = jnp.where(steps < count[:, None], positions, past.slots)
 
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        moved = jnp.transpose(new, (1, 3, 0, 2, 4)).astype(old.dtype)
-        return old.at[:, places[:, None], :, slots].set(moved, mode="drop", unique_indices=True)
-
-    past = jax.tree.map(put, past, new).spread()
+    past = past.with_tokens(new, jnp.broadcast_to(places[:, None], slots.shape), slots)
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     chosen = choose(model.logits(last), choice, jnp.zeros_like(count), way)
     return past, constrain(chosen, None)
@@ -113,15 +109,10 @@ def decode(
 
     def one(state: tuple) -> tuple:
         step, rows, past, tokens = state
-        ones = jnp.ones_like(rows.last)[:, None]
-        hidden, new = model.following(
-            past,
-            rows.last[:, None],
-            Sight(rows.length[:, None], ones),
-            positions=rows.length[:, None],
-        )
         slots = jnp.where(rows.ended, past.slots, rows.length)
-        past = past.with_tokens(new, slots[:, None])
+        hidden, past = model.extending(
+            past, rows.last[:, None], positions=rows.length[:, None], slots=slots[:, None]
+        )
         chosen = choose(model.logits(hidden[:, 0]), rows.choice, rows.made, way)
         last = constrain(jnp.where(rows.ended, rows.last, chosen), None)
         lives = jnp.where(rows.ended, 0, 1)
@@ -141,7 +132,7 @@ def decode(
 @partial(jax.jit, donate_argnames="past")
 def copied(past: Past, source: jax.Array, target: jax.Array) -> Past:
     """With rows ``target`` [R] as rows ``source`` [R] are; a target of B or more is none."""
-    return jax.tree.map(lambda x: x.at[:, target].set(x[:, source], mode="drop"), past).spread()
+    return past.map(lambda x: x.at[target].set(x[source], mode="drop"))
 
 
 @partial(jax.jit, static_argnames="slots")
@@ -149,7 +140,4 @@ def moved(past: Past, rows: jax.Array, slots: int) -> Past:
     """These rows [R] alone, with another number of slots; what does not fit is lost."""
     more = max(slots - past.slots, 0)
 
-    def one(x: jax.Array) -> jax.Array:
-        return jnp.pad(x[:, rows, :, :slots], [(0, 0)] * 3 + [(0, more), (0, 0)])
-
-    return jax.tree.map(one, past).spread()
+    return past.map(lambda x: jnp.pad(x[rows, :, :slots], [(0, 0)] * 2 + [(0, more), (0, 0)]))

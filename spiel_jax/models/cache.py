@@ -1,12 +1,15 @@
 """The key-value caches of generation: functional pytrees of static shape."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from spiel_jax.models.config import ModelConfig
+from spiel_jax.models.stack import Layers, Stack, each_layer
 from spiel_jax.ops.sharded import BATCH_AXES, constrain
 
 
@@ -93,39 +96,100 @@ class Past:
     """Keys and values of earlier tokens, each row's at slots of its own: a token's slot is its position.
 
     Attributes:
-        keys: [L, B, K, T, head_dim], after RoPE.
-        values: [L, B, K, T, head_dim].
+        keys: Of each layer [B, K, T, head_dim], after RoPE.
+        values: Of each layer [B, K, T, head_dim].
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: Stack
+    values: Stack
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.keys.shape[1]
 
     @property
     def slots(self) -> int:
         """T."""
         return self.keys.shape[3]
 
-    def spread(self) -> "Past":
-        """Laid over the current mesh: rows like those of a batch, heads like those of the weights."""
-        return jax.tree.map(lambda x: constrain(x, None, BATCH_AXES, "tensor", None, None), self)
+    def map(self, function: Callable[..., jax.Array], *more: "Past") -> "Past":
+        """With ``function`` of every layer's keys, and of its values; laid over the current mesh.
 
-    def with_tokens(self, new: "Past", slots: jax.Array) -> "Past":
+        Rows then lie like those of a batch, heads like those of the weights.
+
+        Args:
+            function: Of an array [B, K, T, head_dim], and of those of ``more``.
+            more: Further ones.
+        """
+
+        def each(stack: Stack, *others: Stack) -> Stack:
+            return each_layer(lambda *x: constrain(function(*x), *_AXES), stack, *others)
+
+        others = [(one.keys, one.values) for one in more]
+        keys, values = zip((self.keys, self.values), *others, strict=True)
+        return Past(each(*keys), each(*values))
+
+    def with_tokens(self, new: "Past", rows: jax.Array, slots: jax.Array) -> "Past":
         """With the keys and values of further tokens.
 
         Args:
-            new: Of S tokens, [L, B, K, S, head_dim].
-            slots: [B, S] int32, where they go; T or more: nowhere.
+            new: Of S tokens, of each layer [R, K, S, head_dim].
+            rows: [R, S] int32, where they go.
+            slots: [R, S] int32, where in their rows; T or more: nowhere.
         """
-        rows = jnp.arange(slots.shape[0])[:, None]
-
-        def put(old: jax.Array, new: jax.Array) -> jax.Array:
-            moved = jnp.transpose(new, (1, 3, 0, 2, 4)).astype(old.dtype)  # indexed axes come first
-            return old.at[:, rows, :, slots].set(moved, mode="drop", unique_indices=True)
-
-        return jax.tree.map(put, self, new).spread()
+        return self.map(lambda old, new: _put(old, jnp.swapaxes(new, 1, 2), rows, slots), new)
 
 
-def init_past(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike = jnp.bfloat16) -> Past:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Growing:
+    """A past that takes up tokens before they look at it.
+
+    Attributes:
+        past: Where to.
+        slots: [B, S] int32, which slots; T or more: none.
+    """
+
+    past: Past
+    slots: jax.Array
+
+    def write(self, layer: Any, keys: jax.Array, values: jax.Array) -> tuple["Growing", Past]:
+        """Takes up tokens in one layer.
+
+        Args:
+            layer: Its number.
+            keys: [B, S, K, head_dim].
+            values: [B, S, K, head_dim].
+
+        Returns:
+            The new cache, and what is now in the layer, a ``Past`` of arrays [B, K, T, head_dim].
+        """
+        rows = jnp.arange(self.slots.shape[0])[:, None]
+
+        def put(stack: Stack, new: jax.Array) -> tuple[Stack, jax.Array]:
+            if isinstance(stack, Layers):
+                own = constrain(_put(stack.parts[layer], new, rows, self.slots), *_AXES)
+                return Layers((*stack.parts[:layer], own, *stack.parts[layer + 1 :])), own
+            stack = _put(stack, new, rows, self.slots, layer)
+            return stack, stack[layer]
+
+        (keys, own_keys), (values, own_values) = put(self.past.keys, keys), put(self.past.values, values)
+        return replace(self, past=Past(keys, values)), Past(own_keys, own_values)
+
+
+_AXES = (BATCH_AXES, "tensor", None, None)  # of one layer's keys and values
+
+
+def _put(old: jax.Array, new: jax.Array, rows: jax.Array, slots: jax.Array, *layer: jax.Array) -> jax.Array:
+    """[(L,) B, K, T, head_dim] with tokens [R, S, K, head_dim] at rows and slots [R, S]."""
+    at = old.at[(*layer, rows, slice(None), slots)]  # axes that arrays index come first
+    return at.set(new.astype(old.dtype), mode="drop", unique_indices=True)
+
+
+def init_past(
+    config: ModelConfig, batch: int, slots: int, dtype: DTypeLike = jnp.bfloat16, *, by_layer: bool = False
+) -> Past:
     """No tokens yet.
 
     Args:
@@ -133,9 +197,16 @@ def init_past(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike = jn
         batch: Number of rows.
         slots: The longest row, in tokens.
         dtype: Of keys and values.
+        by_layer: Whether each layer is held by itself, as the model's weights are then.
     """
-    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
-    return Past(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)).spread()
+    shape = (batch, config.num_kv_heads, slots, config.head_dim)
+
+    def empty() -> Stack:
+        if by_layer:
+            return Layers(tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)))
+        return jnp.zeros((config.num_layers, *shape), dtype)
+
+    return Past(empty(), empty()).map(lambda x: x)
 
 
 @jax.tree_util.register_dataclass

@@ -21,16 +21,18 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
 from spiel_jax.models.attention_masks import sees_past, sees_tree, visible, within
 from spiel_jax.models.axes import LAYERS, all_gathered
-from spiel_jax.models.cache import KVCache, Past, Sight
+from spiel_jax.models.cache import Growing, KVCache, Past, Sight
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder_layer import ATTENTION, DecoderLayer
 from spiel_jax.models.layers import PROJECTION, AdaptedLinear, Embedding, Linear, RMSNorm
 from spiel_jax.models.rope import inverse_frequencies, rotation
+from spiel_jax.models.stack import Layers, scan
 from spiel_jax.models.storage.packed import loop_dtype, packed
 from spiel_jax.models.storage.weight import Weight, hold
 from spiel_jax.ops.matmul import linear
@@ -188,19 +190,39 @@ class CausalLM(nnx.Module):
             positions: [B, S] integers, for RoPE and for a window.
 
         Returns:
-            [B, S, D] in the dtype of the embedding, and the keys and values of these tokens
-            [L, B, K, S, head_dim], which ``Past.with_tokens`` takes.
+            [B, S, D] in the dtype of the embedding, and the keys and values of these tokens, of each layer
+            [B, K, S, head_dim], which ``Past.with_tokens`` takes.
         """
-        full = near = (sees_past(sight.reach, past.slots), sees_tree(sight.until))
-        if self.config.sliding_window is not None:
-            least = positions - (self.config.sliding_window - 1)  # the first position in the window
-            near = (
-                full[0] & (jnp.arange(past.slots) >= least[..., None]),
-                full[1] & (positions[:, None, :] >= least[..., None]),
-            )
+        see = sees_past(sight.reach, past.slots), sees_tree(sight.until)
+        places = jnp.arange(past.slots)[None, None], positions[:, None, :]
+        masks = see, tuple(self._near(*one, positions) for one in zip(see, places, strict=True))
         turn = _turn(self.config, positions)
-        x, _, new = self._through_layers(tokens, turn, (full, near), {}, None, past, "none", True)
+        x, _, new = self._through_layers(tokens, turn, masks, {}, None, past, "none", True)
         return self.model.norm(x), new
+
+    def extending(
+        self, past: Past, tokens: jax.Array, *, positions: jax.Array, slots: jax.Array
+    ) -> tuple[jax.Array, Past]:
+        """Hidden states after the final norm of the next tokens of rows, and the past with them.
+
+        Args:
+            past: All tokens before them.
+            tokens: [B, S] integers.
+            positions: [B, S] integers; a token sees the slots up to its own.
+            slots: [B, S] integers: the positions, or where a token is not to be kept T or more.
+        """
+        full = sees_past(positions + 1, past.slots)
+        near = self._near(full, jnp.arange(past.slots)[None, None], positions)
+        turn, cache = _turn(self.config, positions), Growing(past, slots)
+        x, cache, _ = self._through_layers(tokens, turn, (full, near), {}, cache, None, "none", True)
+        assert isinstance(cache, Growing)
+        return self.model.norm(x), cache.past
+
+    def _near(self, seen: jax.Array, places: jax.Array, positions: jax.Array) -> jax.Array:
+        """Which of the visible places [B, S, T] are in the window, too, of tokens at these positions [B, S]."""
+        if self.config.sliding_window is None:
+            return seen
+        return seen & (places > (positions - self.config.sliding_window)[..., None])
 
     def _through_layers(
         self,
@@ -208,11 +230,11 @@ class CausalLM(nnx.Module):
         turn: tuple[jax.Array, jax.Array],
         masks: tuple[Any, Any] | None,
         adapters: Mapping[str, AdaptedLinear],
-        cache: KVCache | None,
+        cache: KVCache | Growing | None,
         past: Past | None,
         remat: Remat,
         frozen: bool,
-    ) -> tuple[jax.Array, KVCache | None, Any]:
+    ) -> tuple[jax.Array, Any, Any]:
         """The scan over layers: hidden states [B, S, D] before the final norm, and the new cache.
 
         Args:
@@ -221,7 +243,7 @@ class CausalLM(nnx.Module):
             masks: From ``_masks``; None: every layer sees all that precedes, in its window. After a past
                 pairs of them, see ``DecoderLayer``.
             adapters: By name within the layer.
-            cache: With the slots of these tokens claimed, or None.
+            cache: With the slots of these tokens claimed, or a ``Growing``, or None.
             past: Instead of a cache; the last result is then that of these tokens.
             remat: See ``hidden``.
             frozen: See ``hidden``.
@@ -245,14 +267,14 @@ class CausalLM(nnx.Module):
             x = constrain(x, BATCH_AXES, None, None)
             return (x.astype(carried), kept if past is None else cache), None if past is None else kept
 
-        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        slides = None if self.config.sliding_layers is None else jnp.array(self.config.sliding_layers)
+        layers = np.arange(self.config.num_layers, dtype=np.int32)
+        slides = None if self.config.sliding_layers is None else np.array(self.config.sliding_layers)
         x = constrain(self.model.embed_tokens(tokens), BATCH_AXES, None, None)
         dtype, carried = x.dtype, loop_dtype(x.dtype)
         carry = (x.astype(carried), cache)
         looped = {name: weight if name in trained else _looped(weight) for name, weight in weights.items()}
         inputs = (looped, adapters, layers, slides, past)
-        (x, cache), new = jax.lax.scan(_rematerialised(body, remat), carry, inputs)
+        (x, cache), new = scan(_rematerialised(body, remat), carry, inputs)
         return x.astype(dtype), cache, new
 
 
@@ -281,7 +303,7 @@ def _turn(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Arr
 
 def _looped(weight: Any) -> Any:
     """A parameter of the layers that has no gradient, as it goes through their loop."""
-    return weight if is_stored(weight) else packed(weight)
+    return weight if is_stored(weight) or isinstance(weight, Layers) else packed(weight)
 
 
 def _used(name: str, weight: Any, trained: bool) -> Any:

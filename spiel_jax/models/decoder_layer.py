@@ -1,15 +1,16 @@
 """One layer of a decoder: attention and MLP, each behind a norm and beside a residual."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from spiel_jax.models.cache import KVCache, Past
+from spiel_jax.models.cache import Growing, KVCache, Past
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.layers import AdaptedLinear, Linear, RMSNorm
 from spiel_jax.models.rope import rotate
@@ -17,6 +18,9 @@ from spiel_jax.models.storage.packed import named
 
 ATTENTION = "attention"
 """Name under which ``jax.checkpoint`` policies find rotated queries and keys, and what attention has seen."""
+
+Cache = KVCache | Growing | Past
+"""Of the tokens before; see ``DecoderLayer``."""
 
 
 class Attention(nnx.Module):
@@ -41,9 +45,9 @@ class Attention(nnx.Module):
         turn: tuple[jax.Array, jax.Array],
         mask: Any,
         adapters: Mapping[str, AdaptedLinear],
-        cache: KVCache | Past | None,
+        cache: Cache | None,
         layer: jax.Array,
-    ) -> tuple[jax.Array, KVCache | Past | None]:
+    ) -> tuple[jax.Array, Cache | None]:
         """Attend; see ``DecoderLayer``."""
 
         def heads(projection: Linear, name: str, norm: RMSNorm | None) -> jax.Array:
@@ -54,9 +58,14 @@ class Attention(nnx.Module):
         queries = named(rotate(heads(self.q_proj, "q_proj", self.q_norm), *turn), ATTENTION)
         keys = named(rotate(heads(self.k_proj, "k_proj", self.k_norm), *turn), ATTENTION)
         values = heads(self.v_proj, "v_proj", None)
-        if isinstance(cache, Past):
-            seen, cache = _after(cache, queries, keys, values, mask)
-            return self.o_proj(seen, adapters.get("self_attn.o_proj.weight")), cache
+        if isinstance(cache, Growing | Past):
+            if isinstance(cache, Growing):
+                cache, past = cache.write(layer, keys, values)
+                parts = [(past, mask)]
+            else:
+                own = Past(*(jnp.swapaxes(x, 1, 2) for x in (keys, values)))  # [B, K, S, head_dim]
+                parts, cache = list(zip((cache, own), mask, strict=True)), own
+            return self.o_proj(_seen(queries, parts), adapters.get("self_attn.o_proj.weight")), cache
         if cache is not None:
             cache, keys, values = cache.write(layer, keys, values)
         if mask is None:  # leave it to the implementation to skip what is not visible
@@ -70,23 +79,17 @@ class Attention(nnx.Module):
         return self.o_proj(seen, adapters.get("self_attn.o_proj.weight")), cache
 
 
-def _after(
-    past: Past, queries: jax.Array, keys: jax.Array, values: jax.Array, masks: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, Past]:
-    """What tokens see of the past and of each other, [B, S, H * head_dim], and their own keys and values.
+def _seen(queries: jax.Array, parts: Sequence[tuple[Past, jax.Array]]) -> jax.Array:
+    """What queries [B, S, H, head_dim] see of several parts, [B, S, H * head_dim].
 
-    The past is read where it lies: scores are joined, not keys.
+    Each part is read where it lies: scores are joined, not keys.
 
     Args:
-        past: One layer's, [B, K, T, head_dim].
-        queries: [B, S, H, head_dim].
-        keys: [B, S, K, head_dim].
-        values: [B, S, K, head_dim].
-        masks: See ``DecoderLayer``.
+        queries: Rotated.
+        parts: Of one layer: keys and values [B, K, T, head_dim], and which of them are visible, [B, S, T] bool.
     """
     batch, length, heads, size = queries.shape
-    own = Past(*(jnp.swapaxes(x, 1, 2) for x in (keys, values)))  # [B, K, S, head_dim]
-    groups = heads // own.keys.shape[1]
+    groups = heads // parts[0][0].keys.shape[1]
     asked = jnp.swapaxes(queries, 1, 2).reshape(
         batch, -1, groups * length, size
     )  # [B, K, groups * S, head_dim]
@@ -98,18 +101,20 @@ def _after(
         masked = jnp.tile(mask, (1, groups, 1))[:, None]
         return jnp.where(masked, product * size**-0.5, jnp.finfo(jnp.float32).min)
 
-    joined = jnp.concatenate([scores(past.keys, masks[0]), scores(own.keys, masks[1])], axis=-1)
+    joined = jnp.concatenate([scores(past.keys, mask) for past, mask in parts], axis=-1)
     shares = jax.nn.softmax(joined, axis=-1).astype(asked.dtype)
-    slots = past.keys.shape[2]
+    ends = np.cumsum([past.keys.shape[2] for past, _ in parts])[:-1]
 
     def taken(shares: jax.Array, values: jax.Array) -> jax.Array:
         return jnp.einsum(
             "bkqt,bktd->bkqd", shares, values.astype(shares.dtype), preferred_element_type=jnp.float32
         )
 
-    seen = taken(shares[..., :slots], past.values) + taken(shares[..., slots:], own.values)
-    seen = seen.astype(queries.dtype).reshape(batch, heads, length, size)
-    return jnp.swapaxes(seen, 1, 2).reshape(batch, length, heads * size), own
+    taken_of = [
+        taken(own, past.values) for own, (past, _) in zip(jnp.split(shares, ends, -1), parts, strict=True)
+    ]
+    seen = sum(taken_of[1:], start=taken_of[0]).astype(queries.dtype).reshape(batch, heads, length, size)
+    return jnp.swapaxes(seen, 1, 2).reshape(batch, length, heads * size)
 
 
 class MLP(nnx.Module):
@@ -146,20 +151,20 @@ class DecoderLayer(nnx.Module):
         turn: tuple[jax.Array, jax.Array],
         mask: Any,
         adapters: Mapping[str, AdaptedLinear],
-        cache: KVCache | Past | None,
+        cache: Cache | None,
         layer: jax.Array,
-    ) -> tuple[jax.Array, KVCache | Past | None]:
+    ) -> tuple[jax.Array, Cache | None]:
         """Apply one layer.
 
         Args:
             x: [B, S, D].
             turn: Cosine and sine of the positions, from ``rotation``.
-            mask: [B or 1, 1, S, T] bool, True where a key is visible; None: causal, windowed. After a
-                ``Past`` two masks: of its slots [B, S, T], and of these tokens [B, S, S].
+            mask: [B or 1, 1, S, T] bool, True where a key is visible; None: causal, windowed. In a
+                ``Growing`` [B, S, T]; after a ``Past`` two: of its slots, and of these tokens [B, S, S].
             adapters: This layer's, by name within the layer.
             cache: With the slots of these tokens claimed, or None. Or a ``Past``, this layer's only; what is
                 returned for it is that of these tokens.
-            layer: [] int32, the place in the cache.
+            layer: [] int32, the place in the cache; static where the cache is held by layers.
         """
         y, cache = self.self_attn(self.input_layernorm(x), turn, mask, adapters, cache, layer)
         x = x + y
