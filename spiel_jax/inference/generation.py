@@ -21,8 +21,10 @@ from spiel_jax.models.storage.packed import runs_on_cpu
 BLOCK = 8
 """Tokens that are made for every row before the host looks at them."""
 
-_PIECES = {"cpu": ((8, 32), (2, 128)), "other": ((16, 64), (4, 512))}
-"""Prompts that are read at once, and tokens of each."""
+_PIECES = {"cpu": (32, 64, 128, 256), "other": (256, 1024)}
+"""Tokens of prompts that a device reads at once."""
+
+_ENDS = 16  # prompts that end in them, at most
 
 _WORTH = 32  # tokens from which on a beginning is copied
 _MOST_ROWS = 64
@@ -166,12 +168,12 @@ class _Batch:
     def _refill(self) -> None:
         """Gives the free rows to texts that wait, and reads these."""
         free = [place for place, row in enumerate(self.rows) if row.number is None]
-        reading: list[tuple[int, int]] = []  # places, and how much of the text is there
+        reading: list[int] = []
         while free and self.waiting:
             number = self.waiting[-1]
             tokens = list(self.requests[number].tokens)
             shared = [_common(row.held, tokens[:-1]) for row in self.rows]
-            asked = [_common(list(self.requests[self._number(p)].tokens), tokens[:-1]) for p, _ in reading]
+            asked = [_common(self._prompt(place), tokens[:-1]) for place in reading]
             best = int(np.argmax(shared))
             if max(asked, default=0) >= max(shared[best], _WORTH - 1) + 1:
                 self._read(reading)  # one of these will hold what this one begins with
@@ -187,7 +189,7 @@ class _Batch:
             row = self.rows[place]
             start = _common(row.held, tokens[:-1])
             self.rows[place] = _Row(number, row.held[:start])
-            reading.append((place, start))
+            reading.append(place)
         self._read(reading)
 
     def _number(self, place: int) -> int:
@@ -195,48 +197,62 @@ class _Batch:
         assert number is not None
         return number
 
-    def _read(self, reading: list[tuple[int, int]]) -> None:
-        """Reads what is missing of the rows' prompts, in pieces, and chooses their first tokens."""
-        todo = [place for place, _ in reading]
+    def _prompt(self, place: int) -> list[int]:
+        return list(self.requests[self._number(place)].tokens)
+
+    def _read(self, todo: list[int]) -> None:
+        """Reads what is missing of the rows' prompts, and chooses their first tokens."""
         if not todo:
             return
-        lengths = [len(self.requests[self._number(place)].tokens) for place in todo]
-        self._fit(max(self.past.slots, *lengths))
-        pieces = _PIECES["cpu" if runs_on_cpu() else "other"]
-
-        def left(place: int) -> int:
-            return len(self.requests[self._number(place)].tokens) - len(self.rows[place].held)
-
+        self._fit(max(self.past.slots, *(len(self._prompt(place)) for place in todo)))
+        sizes = _PIECES["cpu" if runs_on_cpu() else "other"]
         while todo:
-            todo.sort(key=left, reverse=True)
-            count, size = next((piece for piece in pieces if left(todo[0]) <= piece[1]), pieces[-1])
-            count = max(count // batch_devices(), 1) * batch_devices()
-            self._read_piece(todo[:count], count, size)
-            todo = [place for place in todo if self.rows[place].number is not None and left(place)]
+            left = sum(len(self._prompt(place)) - len(self.rows[place].held) for place in todo)
+            size = max((size for size in sizes if size * batch_devices() <= left), default=sizes[0])
+            self._read_pieces(todo, size)
+            begun = [place for place in todo if self.rows[place].number is not None]
+            todo = [place for place in begun if len(self.rows[place].held) < len(self._prompt(place))]
 
-    def _read_piece(self, places: list[int], count: int, size: int) -> None:
-        tokens = np.zeros((count, size), np.int32)
-        start, used = np.zeros((2, count), np.int32)
-        for slot, place in enumerate(places):
-            row = self.rows[place]
-            piece = self.requests[self._number(place)].tokens[len(row.held) :][:size]
-            tokens[slot, : len(piece)] = piece
-            start[slot], used[slot] = len(row.held), len(piece)
-            row.held += piece
-        where = np.full(count, len(self.rows), np.int32)
-        where[: len(places)] = places
-        asked = [self.requests[self._number(place)] for place in places]
-        choice = _choice(asked + [asked[0]] * (count - len(asked)))
-        self._used("fill", count, size, self.way)
-        self.past, chosen = steps.fill(
-            *self.arguments, self.past, where, tokens, start, used, choice, way=self.way
-        )
-        done = [p for p in places if len(self.rows[p].held) == len(self.requests[self._number(p)].tokens)]
-        if done:
-            tokens = np.asarray(chosen)
-            for slot, place in enumerate(places):
-                if place in done:
-                    self._take(place, [int(tokens[slot])])
+    def _read_pieces(self, todo: list[int], size: int) -> None:
+        """Reads as much as one call can, in streams of this size."""
+        streams, pieces = _no_streams(batch_devices(), size, self.past.slots), []
+        todo = sorted(todo, key=lambda place: -len(self.rows[place].held))
+        for stream in range(batch_devices()):
+            source = todo[0] if todo else 0
+            streams.source[stream] = source
+            room, ends = size, 0
+            for place in list(todo):
+                held = self.rows[place].held
+                if not room or ends == _ENDS or _common(self.rows[source].held, held) < len(held):
+                    continue
+                piece = self._prompt(place)[len(held) :][:room]
+                here = (stream, slice(size - room, size - room + len(piece)))
+                streams.tokens[here] = piece
+                streams.positions[here] = streams.slots[here] = len(held) + np.arange(len(piece))
+                streams.reach[here], streams.until[here] = len(held), here[1].stop
+                streams.rows[here] = place
+                if len(held) + len(piece) == len(self._prompt(place)):
+                    streams.ends[stream, ends] = here[1].stop - 1
+                    pieces.append((place, piece, stream * _ENDS + ends))
+                    ends += 1
+                else:
+                    pieces.append((place, piece, None))
+                room -= len(piece)
+                todo.remove(place)
+        for place, piece, _ in pieces:
+            self.rows[place].held = self.rows[place].held + piece
+        asked = [self.requests[self._number(pieces[0][0])]] * streams.ends.size
+        for place, _, end in pieces:
+            if end is not None:
+                asked[end] = self.requests[self._number(place)]
+        self._used("read", size, self.way)
+        new, chosen = steps.read(*self.arguments, self.past, streams, _choice(asked), way=self.way)
+        self.past = steps.keep(self.past, new, streams.rows, streams.slots)
+        if any(end is not None for *_, end in pieces):
+            chosen = np.asarray(chosen)
+        for place, _, end in pieces:
+            if end is not None:
+                self._take(place, [int(chosen[end])])
 
     def _decode(self) -> None:
         live = self._live()
@@ -292,6 +308,21 @@ class _Batch:
             stop=stop,
             choice=_choice(asked),
         )
+
+
+def _no_streams(count: int, size: int, slots: int) -> steps.Streams:
+    """Nothing but padding."""
+    padding = np.zeros((count, size), np.int32)
+    return steps.Streams(
+        tokens=padding,
+        positions=padding.copy(),
+        reach=padding.copy(),
+        until=padding + np.arange(1, size + 1, dtype=np.int32),
+        rows=padding.copy(),
+        slots=padding + slots,
+        source=np.zeros(count, np.int32),
+        ends=np.zeros((count, _ENDS), np.int32),
+    )
 
 
 def _choice(requests: Sequence[Request]) -> Choice:

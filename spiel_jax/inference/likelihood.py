@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from spiel_jax.errors import SpielError
+from spiel_jax.inference import steps
 from spiel_jax.inference.served import Served, batch_devices, rows_for, slots_for
 from spiel_jax.inference.tree import Piece, lay_out
 from spiel_jax.models import ModelConfig, bind
@@ -181,7 +182,9 @@ class _Reader:
         slots = np.where(keep, stacked["positions"], self.past.slots).astype(np.int32)
         served = self.served
         self.programs.add(("read", self.rows, self.size, self.past.slots))
-        hidden, self.past = _read(served.config, dict(served.params), self.past, stacked, slots)
+        hidden, new = _read(served.config, dict(served.params), self.past, stacked)
+        rows = np.broadcast_to(np.arange(self.rows, dtype=np.int32)[:, None], slots.shape)
+        self.past = steps.keep(self.past, new, rows, slots)
         asked = [(row, *one) for row, piece in enumerate(pieces) for one in piece.asked]
         answers = []
         for start in range(0, len(asked), _ASKED):
@@ -198,23 +201,14 @@ class _Reader:
         ]
 
 
-@partial(jax.jit, static_argnames="config", donate_argnames="past")
+@partial(jax.jit, static_argnames="config")
 def _read(
-    config: ModelConfig,
-    params: Any,
-    past: Past,
-    pieces: dict[str, jax.Array],
-    slots: jax.Array,
+    config: ModelConfig, params: Any, past: Past, pieces: dict[str, jax.Array]
 ) -> tuple[jax.Array, Past]:
-    """Final hidden states [B * S, D], and the past with what is kept of these tokens."""
-    rows = jnp.broadcast_to(jnp.arange(past.rows)[:, None], slots.shape)
-    hidden, new = bind(config, params).following(
-        past,
-        pieces["tokens"],
-        Sight(pieces["reach"], pieces["until"]),
-        positions=pieces["positions"],
-    )
-    return hidden.reshape(-1, hidden.shape[-1]), past.with_tokens(new, rows, slots)
+    """Final hidden states [B * S, D], and what ``steps.keep`` takes."""
+    sight = Sight(pieces["reach"], pieces["until"])
+    hidden, new = bind(config, params).following(past, pieces["tokens"], sight, positions=pieces["positions"])
+    return hidden.reshape(-1, hidden.shape[-1]), new
 
 
 @partial(jax.jit, static_argnames="config")

@@ -61,13 +61,16 @@ class Served:
 
     def by_layer(self) -> "Served":
         """The same as it runs fastest: on CPUs with every layer's weights by themselves, in the same memory."""
-        params = {name: by_layer(p) if name.startswith(LAYERS) else p for name, p in self.params.items()}
-        return replace(self, params=params)
+        layers = {name: by_layer(param) for name, param in self.params.items() if name.startswith(LAYERS)}
+        return replace(self, params={**self.params, **layers})
 
     def past(self, rows: int, length: int) -> Past:
         """A cache for rows of so many tokens."""
         layered = any(isinstance(param, Layers) for param in self.params.values())
-        return init_past(self.config, rows, slots_for(length), self.dtype, by_layer=layered)
+        past = init_past(self.config, rows, slots_for(length), self.dtype, by_layer=layered)
+        where = self.params[EMBEDDING].sharding
+        # committed from the start as programs leave it, or they would be compiled twice
+        return jax.device_put(past, where) if len(where.device_set) == 1 else past
 
     def spread(self, mesh: Mesh) -> "Served":
         """The same, its parameters laid over a mesh; to be asked under ``jax.set_mesh(mesh)``.

@@ -35,45 +35,64 @@ class Rows(NamedTuple):
     choice: Choice
 
 
-@partial(jax.jit, static_argnames=("config", "way"), donate_argnames="past")
-def fill(
-    config: ModelConfig,
-    params: Any,
-    past: Past,
-    places: jax.Array,
-    tokens: jax.Array,
-    start: jax.Array,
-    count: jax.Array,
-    choice: Choice,
-    *,
-    way: Way,
+class Streams(NamedTuple):
+    """Pieces of prompts, one after the other; arrays [R, S].
+
+    Attributes:
+        tokens: int32.
+        positions: int32, in their texts.
+        reach: int32, how many tokens of the row ``source`` a token's text begins with.
+        until: int32, where its piece ends.
+        rows: int32, whose it is.
+        slots: int32, its slot there; as many as there are slots or more: it is padding.
+        source: [R] int32, a row that holds the beginnings of all texts in the stream.
+        ends: [R, N] int32, tokens that are the last of their prompts.
+    """
+
+    tokens: Any
+    positions: Any
+    reach: Any
+    until: Any
+    rows: Any
+    slots: Any
+    source: Any
+    ends: Any
+
+
+@partial(jax.jit, static_argnames=("config", "way"))
+def read(
+    config: ModelConfig, params: Any, past: Past, streams: Streams, choice: Choice, *, way: Way
 ) -> tuple[Past, jax.Array]:
-    """Reads a piece of a few rows' prompts, and chooses for each the token that follows it.
+    """Reads pieces of prompts, and chooses the tokens that follow the last of them.
 
     Args:
         config: The model's shape.
         params: Its parameters.
         past: Of all rows.
-        places: [R] int32, which rows these are; B or more: none.
-        tokens: [R, C] int32.
-        start: [R] int32, tokens of the row that are in the past.
-        count: [R] int32, tokens of the piece; the rest is padding.
-        choice: Of these rows.
+        streams: The pieces.
+        choice: Of the rows that ``ends`` belong to, [R * N].
         way: See ``choose``.
-    """
-    places_read = jnp.minimum(places, past.rows - 1)
-    own = past.map(lambda x: x[places_read])
-    steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    positions = start[:, None] + steps
-    sight = Sight(jnp.broadcast_to(start[:, None], tokens.shape), jnp.full_like(tokens, tokens.shape[1]))
-    model = bind(config, params)
-    hidden, new = model.following(own, tokens, sight, positions=positions)
-    slots = jnp.where(steps < count[:, None], positions, past.slots)
 
-    past = past.with_tokens(new, jnp.broadcast_to(places[:, None], slots.shape), slots)
-    last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    chosen = choose(model.logits(last), choice, jnp.zeros_like(count), way)
-    return past, constrain(chosen, None)
+    Returns:
+        What ``keep`` takes, and the tokens [R * N].
+    """
+    model = bind(config, params)
+    own = past.map(lambda x: x[streams.source])
+    sight = Sight(streams.reach, streams.until)
+    hidden, new = model.following(own, streams.tokens, sight, positions=streams.positions)
+    last = jnp.take_along_axis(hidden, streams.ends[:, :, None], axis=1)
+    last = last.reshape(-1, last.shape[-1])
+    chosen = choose(model.logits(last), choice, jnp.zeros(last.shape[0], jnp.int32), way)
+    return new, constrain(chosen, None)
+
+
+@partial(jax.jit, donate_argnames="past")
+def keep(past: Past, new: Past, rows: jax.Array, slots: jax.Array) -> Past:
+    """The past with what was read: see ``Past.with_tokens``.
+
+    A program of its own, because one that also reads the past would copy it before it is written.
+    """
+    return past.with_tokens(new, rows, slots)
 
 
 @partial(jax.jit, static_argnames=("config", "steps", "way"), donate_argnames="past")

@@ -219,7 +219,7 @@ class CausalLM(nnx.Module):
         return self.model.norm(x), cache.past
 
     def _near(self, seen: jax.Array, places: jax.Array, positions: jax.Array) -> jax.Array:
-        """Which of the visible places [B, S, T] are in the window, too, of tokens at these positions [B, S]."""
+        """Which of the visible places [B, S, T] are in the window too, of tokens at positions [B, S]."""
         if self.config.sliding_window is None:
             return seen
         return seen & (places > (positions - self.config.sliding_window)[..., None])

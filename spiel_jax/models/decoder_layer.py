@@ -86,7 +86,7 @@ def _seen(queries: jax.Array, parts: Sequence[tuple[Past, jax.Array]]) -> jax.Ar
 
     Args:
         queries: Rotated.
-        parts: Of one layer: keys and values [B, K, T, head_dim], and which of them are visible, [B, S, T] bool.
+        parts: Keys and values of one layer, [B, K, T, head_dim], and which are visible, [B, S, T] bool.
     """
     batch, length, heads, size = queries.shape
     groups = heads // parts[0][0].keys.shape[1]

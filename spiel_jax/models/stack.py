@@ -57,15 +57,16 @@ def by_layer(stack: Any) -> Any:
 
 def _slices(stack: jax.Array) -> list[jax.Array]:
     """The slices of an array on CPUs; views of it, where they lie as XLA wants arrays to lie."""
-    sharding = stack.sharding
-    if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     pieces = [(np.asarray(shard.data), shard.device) for shard in stack.addressable_shards]
+    if len(stack.sharding.device_set) == 1:
+        ((whole, device),) = pieces
+        return [jax.device_put(layer, device if stack.committed else None) for layer in whole]
+    assert isinstance(stack.sharding, NamedSharding)
+    mesh, (_, *axes) = stack.sharding.mesh, (*stack.sharding.spec, None)
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
 
     def one(layer: int) -> jax.Array:
         own = [jax.device_put(piece[layer], device) for piece, device in pieces]
-        if len(own) == 1 and len(stack.sharding.device_set) == 1:
-            return own[0]
         return jax.make_array_from_single_device_arrays(stack.shape[1:], sharding, own)
 
     return [one(layer) for layer in range(stack.shape[0])]

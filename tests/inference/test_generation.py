@@ -79,15 +79,17 @@ class TestContinuations:
         assert len(found[2]) == 60
 
     def test_what_begins_alike_is_read_once(self, params, monkeypatch):
-        read = []
-        fill = generation.steps.fill
-        monkeypatch.setattr(
-            generation.steps, "fill", lambda *a, **k: read.append(int(np.sum(a[7]))) or fill(*a, **k)
-        )
+        counts, read = [], generation.steps.read
+
+        def counted(config, params, past, streams, *rest, **options):
+            counts.append(int(np.sum(streams.slots < past.slots)))
+            return read(config, params, past, streams, *rest, **options)
+
+        monkeypatch.setattr(generation.steps, "read", counted)
         shared = np.random.default_rng(0).integers(0, 96, 40).tolist()
         asked = [Request(tokens=[*shared, 3 * n, n], max_new_tokens=9) for n in range(9)]
         found = continuations(Served(CONFIG, params), asked, most_rows=ROWS)
-        assert sum(read) <= 42 + 8 * 3
+        assert sum(counts) <= 42 + 8 * 3
         assert found == generate(CONFIG, params, [r.tokens for r in asked], max_new_tokens=9)
 
     def test_draws_depend_on_the_request_alone(self, params):
@@ -127,7 +129,8 @@ class TestContinuations:
         def decode(config, params, past, rows, enough, *, steps, way):
             return past, np.ones((len(rows.last), steps)), np.minimum(rows.limit - rows.made, steps)
 
-        monkeypatch.setattr(steps, "fill", lambda config, params, past, where, *_, way: (past, where * 0 + 1))
+        monkeypatch.setattr(steps, "read", lambda *a, way: (None, np.ones(a[3].ends.size, np.int32)))
+        monkeypatch.setattr(steps, "keep", lambda past, *_: past)
         monkeypatch.setattr(steps, "decode", decode)
         monkeypatch.setattr(steps, "copied", lambda past, *_: past)
         monkeypatch.setattr(steps, "moved", lambda past, rows, slots: init_past(CONFIG, len(rows), slots))
