@@ -21,7 +21,7 @@ from spiel_jax.models.storage.packed import runs_on_cpu
 BLOCK = 8
 """Tokens that are made for every row before the host looks at them."""
 
-_PIECES = {"cpu": (32, 64, 128, 256), "other": (256, 1024)}
+_PIECES = {"cpu": (64, 128), "other": (256, 1024)}
 """Tokens of prompts that a device reads at once."""
 
 _ENDS = 16  # prompts that end in them, at most
@@ -42,9 +42,9 @@ def continuations(
 ) -> list[list[int]]:
     """Continues texts.
 
-    Texts of about the same length run together, as many as the cache's memory allows. Compiled for each
-    power of two that the longest row reaches, and for the numbers of rows: the most, and a quarter and a
-    sixteenth of it when few are left.
+    As many texts run together as the cache's memory allows, long ones first. Compiled for each power of two
+    that the longest row reaches, and for the numbers of rows: the most, and a quarter and a sixteenth of it
+    when few are left.
 
     Args:
         served: The model.
@@ -77,15 +77,19 @@ def continuations(
     for number, request in enumerate(requests):
         request.check(served.config, number)
     served = served.by_layer()
+    most = min(most_rows, 1 << max(len(requests) - 1, 0).bit_length())
     groups: dict[int, list[int]] = {}
     for number, request in enumerate(requests):
-        groups.setdefault(slots_for(request.length), []).append(number)
+        rows = rows_for(served, request.length, memory, max(most, batch_devices()))
+        groups.setdefault(rows, []).append(number)
     results: list[list[int]] = [[] for _ in requests]
+
+    def order(number: int) -> tuple[int, list[int]]:  # neighbours are of a length, and begin alike
+        return -slots_for(requests[number].length), list(requests[number].tokens)
+
     with tqdm(total=len(requests), unit="text", disable=not progress) as bar:
-        for slots, numbers in sorted(groups.items()):
-            numbers.sort(key=lambda number: list(requests[number].tokens))  # neighbours begin alike
-            most = min(most_rows, 1 << (len(numbers) - 1).bit_length())
-            rows = rows_for(served, slots, memory, max(most, batch_devices()))
+        for rows, numbers in sorted(groups.items()):
+            numbers.sort(key=order)
             batch = _Batch(served, requests, numbers, rows, set() if programs is None else programs)
             for number, new in batch.run():
                 results[number] = new
@@ -208,7 +212,8 @@ class _Batch:
         sizes = _PIECES["cpu" if runs_on_cpu() else "other"]
         while todo:
             left = sum(len(self._prompt(place)) - len(self.rows[place].held) for place in todo)
-            size = max((size for size in sizes if size * batch_devices() <= left), default=sizes[0])
+            full = left // batch_devices()
+            size = max((size for size in sizes if 3 * size <= 4 * full), default=sizes[0])
             self._read_pieces(todo, size)
             begun = [place for place in todo if self.rows[place].number is not None]
             todo = [place for place in begun if len(self.rows[place].held) < len(self._prompt(place))]

@@ -171,11 +171,14 @@ class Growing:
             if isinstance(stack, Layers):
                 own = constrain(_put(stack.parts[layer], new, rows, self.slots), *_AXES)
                 return Layers((*stack.parts[:layer], own, *stack.parts[layer + 1 :])), own
-            stack = _put(stack, new, rows, self.slots, layer)
-            return stack, stack[layer]
+            whole = _put(stack, new, rows, self.slots, layer)
+            return whole, whole[layer]
 
-        (keys, own_keys), (values, own_values) = put(self.past.keys, keys), put(self.past.values, values)
-        return replace(self, past=Past(keys, values)), Past(own_keys, own_values)
+        (all_keys, own_keys), (all_values, own_values) = (
+            put(self.past.keys, keys),
+            put(self.past.values, values),
+        )
+        return replace(self, past=Past(all_keys, all_values)), Past(own_keys, own_values)
 
 
 _AXES = (BATCH_AXES, "tensor", None, None)  # of one layer's keys and values

@@ -94,7 +94,7 @@ def _seen(queries: jax.Array, parts: Sequence[tuple[Past, jax.Array]]) -> jax.Ar
         batch, -1, groups * length, size
     )  # [B, K, groups * S, head_dim]
 
-    def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:
+    def scores(keys: Any, mask: jax.Array) -> jax.Array:
         product = jnp.einsum(
             "bkqd,bktd->bkqt", asked, keys.astype(asked.dtype), preferred_element_type=jnp.float32
         )
@@ -105,7 +105,7 @@ def _seen(queries: jax.Array, parts: Sequence[tuple[Past, jax.Array]]) -> jax.Ar
     shares = jax.nn.softmax(joined, axis=-1).astype(asked.dtype)
     ends = np.cumsum([past.keys.shape[2] for past, _ in parts])[:-1]
 
-    def taken(shares: jax.Array, values: jax.Array) -> jax.Array:
+    def taken(shares: jax.Array, values: Any) -> jax.Array:
         return jnp.einsum(
             "bkqt,bktd->bkqd", shares, values.astype(shares.dtype), preferred_element_type=jnp.float32
         )
