@@ -17,7 +17,7 @@ from spiel_jax.models.axes import LAYERS, param_sharding
 from spiel_jax.models.cache import Past, init_past
 from spiel_jax.models.decoder import EMBEDDING
 from spiel_jax.models.stack import Layers, by_layer
-from spiel_jax.models.storage.packed import runs_on_cpu
+from spiel_jax.models.storage.packed import Packed, runs_on_cpu
 from spiel_jax.ops.sharded import BATCH_AXES, axis_size
 from spiel_jax.sparse.delta import SparseDelta
 
@@ -60,11 +60,14 @@ class Served:
         return 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(self.dtype).itemsize
 
     def by_layer(self) -> "Served":
-        """The same as it runs fastest: on CPUs with every layer's weights by themselves, in the same memory."""
-        params = dict(self.params)
-        for name in filter(lambda name: name.startswith(LAYERS), self.params):
-            params[name] = by_layer(params[name])
-        return replace(self, params=params)
+        """The same as it runs fastest: on CPUs each layer's weights by themselves, in the same memory.
+
+        Not where they are dequantised for use: XLA would then hold the arrays of all layers at once.
+        """
+        layers = {name: param for name, param in self.params.items() if name.startswith(LAYERS)}
+        if not all(isinstance(param, jax.Array | Packed) for param in layers.values()):
+            return self
+        return replace(self, params={**self.params} | {name: by_layer(p) for name, p in layers.items()})
 
     def past(self, rows: int, length: int) -> Past:
         """A cache for rows of so many tokens."""
