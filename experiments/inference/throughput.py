@@ -14,10 +14,10 @@ Generation on 1 core of a machine that other programs use up, --texts=40, in tur
 
     continuing 40 texts                ours 17.9, 17.0     transformers 29.8, 30.9
 
-that is 1.7 times the throughput. Before (one array for all layers, prompts padded to one length) 200 texts took
-157.2 s of processors where transformers took 138.1, and a step of 16 rows at 256 slots took 0.18 s where it
-takes 0.13 to 0.15 now; in bfloat16 at 64 slots 0.60, now 0.11. The programs take twice as long to compile: of 30
-layers 2 to 4 s each, 17 s of processors for the 40 texts.
+that is 1.7 times the throughput. Before (one array for all layers, prompts padded to one length) 200 texts
+took 157.2 s of processors where transformers took 138.1, and a step of 16 rows at 256 slots took 0.18 s where
+it takes 0.13 to 0.15 now; in bfloat16 at 64 slots 0.60, now 0.11. The programs take twice as long to compile:
+of 30 layers 2 to 4 s each, 17 s of processors for the 40 texts.
 """
 
 import json
