@@ -14,8 +14,8 @@ processors); scoring beside other programs of lower priority, generation alone, 
 All 200 texts are equal. On one core of a machine that other programs use up, --texts=40, in turns, seconds
 of processors: ours 17.9, 17.0, transformers 29.8, 30.9. With two cores torch gains more than XLA's CPU
 backend, whose products pack the weights anew at every step, most of a step's time. Before (one array for all
-layers, prompts padded to one length) 200 texts took 101.3 (157.2) where transformers took 78.9 (138.1). A step
-of 16 rows at 256 slots takes 0.15 s on one core (0.18 before), in bfloat16 at 64 slots 0.11 (0.60). The
+layers, prompts padded to one length) 200 texts took 101.3 (157.2) where transformers took 78.9 (138.1). A
+step of 16 rows at 256 slots takes 0.15 s on one core (0.18 before), in bfloat16 at 64 slots 0.11 (0.60). The
 programs take twice as long to compile: of 30 layers 2 to 6 s each, 17 s of processors for 40 texts.
 """
 
