@@ -220,44 +220,45 @@ class _Batch:
 
     def _read_pieces(self, todo: list[int], size: int) -> None:
         """Reads as much as one call can, in streams of this size."""
-        streams, pieces = _no_streams(batch_devices(), size, self.past.slots), []
-        todo = sorted(todo, key=lambda place: -len(self.rows[place].held))
-        for stream in range(batch_devices()):
-            source = todo[0] if todo else 0
-            streams.source[stream] = source
-            room, ends = size, 0
-            for place in list(todo):
-                held = self.rows[place].held
-                if not room or ends == _ENDS or _common(self.rows[source].held, held) < len(held):
-                    continue
-                piece = self._prompt(place)[len(held) :][:room]
-                here = (stream, slice(size - room, size - room + len(piece)))
-                streams.tokens[here] = piece
-                streams.positions[here] = streams.slots[here] = len(held) + np.arange(len(piece))
-                streams.reach[here], streams.until[here] = len(held), here[1].stop
-                streams.rows[here] = place
-                if len(held) + len(piece) == len(self._prompt(place)):
-                    streams.ends[stream, ends] = here[1].stop - 1
-                    pieces.append((place, piece, stream * _ENDS + ends))
-                    ends += 1
-                else:
-                    pieces.append((place, piece, None))
-                room -= len(piece)
-                todo.remove(place)
-        for place, piece, _ in pieces:
-            self.rows[place].held = self.rows[place].held + piece
-        asked = [self.requests[self._number(pieces[0][0])]] * streams.ends.size
-        for place, _, end in pieces:
-            if end is not None:
-                asked[end] = self.requests[self._number(place)]
+        streams, ended = self._lay_out(todo, size)
+        requests = {end: self.requests[self._number(place)] for place, end in ended.items()}
+        usual = self.requests[self._number(todo[0])]
+        choice = _choice([requests.get(end, usual) for end in range(streams.ends.size)])
         self._used("read", size, self.way)
-        new, chosen = steps.read(*self.arguments, self.past, streams, _choice(asked), way=self.way)
+        new, chosen = steps.read(*self.arguments, self.past, streams, choice, way=self.way)
         self.past = steps.keep(self.past, new, streams.rows, streams.slots)
-        if any(end is not None for *_, end in pieces):
-            chosen = np.asarray(chosen)
-        for place, _, end in pieces:
-            if end is not None:
-                self._take(place, [int(chosen[end])])
+        if ended:
+            tokens = np.asarray(chosen)
+            for place, end in ended.items():
+                self._take(place, [int(tokens[end])])
+
+    def _lay_out(self, todo: list[int], size: int) -> tuple[steps.Streams, dict[int, int]]:
+        """Streams of what is next in the rows, which then hold it, and which of their ends is a row's.
+
+        A stream looks at one row for what is held already: its pieces are of texts that begin as that does.
+        """
+        streams, ended = _no_streams(batch_devices(), size, self.past.slots), {}
+        left = sorted(todo, key=lambda place: -len(self.rows[place].held))
+        held = {place: self.rows[place].held for place in left}
+        for stream in range(batch_devices()):
+            source = streams.source[stream] = left[0] if left else 0
+            used, ends = 0, 0
+            for place in list(left):
+                begun, prompt = len(held[place]), self._prompt(place)
+                if used == size or ends == _ENDS or _common(held[source], held[place]) < begun:
+                    continue
+                piece = prompt[begun : begun + size - used]
+                here, used = (stream, slice(used, used + len(piece))), used + len(piece)
+                streams.tokens[here], streams.rows[here] = piece, place
+                streams.positions[here] = streams.slots[here] = begun + np.arange(len(piece))
+                streams.reach[here], streams.until[here] = begun, used
+                self.rows[place].held = held[place] + piece
+                left.remove(place)
+                if begun + len(piece) == len(prompt):
+                    streams.ends[stream, ends] = used - 1
+                    ended[place] = stream * _ENDS + ends
+                    ends += 1
+        return streams, ended
 
     def _decode(self) -> None:
         live = self._live()

@@ -37,6 +37,10 @@ class Layers:
         """Of the stack."""
         return self.parts[0].dtype
 
+    def __getitem__(self, layer: int) -> Any:
+        """That of one layer."""
+        return self.parts[layer]
+
 
 Stack = jax.Array | Layers
 
@@ -45,8 +49,8 @@ def by_layer(stack: Any) -> Any:
     """A stack as its layers, in the same memory; on other devices than CPUs, which copy no slices, as it is.
 
     Args:
-        stack: An array or a stored weight, not traced. It must outlive no donation: while its layers are
-            there, it is not given up.
+        stack: An array or a stored weight, not traced. Donated to a program while its layers are there, its
+            memory stays theirs, and the program takes other memory.
     """
     if not runs_on_cpu():
         return stack
@@ -75,8 +79,7 @@ def _slices(stack: jax.Array) -> list[jax.Array]:
 def each_layer(function: Callable[..., jax.Array], stack: Stack, *more: Stack) -> Stack:
     """A stack with ``function`` of every layer."""
     if isinstance(stack, Layers):
-        others = [other.parts for other in more if isinstance(other, Layers)]
-        return Layers(tuple(function(*parts) for parts in zip(stack.parts, *others, strict=True)))
+        return Layers(tuple(function(layer, *(x[i] for x in more)) for i, layer in enumerate(stack.parts)))
     return jax.vmap(function)(stack, *more)
 
 
@@ -87,9 +90,7 @@ def scan(body: Callable, carry: Any, inputs: Any) -> tuple[Any, Any]:
         return jax.lax.scan(body, carry, inputs)
 
     def slices(layer: int) -> Any:
-        return jax.tree.map(
-            lambda x: x.parts[layer] if _is_layers(x) else x[layer], inputs, is_leaf=_is_layers
-        )
+        return jax.tree.map(lambda x: x[layer], inputs, is_leaf=_is_layers)
 
     outputs = []
     for layer in range(leaves[0].shape[0]):

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spiel_jax.sparse.delta import SparseDelta, divided, map_matrices
+from spiel_jax.sparse.delta import SparseDelta, divided
+from spiel_jax.sparse.matrices import map_matrices
 from spiel_jax.sparse.targets import Target, by_target, like_values
 
 

@@ -25,7 +25,8 @@ from spiel_jax.optim.entry_state import ReplacedSlots, check_per_entry, reset
 from spiel_jax.optim.inner_optimizers import state_dtype
 from spiel_jax.optim.positions import initial_positions
 from spiel_jax.optim.schedules import Phase, Reselection
-from spiel_jax.sparse.delta import SparseDelta, base_entries, map_matrices
+from spiel_jax.sparse.delta import SparseDelta, base_entries
+from spiel_jax.sparse.matrices import map_matrices
 from spiel_jax.sparse.targets import Target, by_target, like_values
 
 DropBy = Literal["value", "age", "weight"]

@@ -195,7 +195,7 @@ def test_matrices_reselected_together_come_out_as_one_by_one(growth, monkeypatch
     inner = optax.chain(scale_by_aged_adam(), descend(0.1))
 
     def run(slots_at_a_time):
-        monkeypatch.setattr("spiel_jax.sparse.delta._SLOTS_AT_A_TIME", slots_at_a_time)
+        monkeypatch.setattr("spiel_jax.sparse.matrices._SLOTS_AT_A_TIME", slots_at_a_time)
         tx = sj.spiel(inner, targets, growth=growth, schedule=plan, seed=1)
         values = sj.zeros(targets)
         state = tx.init(values)

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -30,13 +30,14 @@ class SuperTuning(PeftFormat):
     kinds = ("sparse",)
     peft_type = "SUPERTUNING"
     parts = (_INDICES, _VALUES)
+    has_rank: ClassVar[bool] = False
     neutral = frozenset(
         {"sparsity", "select_top", "init_weights", "save_precomputed_indices", "lora_dropout"}
     )
 
     def recognises(self, path: Path) -> bool:
         """See ``Format``."""
-        return super().recognises(path) and _has_rank(path) == ("r" in self.read_keys)
+        return super().recognises(path) and bool(read_json(path / CONFIG).get("r")) is self.has_rank
 
     def contents(self, export: Export) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
         """See ``PeftFormat``."""
@@ -79,6 +80,7 @@ class Supra(SuperTuning):
     name = "peft_supra"
     kinds = ("hybrid",)
     parts = (_INDICES, _VALUES, _A, _B)
+    has_rank = True
     read_keys = frozenset({"r", "lora_alpha"})
 
     def contents(self, export: Export) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
@@ -126,10 +128,6 @@ class Supra(SuperTuning):
         for name, shape in low_rank.shapes.items():
             about.known(name, shape)
         return HybridAdapter(sparse_adapter(weights, about, (_INDICES, _VALUES)), low_rank)
-
-
-def _has_rank(path: Path) -> bool:
-    return bool(read_json(path / CONFIG).get("r"))
 
 
 def _some(numbers: set[Any]) -> str:

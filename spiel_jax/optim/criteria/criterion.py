@@ -20,7 +20,6 @@ from spiel_jax.optim import schedules
 from spiel_jax.optim.inner_optimizers import aged_adamw
 from spiel_jax.optim.parity import is_reference
 from spiel_jax.optim.schedules import Reselection
-from spiel_jax.optim.zeros import inactive
 from spiel_jax.sparse.delta import SparseDelta
 from spiel_jax.sparse.targets import Target
 
@@ -322,27 +321,6 @@ class Criterion:
         """Pretrained parameters and targets to the positions to start from; None for random ones."""
         del config
         return None
-
-
-class NonZeros(Criterion):
-    """A criterion that looks at weights to keep their zeros, and for nothing else.
-
-    Where it keeps them its ``survey`` gives each target's statistics a further part, the last: positions
-    [..., C] of entries that are not zero, of which it grows those that are not active.
-    """
-
-    can_keep_zeros = True
-
-    @property
-    def uses_weights(self) -> bool:
-        """See ``Criterion``: for their zeros."""
-        return self.keep_zeros
-
-    def available(self, stats: Any, indices: jax.Array, target: Target) -> jax.Array | int:
-        """All that are not active; of those surveyed, where zeros are kept."""
-        if not self.keep_zeros:
-            return super().available(stats, indices, target)
-        return jnp.sum(inactive(stats[-1], indices, target.block_size), dtype=jnp.int32)
 
 
 Growth = Criterion

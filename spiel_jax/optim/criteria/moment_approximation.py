@@ -14,11 +14,11 @@ from spiel_jax.ops.selection import largest, top_products
 from spiel_jax.optim.criteria.criterion import (
     ORIGINAL,
     Complaint,
-    NonZeros,
     Observation,
     Regridding,
     register,
 )
+from spiel_jax.optim.criteria.non_zeros import NonZeros
 from spiel_jax.optim.inner_optimizers import sm3_init, sm3_observe, sparse_sm3
 from spiel_jax.optim.parity import Parity, is_reference
 from spiel_jax.optim.zeros import best_off_zeros, inactive

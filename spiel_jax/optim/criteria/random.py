@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spiel_jax.ops.selection import largest
-from spiel_jax.optim.criteria.criterion import NonZeros, Regridding, configured_schedule, register
+from spiel_jax.optim.criteria.criterion import Regridding, configured_schedule, register
+from spiel_jax.optim.criteria.non_zeros import NonZeros
 from spiel_jax.optim.schedules import Reselection
 from spiel_jax.optim.zeros import draw_off_zeros, inactive
 from spiel_jax.sparse.targets import Target
