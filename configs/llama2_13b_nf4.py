@@ -7,7 +7,7 @@ Deltas in bfloat16, as in the paper's runs on quantised bases (arXiv 2401.16405)
 optimizer's statistics are float32.
 
 Reproduction record: not run yet on an accelerator. Compiled for one H100 (``spiel_jax.plan``), one
-sequence of 2048 tokens at a time: 24.9 GiB with SpIEL-AG, 13.5 with SpIEL-MA. The full size was run with
+sequence of 2048 tokens at a time: 25.1 GiB with SpIEL-AG, 13.5 with SpIEL-MA. The full size was run with
 random weights on 2 CPU cores that others used too, 2 steps of 2 x 96 tokens with a reselection in between,
 SpIEL-MA: 14 minutes of CPU time, peak 11.39 GiB (tests/methods/test_7b.py).
 """
