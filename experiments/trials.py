@@ -41,8 +41,13 @@ class Trial:
         return ["-m", self.module, *flags, *(f"--config.{key}={v}" for key, v in self.settings.items())]
 
 
-def outcome(trial: Trial, out: Path) -> dict[str, Any]:
+def outcome(trial: Trial, out: Path, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What a trial came to: read if it is done, else done now.
+
+    Args:
+        trial: The run.
+        out: Folder of the trials' folders.
+        environment: Variables of its process, beside those of this one.
 
     Returns:
         ``command``; ``heldout``, [step, loss] of every evaluation; ``losses`` of the steps;
@@ -55,12 +60,12 @@ def outcome(trial: Trial, out: Path) -> dict[str, Any]:
     folder = out.absolute() / trial.name
     done = folder / "result.json"
     if not done.is_file():
-        result = _run(trial, folder)
+        result = _run(trial, folder, environment or {})
         done.write_text(json.dumps(result) + "\n")
     return json.loads(done.read_text())
 
 
-def _run(trial: Trial, folder: Path) -> dict[str, Any]:
+def _run(trial: Trial, folder: Path, environment: Mapping[str, str]) -> dict[str, Any]:
     programs = {  # every one is compiled once
         "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
@@ -68,7 +73,7 @@ def _run(trial: Trial, folder: Path) -> dict[str, Any]:
     ended = subprocess.run(
         [sys.executable, *trial.command(str(folder))],
         cwd=ROOT,
-        env=os.environ | programs,
+        env={**os.environ, **programs, **environment},
         capture_output=True,
         text=True,
         check=False,

@@ -2,9 +2,10 @@ r"""A study: methods × budgets × learning rates × seeds, each method at the b
 
     python -m experiments.quality --study=experiments/quality/studies/chitchat.py --out=runs/chitchat
 
-A study file has ``get_study()``, which returns a ``Study``. One run at a time, each a process of its own;
-those that are done are not done again, and one that was interrupted goes on: the same command continues.
-Prints a table, and writes it, plots, and what every run came to with its command (results.json) into --out.
+A study file has ``get_study()``, which returns a ``Study``. Each run is a process of its own, one at a time or
+several (``--jobs``, ``--gpus``). Those that are done are not done again, and one that was interrupted goes
+on: the same command continues. Prints a table, and writes it, plots, and what every run came to with its
+command (results.json) into --out.
 """
 
 import json
@@ -23,6 +24,8 @@ def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
     flags.DEFINE_string("study", None, "A file with get_study().", required=True, flag_values=values)
     flags.DEFINE_string("out", None, "Folder of the runs and the results.", required=True, flag_values=values)
+    flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1, flag_values=values)
+    flags.DEFINE_list("gpus", [], "Numbers of NVIDIA GPUs: on each one run at a time.", flag_values=values)
 
 
 def main(options: flags.FlagValues) -> None:
@@ -34,8 +37,9 @@ def main(options: flags.FlagValues) -> None:
         "processor": processor(),
         "against": study.against,
     }
+    places = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in options.gpus] or [{}] * options.jobs
     results: list[Result] = []
-    for result in done(study, out):
+    for result in done(study, out, places):
         results.append(result)
         print(f"{label(result)}: validation {validation(result):.4f}", flush=True)
         (out / "results.json").write_text(json.dumps(told | {"runs": results}, indent=1) + "\n")

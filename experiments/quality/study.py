@@ -7,8 +7,10 @@ is that of the other seeds.
 import fnmatch
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from experiments.quality.tables import Result, validation
@@ -69,17 +71,44 @@ def read(path: str) -> Study:
     return study
 
 
-def done(study: Study, out: Path) -> Iterator[Result]:
-    """What every run came to, those that are not done being done now: all rates first, then all seeds."""
+def done(study: Study, out: Path, places: Sequence[Mapping[str, str]] = ({},)) -> Iterator[Result]:
+    """What every run came to, those that are not done being done now: all rates first, then all seeds.
+
+    Args:
+        study: What is compared.
+        out: Folder of the runs' folders.
+        places: So many runs are done at a time; the environment variables of the process in each place.
+    """
+    free: SimpleQueue[Mapping[str, str]] = SimpleQueue()
+    for place in places:
+        free.put(place)
+
+    def run(name: str, budget: str, rate: float, seed: int) -> Result:
+        place = free.get()
+        try:
+            found = outcome(trial(study, name, budget, rate, seed), out, place)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # here, or this thread would begin the next one
+            raise
+        finally:
+            free.put(place)
+        return {"method": name, "budget": budget, "rate": rate, "seed": seed, **found}
+
     first, *others = study.seeds
-    best = {}
-    for name, budget in runs_of(study):
-        found = [_run(study, out, name, budget, rate, first) for rate in study.candidates[name].rates]
-        yield from found
-        best[name, budget] = min(found, key=validation)["rate"]
-    for seed in others:
-        for (name, budget), rate in best.items():
-            yield _run(study, out, name, budget, rate, seed)
+    pool = ThreadPoolExecutor(len(places))
+    try:
+        rates = [
+            (*which, rate, first) for which in runs_of(study) for rate in study.candidates[which[0]].rates
+        ]
+        found: dict[tuple[str, str], list[Result]] = {}
+        for result in pool.map(lambda which: run(*which), rates):
+            found.setdefault((result["method"], result["budget"]), []).append(result)
+            yield result
+        best = {which: min(results, key=validation)["rate"] for which, results in found.items()}
+        seeds = [(*which, rate, seed) for seed in others for which, rate in best.items()]
+        yield from pool.map(lambda which: run(*which), seeds)
+    finally:
+        pool.shutdown(cancel_futures=True)  # those that have begun go on to their end
 
 
 def runs_of(study: Study) -> Iterator[tuple[str, str]]:
@@ -116,8 +145,3 @@ def trial(study: Study, name: str, budget: str, rate: float, seed: int) -> Trial
         },
         "experiments.quality.trial",
     )
-
-
-def _run(study: Study, out: Path, name: str, budget: str, rate: float, seed: int) -> Result:
-    found = outcome(trial(study, name, budget, rate, seed), out)
-    return {"method": name, "budget": budget, "rate": rate, "seed": seed, **found}

@@ -1,7 +1,9 @@
 """Studies: what they run, in which order, what is not run again, and what they report."""
 
 import json
+import os
 import subprocess
+import threading
 
 import pytest
 from support.run_cases import chat_file, tiny_config
@@ -29,7 +31,7 @@ STUDY = Study(
 )
 
 
-def stub(one, out):
+def stub(one, out, place):
     """Best at 2e-3; the test says half as much more, and a seed a hundredth."""
     rate, seed = one.settings["optimizer.learning_rate"], one.settings["seed"]
     if rate == 4e-3:
@@ -54,6 +56,34 @@ def test_rates_are_chosen_with_the_first_seed_and_the_others_run_at_the_best(res
     ]
     assert validation(results[2]) == float("inf")
     assert {run["rate"] for run in at_best(results[:3])} == {2e-3}
+
+
+def test_so_many_runs_at_a_time_as_there_are_places_and_in_the_same_order(results, monkeypatch, tmp_path):
+    both, used = threading.Barrier(2, timeout=60), []
+
+    def together(one, out, place):
+        used.append(place["gpu"])
+        if len(used) <= 2:
+            both.wait()  # breaks unless two are here at once
+        return stub(one, out, place)
+
+    monkeypatch.setattr(studies, "outcome", together)
+    places = [{"gpu": "0"}, {"gpu": "1"}]
+    assert list(done(STUDY, tmp_path, places)) == results
+    assert set(used[:2]) == {"0", "1"}
+
+
+def test_a_run_that_fails_ends_the_study_and_none_is_begun(monkeypatch, tmp_path):
+    begun = []
+
+    def fails(one, out, place):
+        begun.append(one.name)
+        raise SpielError("failed")
+
+    monkeypatch.setattr(studies, "outcome", fails)
+    with pytest.raises(SpielError, match="failed"):
+        list(done(STUDY, tmp_path))
+    assert begun == ["fixed-small-0.001-0"]
 
 
 def test_table(results):
@@ -117,8 +147,8 @@ def process(monkeypatch):
     """A trainer that leaves what is asked of it; the statuses to end with are popped."""
     statuses, calls = [], []
 
-    def run(command, **options):
-        calls.append(command)
+    def run(command, *, env, **options):
+        calls.append((command, env))
         folder = trials.Path(next(word for word in command if "--workdir=" in word).partition("=")[2])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.jsonl").write_text('{"step": 0, "heldout_loss": 4.0}\n{"step": 1, "loss": 3.5}\n')
@@ -146,6 +176,15 @@ def test_what_is_done_is_not_done_again(process, tmp_path):
     }
     assert outcome(ONE, tmp_path) == first
     assert len(calls) == 1
+
+
+def test_a_process_has_the_variables_of_its_place(process, tmp_path):
+    statuses, calls = process
+    statuses.append(0)
+    outcome(ONE, tmp_path, {"CUDA_VISIBLE_DEVICES": "3"})
+    ((_, environment),) = calls
+    assert environment["CUDA_VISIBLE_DEVICES"] == "3"
+    assert environment["PATH"] == os.environ["PATH"]
 
 
 def test_what_was_stopped_goes_on_and_what_failed_is_told(process, tmp_path):
