@@ -2,10 +2,10 @@ r"""A study: methods × budgets × learning rates × seeds, each method at the b
 
     python -m experiments.quality --study=experiments/quality/studies/chitchat.py --out=runs/chitchat
 
-A study file has ``get_study()``, which returns a ``Study``. Each run is a process of its own, one at a time or
-several (``--jobs``, ``--gpus``). Those that are done are not done again, and one that was interrupted goes
-on: the same command continues. Prints a table, and writes it, plots, and what every run came to with its
-command (results.json) into --out.
+A study file has ``get_study()``, which returns a ``Study``. Each run is a process of its own, one at a time
+or several (``--jobs``, ``--gpus``). Those that are done are not done again, and one that was interrupted
+goes on: the same command continues. Prints a table, and writes it, plots, and what every run came to with
+its command (results.json) into --out.
 """
 
 import json

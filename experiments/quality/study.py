@@ -82,13 +82,16 @@ def done(study: Study, out: Path, places: Sequence[Mapping[str, str]] = ({},)) -
     free: SimpleQueue[Mapping[str, str]] = SimpleQueue()
     for place in places:
         free.put(place)
+    failures: list[Exception] = []
 
     def run(name: str, budget: str, rate: float, seed: int) -> Result:
         place = free.get()
         try:
+            if failures:  # of another run; no more are begun
+                raise failures[0]
             found = outcome(trial(study, name, budget, rate, seed), out, place)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # here, or this thread would begin the next one
+        except Exception as failure:
+            failures.append(failure)
             raise
         finally:
             free.put(place)
