@@ -122,6 +122,7 @@ class _Batch:
         self.waiting = waiting[::-1]
         self.rows = [_Row() for _ in range(rows)]
         self.past = served.past(rows, 1)
+        self.nothing = self.past.map(lambda x: x[:, :, :0])
         own = [requests[number] for number in waiting]
         self.way: Way = "greedy"
         if not all(request.greedy for request in own):
@@ -224,8 +225,9 @@ class _Batch:
         requests = {end: self.requests[self._number(place)] for place, end in ended.items()}
         usual = self.requests[self._number(todo[0])]
         choice = _choice([requests.get(end, usual) for end in range(streams.ends.size)])
-        self._used("read", size, self.way)
-        new, chosen = steps.read(*self.arguments, self.past, streams, choice, way=self.way)
+        past = self.past if streams.reach.any() else self.nothing  # texts that begin look at no past
+        self.programs.add(("read", len(self.rows), past.slots, size, self.way))
+        new, chosen = steps.read(*self.arguments, past, streams, choice, way=self.way)
         self.past = steps.keep(self.past, new, streams.rows, streams.slots)
         if ended:
             tokens = np.asarray(chosen)

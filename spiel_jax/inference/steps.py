@@ -68,7 +68,7 @@ def read(
     Args:
         config: The model's shape.
         params: Its parameters.
-        past: Of all rows.
+        past: Of all rows; no slots will do where every piece is the beginning of its text.
         streams: The pieces.
         choice: Of the rows that ``ends`` belong to, [R * N].
         way: See ``choose``.
