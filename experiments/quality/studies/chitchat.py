@@ -37,7 +37,7 @@ def get_study() -> Study:
             "lora": Candidate(
                 {"method": "lora", "lora.alpha": 16.0, "lora.dropout": 0.0}, (1.5e-3, 3e-3, 6e-3, 1.2e-2)
             ),
-            "random, fixed": Candidate({"method": "random", "spiel.rate": 0.0}, (5e-3, 1e-2, 2e-2)),
+            "random, fixed": Candidate({"method": "random", "spiel.rate": 0.0}, (2.5e-3, 5e-3, 1e-2, 2e-2)),
             "full": Candidate({"method": "full"}, (7.5e-5, 1.5e-4, 3e-4)),
             "gradient, fixed": Candidate({"method": "gradient", "spiel.accumulation": 3}, (5e-4, 1e-3, 2e-3)),
             "spiel_ag": Candidate({"method": "spiel_ag", **EVOLVING}, (5e-4, 1e-3, 2e-3)),
