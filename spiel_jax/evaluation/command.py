@@ -84,17 +84,17 @@ def evaluate(
     if devices is not None:
         models = {label: served.spread(devices) for label, served in models.items()}
     wanted = replace(wanted, tokenizer=source)
+    bars = progress and processes.is_first()
     columns: dict[str, dict] = {label: {} for label in models if base or label != "base" or forgetting}
     with contextlib.nullcontext() if devices is None else jax.set_mesh(devices):
         for label, served in models.items():
             if tasks and (base or label != "base"):
-                lm = SpielLM(
-                    served, read, name=label, memory=memory, progress=progress and processes.is_first()
-                )
+                lm = SpielLM(served, read, name=label, memory=memory, progress=bars)
                 columns[label] = _scored(lm, label, wanted, folder)
         if forgetting:
             before, after = models.values()
-            found = forgotten.forgetting(before, after, [read.encode(text) for text in written])
+            others = [read.encode(text) for text in written]
+            found = forgotten.forgetting(before, after, others, progress=bars)
             for label, rows in zip(models, found.columns("other texts"), strict=True):
                 columns[label] = columns[label] | rows
     shown = table(columns)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from tqdm import tqdm
 
 from spiel_jax.data.files import DataError
 from spiel_jax.errors import SpielError
@@ -52,13 +53,16 @@ class Forgetting(NamedTuple):
         return before, {(name, what): Score(other, None, self.tokens) for what, _, other in rows}
 
 
-def forgetting(base: Served, tuned: Served, texts: Sequence[Sequence[int]]) -> Forgetting:
+def forgetting(
+    base: Served, tuned: Served, texts: Sequence[Sequence[int]], *, progress: bool = False
+) -> Forgetting:
     """Compares a tuned model with its base on texts that it was not tuned on.
 
     Args:
         base: The base model.
         tuned: The tuned one.
         texts: Token ids of each; every token but the first of a window of ``WINDOW`` counts.
+        progress: Whether to show a progress bar.
 
     Raises:
         SpielError: If there is nothing to compare on.
@@ -71,7 +75,8 @@ def forgetting(base: Served, tuned: Served, texts: Sequence[Sequence[int]]) -> F
     windows = [window for window in windows if len(window) > 1]
     if not windows:
         raise SpielError("there are no texts of two tokens or more to compare the models on")
-    for start in range(0, len(windows), rows):
+    starts = range(0, len(windows), rows)
+    for start in tqdm(starts, desc="other texts", disable=not progress):
         tokens, segments = np.zeros((2, rows, WINDOW), np.int32)
         for row, window in enumerate(windows[start : start + rows]):
             tokens[row, : len(window)] = window
