@@ -9,7 +9,7 @@ Record, SmolLM2-135M-Instruct in float32, 2 cores of an Intel Xeon with AMX and 
 processors); scoring beside other programs of lower priority, generation alone, --rounds=1:
 
     scoring 200 texts, 41,856 tokens   ours 13.2 (20.7)    transformers 21.0 (36.5)
-    continuing 200 texts, 4,466 tokens ours 55.0 (92.6)    transformers 57.3 (114.0)
+    continuing 200 texts, 4,466 tokens ours 49.4 (83.6)    transformers 52.8 (105.2)
 
 All 200 texts are equal. On one core of a machine that other programs use up, --texts=40, in turns, seconds
 of processors: ours 17.9, 17.0, transformers 29.8, 30.9. Before (one array for all layers, prompts padded to
