@@ -18,10 +18,11 @@ at 64 slots takes 0.11 s (0.60). The programs take twice as long to compile: of 
 of processors for 40 texts.
 
 Where the time goes, in seconds of processors, beside other programs. Half of it is steps, half is reading
-prompts. Of a step of 16 rows at 256 slots (0.133) products with weights take 0.099, and with 4 rows instead
-of 16, which is reading the weights and little else, 0.076; attention 0.035, of which 0.02 is reading the
-cache. Prompts are read at 2.5 ms a token, of which the products are 1.66 at 130 GFLOP/s, near what a core
-does. Reading more prompts at once, or waiting for more free rows, gains 4%. The products are XLA's (YNNPACK),
+prompts. Of a step of 16 rows at 256 slots (0.133) products with weights take 0.099, and with 4 rows
+instead of 16, which is reading the weights and little else, 0.076; attention 0.035, of which 0.02 is
+reading the cache. Prompts were read at 2.9 ms a token, of which the products are 1.66 at 130 GFLOP/s,
+near what a core does; then pieces that begin left out the empty cache (0.27 for 0.30 a piece of 128).
+Reading more prompts at once, or waiting for more free rows, gains 4%. The products are XLA's (YNNPACK),
 where no option was faster; keys that lie turned would make a step 8% shorter.
 """
 

@@ -89,13 +89,13 @@ def done(study: Study, out: Path, places: Sequence[Mapping[str, str]] = ({},)) -
         try:
             if failures:  # of another run; no more are begun
                 raise failures[0]
-            found = outcome(trial(study, name, budget, rate, seed), out, place)
+            told = outcome(trial(study, name, budget, rate, seed), out, place)
         except Exception as failure:
             failures.append(failure)
             raise
         finally:
             free.put(place)
-        return {"method": name, "budget": budget, "rate": rate, "seed": seed, **found}
+        return {"method": name, "budget": budget, "rate": rate, "seed": seed, **told}
 
     first, *others = study.seeds
     pool = ThreadPoolExecutor(len(places))

@@ -152,6 +152,9 @@ class TestContinuations:
         assert {slots for _, _, slots, *_ in decoders} == {128, 256, 512}  # long ones first, on to the short
         assert {rows for _, rows, *_ in decoders} == {16, 4}
         assert len(decoders) <= 6
+        readers = {used for used in programs if used[0] == "read"}
+        assert {slots for _, _, slots, *_ in readers} >= {0, 512}  # texts that begin, and what begins alike
+        assert len(readers) <= 8  # of two sizes
         assert len(programs) <= 20
 
     def test_memory_decides_how_many_run_at_once(self, params, not_run):
