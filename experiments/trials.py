@@ -6,6 +6,7 @@ A trial that was interrupted goes on from its newest checkpoint: its folder is t
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -40,6 +41,10 @@ class Trial:
         flags = [f"--config={self.config}", f"--workdir={workdir}"]
         return ["-m", self.module, *flags, *(f"--config.{key}={v}" for key, v in self.settings.items())]
 
+    def told(self) -> str:
+        """The command as a record has it."""
+        return shlex.join(["python", *self.command(f"runs/{self.name}")])
+
 
 def outcome(trial: Trial, out: Path, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What a trial came to: read if it is done, else done now.
@@ -50,19 +55,25 @@ def outcome(trial: Trial, out: Path, environment: Mapping[str, str] | None = Non
         environment: Variables of its process, beside those of this one.
 
     Returns:
-        ``command``; ``heldout``, [step, loss] of every evaluation; ``losses`` of the steps;
+        ``command``; ``processor``; ``heldout``, [step, loss] of every evaluation; ``losses`` of the steps;
         ``seconds_per_step``; ``peak_gib``, of the process; and what the trial's module has left in the
         folder's ``measured.json``, which is all of a run that failed after writing it.
 
     Raises:
-        SpielError: If the run failed, or was stopped.
+        SpielError: If the run failed, or was stopped, or what is done there is of another command.
     """
     folder = out.absolute() / trial.name
     done = folder / "result.json"
     if not done.is_file():
         result = _run(trial, folder, environment or {})
         done.write_text(json.dumps(result) + "\n")
-    return json.loads(done.read_text())
+    found = json.loads(done.read_text())
+    if found["command"] != trial.told():
+        raise SpielError(
+            f"{folder} has a run of\n  {found['command']}\nand not of\n  {trial.told()}\n"
+            "Take another folder, or remove that one."
+        )
+    return found
 
 
 def _run(trial: Trial, folder: Path, environment: Mapping[str, str]) -> dict[str, Any]:
@@ -78,7 +89,7 @@ def _run(trial: Trial, folder: Path, environment: Mapping[str, str]) -> dict[str
         text=True,
         check=False,
     )
-    told: dict[str, Any] = {"command": " ".join(["python", *trial.command(f"runs/{trial.name}")])}
+    told: dict[str, Any] = {"command": trial.told(), "processor": processor()}
     if ended.returncode == STOPPED:
         raise SpielError(f"{trial.name} was stopped: the same command continues it")
     measured = folder / "measured.json"

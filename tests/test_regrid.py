@@ -320,7 +320,7 @@ def test_a_regridded_run_continues_with_the_same_numbers_until_it_reselects(
 ):
     config = tiny_config(llama_folder, data, method)
     if method == "random":
-        config.spiel.first = 1.0
+        config.spiel.first, config.spiel.rate = 1.0, 0.2
     run(config, tmp_path / "whole")
     run(config, tmp_path / "half", until=3)
     changed = regrid(tmp_path / "half", {"fsdp": 2, "tensor": 2}, tmp_path / "new")

@@ -16,14 +16,15 @@ from absl import flags
 
 from experiments.quality.study import done, read
 from experiments.quality.tables import Result, label, markdown, plots, validation
-from experiments.trials import processor
 from spiel_jax import cli
+from spiel_jax.errors import SpielError
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
     flags.DEFINE_string("study", None, "A file with get_study().", required=True, flag_values=values)
     flags.DEFINE_string("out", None, "Folder of the runs and the results.", required=True, flag_values=values)
+    flags.DEFINE_string("known", None, "A results.json: runs in it are not done again.", flag_values=values)
     flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1, flag_values=values)
     flags.DEFINE_list("gpus", [], "Numbers of NVIDIA GPUs: on each one run at a time.", flag_values=values)
 
@@ -34,12 +35,11 @@ def main(options: flags.FlagValues) -> None:
     out.mkdir(parents=True, exist_ok=True)
     told: dict[str, Any] = {
         "command": f"python -m experiments.quality --study={options.study} --out={options.out}",
-        "processor": processor(),
         "against": study.against,
     }
     places = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in options.gpus] or [{}] * options.jobs
     results: list[Result] = []
-    for result in done(study, out, places):
+    for result in done(study, out, places, known(options.known)):
         results.append(result)
         print(f"{label(result)}: validation {validation(result):.4f}", flush=True)
         (out / "results.json").write_text(json.dumps(told | {"runs": results}, indent=1) + "\n")
@@ -47,6 +47,20 @@ def main(options: flags.FlagValues) -> None:
     (out / "table.md").write_text(text + "\n")
     plots(results, out)
     print(text)
+
+
+def known(path: str | None) -> dict[str, Result]:
+    """Command to what it came to, of a results.json.
+
+    Raises:
+        SpielError: If it is not one.
+    """
+    if path is None:
+        return {}
+    try:
+        return {run["command"]: run for run in json.loads(Path(path).read_text())["runs"]}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SpielError(f"--known={path} is no results.json of a study: {error}") from error
 
 
 if __name__ == "__main__":

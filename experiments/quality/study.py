@@ -71,13 +71,19 @@ def read(path: str) -> Study:
     return study
 
 
-def done(study: Study, out: Path, places: Sequence[Mapping[str, str]] = ({},)) -> Iterator[Result]:
+def done(
+    study: Study,
+    out: Path,
+    places: Sequence[Mapping[str, str]] = ({},),
+    known: Mapping[str, Result] | None = None,
+) -> Iterator[Result]:
     """What every run came to, those that are not done being done now: all rates first, then all seeds.
 
     Args:
         study: What is compared.
         out: Folder of the runs' folders.
         places: So many runs are done at a time; the environment variables of the process in each place.
+        known: Command to what it came to elsewhere, which is not done again.
     """
     free: SimpleQueue[Mapping[str, str]] = SimpleQueue()
     for place in places:
@@ -89,13 +95,14 @@ def done(study: Study, out: Path, places: Sequence[Mapping[str, str]] = ({},)) -
         try:
             if failures:  # of another run; no more are begun
                 raise failures[0]
-            told = outcome(trial(study, name, budget, rate, seed), out, place)
+            one = trial(study, name, budget, rate, seed)
+            told = (known or {}).get(one.told()) or outcome(one, out, place)
         except Exception as failure:
             failures.append(failure)
             raise
         finally:
             free.put(place)
-        return {"method": name, "budget": budget, "rate": rate, "seed": seed, **told}
+        return told | {"method": name, "budget": budget, "rate": rate, "seed": seed}
 
     first, *others = study.seeds
     pool = ThreadPoolExecutor(len(places))

@@ -62,7 +62,7 @@ def markdown(results: Sequence[Result], against: str | None = None) -> str:
             reference = at_best(groups[against, budget]) if (against, budget) in groups else []
             theirs = {run["seed"]: run["test"] for run in reference if "test" in run}
             cells.append(_spread([r["test"] - theirs[r["seed"]] for r in whole if r["seed"] in theirs], "+"))
-        cells += [f"{seconds(whole):.1f}" if whole else "-", _peak(whole)]
+        cells += [_seconds(whole, results), _peak(whole)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -70,6 +70,12 @@ def markdown(results: Sequence[Result], against: str | None = None) -> str:
 def seconds(runs: Sequence[Result]) -> float:
     """Of an ordinary step: the lower quartile, since the machine may be busy otherwise."""
     return median(quantiles(run["seconds_per_step"], method="inclusive")[0] for run in runs)
+
+
+def _seconds(runs: Sequence[Result], results: Sequence[Result]) -> str:
+    """Nothing to compare by if the study was not run on one kind of processor."""
+    kinds = {result["processor"] for result in results}
+    return f"{seconds(runs):.1f}" if runs and len(kinds) == 1 else "-"
 
 
 def _peak(runs: Sequence[Result]) -> str:

@@ -10,7 +10,7 @@ from spiel_jax.config.checks import (
     check_micro_batch,
     data_config,
     micro_batch_size,
-    with_grid,
+    with_defaults,
 )
 from spiel_jax.config.defaults import LINEAR_LAYERS, Config, default_config
 from spiel_jax.config.flat import ADJUSTABLE, differences, flatten, set_key, unflatten
@@ -29,5 +29,5 @@ __all__ = [
     "micro_batch_size",
     "set_key",
     "unflatten",
-    "with_grid",
+    "with_defaults",
 ]

@@ -345,7 +345,7 @@ KEYS: dict[str, Kind] = {
     "spiel.every": Whole(1),
     "spiel.accumulation": Whole(1),
     "spiel.schedule": _SCHEDULE,
-    "spiel.rate": Number(0, 1),
+    "spiel.rate": OrNone(Number(0, 1)),
     "spiel.first": OrNone(Number(high=1)),
     "spiel.candidate_ratio": Number(above=0),
     "spiel.candidates": OneOf(lambda: get_args(ProposeFrom)),

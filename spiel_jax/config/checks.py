@@ -14,7 +14,7 @@ from spiel_jax.data import DataConfig, SourceSpec
 from spiel_jax.data.templates import read_template
 from spiel_jax.errors import SpielError
 from spiel_jax.methods.registry import method_class
-from spiel_jax.optim.criteria.criterion import Complaint
+from spiel_jax.optim.criteria.criterion import CRITERIA, Complaint
 
 
 class ConfigError(SpielError):
@@ -145,15 +145,18 @@ def micro_batch_size(config: Config) -> int:
     return config.batch_size if config.micro_batch_size is None else config.micro_batch_size
 
 
-def with_grid(config: Config, mesh: Mapping[str, int], known: Mapping[str, Any]) -> Config:
-    """The config with its block grid filled in.
+def with_defaults(config: Config, mesh: Mapping[str, int], known: Mapping[str, Any]) -> Config:
+    """The config with what depends on mesh and method filled in: block grid and replacement rate.
 
     Args:
-        config: Its axes that are set stay.
+        config: What is set stays.
         mesh: Sizes of the run's mesh, which a new run that trains sparse deltas has its grid from.
-        known: Flat config of the run that is continued, whose grid it keeps; empty for a new run.
+        known: Flat config of the run that is continued, which keeps what it had; empty for a new run.
     """
     config = config.copy_and_resolve_references()
+    if config.spiel.rate is None:
+        growth = CRITERIA.get(config.rosa.entries if config.method == "rosa" else config.method)
+        config.spiel.rate = known.get("spiel.rate", None if growth is None else growth.default_rate)
     sparse = method_class(config.method).has_deltas
     for axis, blocks in config.targets.grid.items():
         if blocks is None:

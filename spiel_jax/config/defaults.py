@@ -29,7 +29,7 @@ def default_config() -> Config:
             "seed": 0,  # of the initial positions, the order of the data, random weights
             # spiel_ag | spiel_ma: entries evolve by accumulated gradients, by approximated moments
             # spiel_ma_adam: as spiel_ma, trained by Adam, whose second moments rows and columns seed
-            # random: they evolve at random (SET); with spiel.rate=0, a static random mask (SHiRA, SpaRTA)
+            # random: a static random mask (SHiRA, SpaRTA); with spiel.rate=0.2 it evolves at random (SET)
             # magnitude: static, largest or smallest pretrained weights (Super-Tuning)
             # lift: largest entries of a low-rank approximation of the weight, every spiel.every steps (LIFT)
             # structured: static, whole rows, columns or rectangles (S2FT)
@@ -89,7 +89,8 @@ def default_config() -> Config:
                 "every": 20,  # steps between reselections
                 "accumulation": 5,  # steps of the estimation phase before one
                 "schedule": "linear",  # of the replacement rate: linear | cosine | constant
-                "rate": 0.2,  # initial replacement rate
+                # initial replacement rate; default: 0.2, and 0 for random, whose entries then stay
+                "rate": optional(float),
                 # rate of the first reselection; negative: as the schedule says; default: 1 for SpIEL, whose
                 # entries start at random, and as the schedule says for random
                 "first": optional(float),

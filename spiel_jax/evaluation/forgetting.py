@@ -22,6 +22,7 @@ WINDOW = 256
 """Tokens of a text that are read together."""
 
 _ROWS = 4
+_WIDTH = 64  # windows are read at a multiple of it: so many programs at most as there are in a whole one
 _AT_ONCE = 64  # positions whose logits are formed at once
 
 
@@ -72,12 +73,13 @@ def forgetting(
     windows = [
         list(text[start : start + WINDOW]) for text in texts for start in range(0, len(text) - 1, WINDOW)
     ]
-    windows = [window for window in windows if len(window) > 1]
+    windows = sorted((window for window in windows if len(window) > 1), key=len, reverse=True)
     if not windows:
         raise SpielError("there are no texts of two tokens or more to compare the models on")
     starts = range(0, len(windows), rows)
     for start in tqdm(starts, desc="other texts", disable=not progress):
-        tokens, segments = np.zeros((2, rows, WINDOW), np.int32)
+        width = -(-len(windows[start]) // _WIDTH) * _WIDTH  # the longest of these comes first
+        tokens, segments = np.zeros((2, rows, width), np.int32)
         for row, window in enumerate(windows[start : start + rows]):
             tokens[row, : len(window)] = window
             segments[row, : len(window)] = 1

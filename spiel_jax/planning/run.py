@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from spiel_jax.adapters.start import read_start
-from spiel_jax.config import Config, ConfigError, micro_batch_size, with_grid
+from spiel_jax.config import Config, ConfigError, micro_batch_size, with_defaults
 from spiel_jax.distributed.mesh import batch_sharding
 from spiel_jax.methods.configured import check_layout
 from spiel_jax.methods.method import Method, TrainState, compiled_step
@@ -83,7 +83,7 @@ def prepare(config: Config, model: ModelConfig, mesh: Mesh) -> PlannedRun:
         ConfigError: If no micro-batch can be spread over the mesh.
         SpielError: If the mesh does not divide the model or the grid.
     """
-    given, config = config, with_grid(config, mesh.shape, {})
+    given, config = config, with_defaults(config, mesh.shape, {})
     config.micro_batch_size = _spread_micro_batch(config, mesh)
     check_layout(config, model, mesh, has_deltas=method_class(config.method).has_deltas)
     steps = config.steps or _STEPS

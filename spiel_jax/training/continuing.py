@@ -53,7 +53,7 @@ def check_config_of(
     Args:
         workdir: The run's folder.
         known: The checkpoint's metadata.
-        config: With its block grid filled in.
+        config: With what depends on mesh and method filled in.
         extend: Whether the run may be made longer.
         accept_new_data: Whether data may be others.
 

@@ -30,7 +30,7 @@ from spiel_jax.config import (
     flatten,
     micro_batch_size,
     unflatten,
-    with_grid,
+    with_defaults,
 )
 from spiel_jax.data.reports import taken
 from spiel_jax.data.templates import templates_of
@@ -148,7 +148,7 @@ def run(
         processes.check_same({"newest checkpoint in --workdir": None if known is None else known["step"]})
         claim = Claim(workdir, as_given(config), known, accept_new_data)
         config = with_known_places(config, known)
-        config = with_grid(config, mesh.shape, {} if known is None else known["config"])
+        config = with_defaults(config, mesh.shape, {} if known is None else known["config"])
         if known is None:
             processes.together(lambda: write_config(workdir, config) if first else None)
             processes.together(lambda: None if first else find_workdir(workdir, config))

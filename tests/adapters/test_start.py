@@ -15,7 +15,7 @@ from spiel_jax.adapters import AdapterError, SparseAdapter, adapter_of_run, writ
 from spiel_jax.adapters.stacking import entries_of
 from spiel_jax.adapters.start import read_start
 from spiel_jax.checkpoint import read_metadata
-from spiel_jax.config import ConfigError, check_config, with_grid
+from spiel_jax.config import ConfigError, check_config, with_defaults
 from spiel_jax.methods.registry import build
 from spiel_jax.models import abstract_params, open_model
 from spiel_jax.optim.positions import deltas
@@ -139,7 +139,7 @@ class TestInitFrom:
 
     def test_the_state_that_a_method_begins_with(self, adapter, llama_folder, data, tmp_path):
         write_adapter(adapter, tmp_path / "a")
-        config = with_grid(starting(llama_folder, data, tmp_path / "a"), {"fsdp": 2, "tensor": 1}, {})
+        config = with_defaults(starting(llama_folder, data, tmp_path / "a"), {"fsdp": 2, "tensor": 1}, {})
         model = open_model(str(llama_folder)).config
         start = read_start(config, model)
         method = build(config, model, 1, start.targets)

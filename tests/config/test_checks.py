@@ -13,10 +13,13 @@ from spiel_jax.config import (
     flatten,
     set_key,
     unflatten,
+    with_defaults,
 )
 from spiel_jax.config.bounds import KEYS
 from spiel_jax.config.checks import near_keys, without_effect
 from spiel_jax.methods.registry import method_names
+
+ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
 @pytest.fixture
@@ -103,7 +106,7 @@ def test_what_no_run_could_use(config, key, value, message):
         ({"method": "spiel_ma"}, "optimizer.b1", "method = 'spiel_ma'"),
         ({"method": "random"}, "spiel.candidate_ratio", "method = 'random'"),
         ({"method": "magnitude"}, "spiel.every", "method = 'magnitude'"),
-        ({"method": "gradient"}, "spiel.rate", "method = 'gradient'"),
+        ({"method": "gradient", "spiel.rate": 0.1}, "spiel.rate", "method = 'gradient'"),
         ({"method": "lora"}, "targets.density", "method = 'lora'"),
         ({"method": "ia3"}, "lora.alpha", "method = 'ia3'"),
         ({"method": "full"}, "targets.rules", "method = 'full'"),
@@ -174,3 +177,22 @@ def test_every_key_can_be_set_to_any_type(config):
         stored = flatten(unflatten(flatten(config)))
         assert stored == dict.fromkeys(KEYS, list(value) if isinstance(value, tuple) else value)
     assert config.is_locked
+
+
+@pytest.mark.parametrize(
+    ("method", "entries", "rate"),
+    [
+        ("spiel_ma", "gradient", 0.2),
+        ("random", "gradient", 0.0),
+        ("rosa", "random", 0.0),
+        ("rosa", "spiel_ag", 0.2),
+        ("lora", "gradient", None),
+    ],
+)
+def test_the_replacement_rate_is_the_method_s_or_the_continued_run_s(config, method, entries, rate):
+    config.method, config.rosa.entries = method, entries
+    assert with_defaults(config, ONE_DEVICE, {}).spiel.rate == rate
+    assert with_defaults(config, ONE_DEVICE, {"spiel.rate": 0.3}).spiel.rate == 0.3
+    config.spiel.rate = 0.5
+    assert with_defaults(config, ONE_DEVICE, {"spiel.rate": 0.3}).spiel.rate == 0.5
+    assert config.targets.grid.fsdp is None  # a copy was filled in

@@ -10,6 +10,7 @@ from support.run_cases import chat_file, tiny_config
 
 from experiments import trials
 from experiments.quality import study as studies
+from experiments.quality.__main__ import known
 from experiments.quality.study import Candidate, Study, done, read, trial
 from experiments.quality.tables import at_best, markdown, plots, validation
 from experiments.quality.trial import test_loss as loss_on_the_test
@@ -35,10 +36,11 @@ def stub(one, out, place):
     """Best at 2e-3; the test says half as much more, and a seed a hundredth."""
     rate, seed = one.settings["optimizer.learning_rate"], one.settings["seed"]
     if rate == 4e-3:
-        return {"command": "", "diverged": True}
+        return {"command": one.told(), "processor": "this", "diverged": True}
     loss = 3 + abs(rate - 2e-3) + seed / 100 - 0.5 * (one.settings["method"] == "random")
     told = {"heldout": [[0, 4.0], [6, loss]], "losses": [4.0, loss], "test": loss + 0.5}
-    return {**told, "command": "", "seconds_per_step": [1.0, 1.0, 2.0, 2.0], "peak_gib": 1.0}
+    place = {"command": one.told(), "processor": "this"}
+    return {**told, **place, "seconds_per_step": [1.0, 1.0, 2.0, 2.0], "peak_gib": 1.0}
 
 
 @pytest.fixture
@@ -93,6 +95,32 @@ def test_table(results):
     assert lora[2] == "0.002 (an end)"
     assert fixed[4:] == ["2.5100 ± 0.0058", "3.0100 ± 0.0058", "-0.5000 ± 0.0000", "1.0", "1.0"]
     assert lora[5:7] == ["3.5100 ± 0.0058", "+0.0000 ± 0.0000"]
+
+
+def test_no_times_of_several_kinds_of_processors(results):
+    rows = markdown([{**results[0], "processor": "other"}, *results[1:]]).split("\n")[2:]
+    assert [row.split("|")[-3].strip() for row in rows] == ["-", "-"]
+
+
+def test_what_was_done_elsewhere_is_not_done_again(results, monkeypatch, tmp_path):
+    begun = []
+
+    def counted(one, out, place):
+        begun.append(one.name)
+        return stub(one, out, place)
+
+    monkeypatch.setattr(studies, "outcome", counted)
+    (tmp_path / "results.json").write_text(json.dumps({"runs": results[:-2]}))
+    assert list(done(STUDY, tmp_path, known=known(str(tmp_path / "results.json")))) == results
+    assert begun == ["fixed-small-0.002-2", "lora-small-0.002-2"]
+    assert known(None) == {}
+
+
+@pytest.mark.parametrize("content", ["[1", "{}", '{"runs": [{"rate": 1}]}', '{"runs": [1]}'])
+def test_results_that_are_none(content, tmp_path):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(SpielError, match=r"--known=.*is no results\.json"):
+        known(str(tmp_path / "results.json"))
 
 
 def test_plots(results, tmp_path):
@@ -169,6 +197,7 @@ def test_what_is_done_is_not_done_again(process, tmp_path):
     assert first == {
         "command": "python -m spiel_jax.train --config=configs/smollm2_135m.py --workdir=runs/one "
         "--config.seed=1",
+        "processor": trials.processor(),
         "heldout": [[0, 4.0]],
         "losses": [3.5],
         "seconds_per_step": [0.5],
@@ -176,6 +205,9 @@ def test_what_is_done_is_not_done_again(process, tmp_path):
     }
     assert outcome(ONE, tmp_path) == first
     assert len(calls) == 1
+    other = Trial("one", ONE.config, {"seed": 2})
+    with pytest.raises(SpielError, match=r"has a run of\n.*seed=1\nand not of\n.*seed=2"):
+        outcome(other, tmp_path)
 
 
 def test_a_process_has_the_variables_of_its_place(process, tmp_path):
@@ -201,7 +233,7 @@ def test_a_run_that_diverged_has_no_more(process, tmp_path):
     process[0].append(1)
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "measured.json").write_text(json.dumps({"diverged": True}))
-    assert outcome(ONE, tmp_path).keys() == {"command", "diverged"}
+    assert outcome(ONE, tmp_path).keys() == {"command", "processor", "diverged"}
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def test_targets_of_the_default_are_the_linears_of_the_blocks(config):
     [
         ("spiel_ag", AccumulatedGradients(), [5, 25, 45]),
         ("spiel_ma", MomentApproximation(shared=True), [5, 25, 45]),
-        ("random", RandomGrowth(), [5, 25, 45]),
+        ("random", RandomGrowth(), []),
         ("magnitude", LargestWeights(), []),
         ("gradient", FirstGradients(seeds=False, propose_active=True), [5]),
         ("lift", LowRankMagnitude(128), [20, 40]),
@@ -70,7 +70,7 @@ def test_sparse_methods_differ_by_growth_and_schedule(config, method, growth, st
     assert training.growth == growth
     schedule = training.schedule
     assert schedule.steps == steps
-    assert schedule.rates[:1] == ([1.0] if method != "random" else [0.2 * (1 - 5 / 50)])[: len(steps)]
+    assert schedule.rates[:1] == [1.0][: len(steps)]
     assert (training.start is not None) == (method in ("magnitude", "lift"))
 
 
@@ -83,10 +83,11 @@ def test_options_of_growth(config):
     config.method = "spiel_ag"
     assert CRITERIA[config.method].from_config(config) == AccumulatedGradients(ratio=1.5)
     assert CRITERIA[config.method].schedule(config, 50).rates[0] == 0.5
-    config.spiel.rate = 0.0
-    config.spiel.first = -1.0
     config.method = "random"
+    config.spiel.first = -1.0
     assert CRITERIA[config.method].schedule(config, 50).steps == []  # a static random mask
+    config.spiel.rate = 0.2
+    assert CRITERIA[config.method].schedule(config, 50).rates == pytest.approx([0.18, 0.1, 0.02])
 
 
 @pytest.mark.parametrize(

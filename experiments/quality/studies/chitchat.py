@@ -1,4 +1,4 @@
-"""Sparse sets beside LoRA of rank 8 and all weights: SmolLM2-135M, 60 steps of 4 × 256 tokens."""
+"""Every method beside LoRA of rank 8 and all weights: SmolLM2-135M, 60 steps of 4 × 256 tokens."""
 
 from experiments.quality.study import Candidate, Study
 
@@ -15,6 +15,7 @@ SETTINGS = {
     "sample.prompt": None,
 }
 EVOLVING = {"spiel.every": 10, "spiel.accumulation": 3}
+LORA = {"method": "lora", "lora.alpha": 16.0, "lora.dropout": 0.0}
 HALVES = {  # of the budget: random entries, and LoRA on the same weights from the first step on
     "method": "rosa",
     "rosa.entries": "random",
@@ -34,19 +35,27 @@ def get_study() -> Study:
         settings=SETTINGS,
         budgets={"": {"targets.num_tunable": ENTRIES, "lora.rank": 8}},
         candidates={
-            "lora": Candidate(
-                {"method": "lora", "lora.alpha": 16.0, "lora.dropout": 0.0}, (1.5e-3, 3e-3, 6e-3, 1.2e-2)
-            ),
+            "lora": Candidate(LORA, (1.5e-3, 3e-3, 6e-3, 1.2e-2)),
             "random, fixed": Candidate({"method": "random", "spiel.rate": 0.0}, (2.5e-3, 5e-3, 1e-2, 2e-2)),
+            "random, evolving": Candidate(
+                {"method": "random", "spiel.rate": 0.2, **EVOLVING}, (2.5e-3, 5e-3, 1e-2)
+            ),
             "full": Candidate({"method": "full"}, (7.5e-5, 1.5e-4, 3e-4)),
             "gradient, fixed": Candidate({"method": "gradient", "spiel.accumulation": 3}, (5e-4, 1e-3, 2e-3)),
-            "spiel_ag": Candidate({"method": "spiel_ag", **EVOLVING}, (2.5e-4, 5e-4, 1e-3, 2e-3)),
+            "spiel_ag": Candidate({"method": "spiel_ag", **EVOLVING}, (2.5e-4, 5e-4, 1e-3)),
             "spiel_ma": Candidate({"method": "spiel_ma", **EVOLVING}, (2.5e-3, 5e-3, 1e-2)),
             "random + lora": Candidate(HALVES, (1.25e-3, 2.5e-3, 5e-3), {"rosa.learning_rate": 0.8}),
-            "lora, rank 4": Candidate(  # what the other half adds
-                {"method": "lora", "lora.rank": 4, "lora.alpha": 16.0, "lora.dropout": 0.0},
-                (1.5e-3, 3e-3, 6e-3),
+            "lift, fixed": Candidate(  # not looked for again within the run
+                {"method": "lift", "spiel.every": 1000, "spiel.filter_rank": 32}, (2.5e-3, 5e-3, 1e-2)
             ),
+            "magnitude, fixed": Candidate({"method": "magnitude"}, (2.5e-3, 5e-3, 1e-2)),
+            "gradient, balanced by rows": Candidate(
+                {"method": "gradient", "spiel.accumulation": 3, "targets.balance.rows": 1}, (1e-3, 2e-3, 4e-3)
+            ),
+            "rslora": Candidate({**LORA, "lora.rslora": True}, (5e-4, 1e-3, 2e-3)),
+            "ia3": Candidate({"method": "ia3"}, (1e-2, 2e-2, 4e-2)),
+            # what the other half of "random + lora" adds
+            "lora, rank 4": Candidate({**LORA, "lora.rank": 4}, (1.5e-3, 3e-3, 6e-3)),
         },
         against="lora",
     )

@@ -126,6 +126,7 @@ class Criterion:
     salience: ClassVar[Callable[..., jax.Array] | None] = None
     watch: ClassVar[Callable[..., jax.Array] | None] = None
     measures: ClassVar[bool] = False
+    default_rate: ClassVar[float] = 0.2  # of replacement, where ``spiel.rate`` does not say
     in_original: ClassVar[bool] = False  # whether the original implementation has it
     can_keep_zeros: ClassVar[bool] = False  # whether ``keep_zeros`` is a field of it
     reselects_once: ClassVar[bool] = False  # its one phase may then be longer than ``spiel.every``
@@ -298,7 +299,7 @@ class Criterion:
         Entries that come from an adapter (``init_from``) are not random, and are not all replaced.
         """
         first = 1.0 if config.init_from.adapter is None else None
-        return configured_schedule(config.spiel, steps, first)
+        return configured_schedule(config.spiel, steps, first, cls.default_rate)
 
     @classmethod
     def optimizer(
@@ -364,21 +365,23 @@ def unused_keys(criterion: type[Criterion]) -> tuple[str, ...]:
     return (*criterion.unused, *(key for key in owned if key not in criterion.own))
 
 
-def configured_schedule(settings: Any, steps: int, first: float | None) -> Reselection:
+def configured_schedule(settings: Any, steps: int, first: float | None, rate: float) -> Reselection:
     """The schedule that ``config.spiel`` describes.
 
     Args:
         settings: That section.
         steps: Optimizer steps of the run.
         first: Rate of the first reselection where the section does not say; None: as the others.
+        rate: Replacement rate where it does not say.
     """
     rates = {"linear": schedules.linear, "cosine": schedules.cosine, "constant": schedules.constant}
     first = first if settings.first is None else settings.first
+    rate = rate if settings.rate is None else settings.rate
     schedule = Reselection(
         total_steps=steps,
         every=settings.every,
         accumulation=settings.accumulation,
-        rate=rates[settings.schedule](settings.rate),
+        rate=rates[settings.schedule](rate),
         first=None if first is None or first < 0 else first,
         long_phases=is_reference(settings.parity),
     )

@@ -21,7 +21,7 @@ from spiel_jax.sparse.targets import Target
 @register("random")
 @dataclass(frozen=True)
 class RandomGrowth(NonZeros):
-    """Grows random entries (SET); at a replacement rate of 0, a static random mask (SHiRA, SpaRTA).
+    """Random entries: a static mask (SHiRA, SpaRTA), or with a replacement rate others grow (SET).
 
     Its only statistic is a PRNG key per matrix. A reselection takes O(k log k): one entry is drawn from each
     of n equal strata of the inactive entries.
@@ -44,6 +44,7 @@ class RandomGrowth(NonZeros):
     """
 
     own = ("spiel.drop_by",)
+    default_rate = 0.0
 
     key: int | jax.Array = 0
     keep_zeros: bool = False
@@ -56,7 +57,7 @@ class RandomGrowth(NonZeros):
     @classmethod
     def schedule(cls, config: Any, steps: int) -> Reselection:
         """See ``Criterion``; the first reselection is no other than the rest."""
-        return configured_schedule(config.spiel, steps, first=None)
+        return configured_schedule(config.spiel, steps, None, cls.default_rate)
 
     def init(self, targets: Mapping[str, Target], values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """A key per matrix: target name to uint32 [..., words]."""
