@@ -5,25 +5,28 @@ r"""Scoring and generation beside transformers', on the same weights, prompts an
 Each round runs ours and theirs in turn; the table has medians over rounds, the first of which (ours compiles)
 does not count. The ratios are of processor time as well, which other programs on the machine change less.
 
-Record, SmolLM2-135M-Instruct in float32, 2 cores of an Intel Xeon with AMX and AVX-512, seconds (of
-processors); scoring beside other programs of lower priority, generation alone, --rounds=1:
+Record, SmolLM2-135M-Instruct in float32, on 2 cores, seconds (of processors). AMD EPYC (Zen 4, AVX-512);
+scoring and `generate` are the median of 2 rounds, before pieces of 256 and before a rest of prompts waited,
+generation is the median of 3 rounds:
 
-    scoring 200 texts, 41,856 tokens   ours 13.2 (20.7)    transformers 21.0 (36.5)
-    continuing 200 texts, 4,466 tokens ours 49.4 (83.6)    transformers 52.8 (105.2)
+    scoring 200 texts, 41,856 tokens     ours 14.7 (26.0)    transformers 36.3 (68.6)     2.47 times
+    continuing 200 texts, 4,466 tokens   ours 59.5 (102.9)   transformers 94.6 (184.1)    1.59 times
+    the same in batches, by `generate`   139.6 (249.4), where continuations took 60.2
 
-All 200 texts are equal. On one core of a machine that other programs use up, --texts=40, in turns, seconds
-of processors: ours 17.9, 17.0, transformers 29.8, 30.9. Before (one array for all layers, prompts padded to
-one length) 200 texts took 101.3 (157.2) where transformers took 78.9 (138.1). A step of 16 rows in bfloat16
-at 64 slots takes 0.11 s (0.60). The programs take twice as long to compile: of 30 layers 2 to 6 s each, 17 s
-of processors for 40 texts.
+Intel Xeon with AMX and AVX-512, earlier, beside other programs but for generation, of one round:
 
-Where the time goes, in seconds of processors, beside other programs. Half of it is steps, half is reading
-prompts. Of a step of 16 rows at 256 slots (0.133) products with weights take 0.099, and with 4 rows
-instead of 16, which is reading the weights and little else, 0.076; attention 0.035, of which 0.02 is
-reading the cache. Prompts were read at 2.9 ms a token, of which the products are 1.66 at 130 GFLOP/s,
-near what a core does; then pieces that begin left out the empty cache (0.27 for 0.30 a piece of 128).
-Reading more prompts at once, or waiting for more free rows, gains 4%. The products are XLA's (YNNPACK),
-where no option was faster; keys that lie turned would make a step 8% shorter.
+    scoring                              ours 13.2 (20.7)    transformers 21.0 (36.5)     1.59 times
+    continuing                           ours 49.4 (83.6)    transformers 52.8 (105.2)    1.07 times
+
+All 200 texts are equal, on both. The ratio is one of CPUs: of the same work transformers' products take twice
+as long on the one as on the other. Programs take 2 to 6 s each to compile, of 30 layers.
+
+Where the time goes, on the EPYC: of 61 s 29 are 292 steps and 32 were 156 calls that read prompts. A step of
+16 rows takes 74 ms at 64 slots and 135 at 512, where attention is half. A call takes 59 ms, which is reading
+the weights, and 1.42 a token. So a rest of prompts that fills less than half a piece now waits for the next
+call, and there are pieces of 256: 92 calls, and 301 steps for 292 (by these costs 55 s; alone in one process
+it then took 50.1 where it had taken 61.1). Keys that lie turned save 5 ms of processors a step, 3%: left. The
+products are XLA's (YNNPACK), where no option was faster.
 """
 
 import json

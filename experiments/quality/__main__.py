@@ -5,7 +5,8 @@ r"""A study: methods × budgets × learning rates × seeds, each method at the b
 A study file has ``get_study()``, which returns a ``Study``. Each run is a process of its own, one at a time
 or several (``--jobs``, ``--gpus``). Those that are done are not done again, and one that was interrupted
 goes on: the same command continues. Prints a table, and writes it, plots, and what every run came to with
-its command (results.json) into --out.
+its command (results.json) into --out. With ``--elsewhere`` it also says what the runs at the best rates cost
+on other texts.
 """
 
 import json
@@ -14,8 +15,9 @@ from typing import Any
 
 from absl import flags
 
-from experiments.quality.study import done, read
-from experiments.quality.tables import Result, label, markdown, plots, validation
+from experiments.quality.elsewhere import elsewhere
+from experiments.quality.study import done, read, trial
+from experiments.quality.tables import Result, at_best, grouped, label, markdown, plots, validation
 from spiel_jax import cli
 from spiel_jax.errors import SpielError
 
@@ -27,6 +29,12 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("known", None, "A results.json: runs in it are not done again.", flag_values=values)
     flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1, flag_values=values)
     flags.DEFINE_list("gpus", [], "Numbers of NVIDIA GPUs: on each one run at a time.", flag_values=values)
+    flags.DEFINE_string(
+        "elsewhere",
+        None,
+        "Folder of benchmarks: what the runs at the best rates cost on texts that they were not about.",
+        flag_values=values,
+    )
 
 
 def main(options: flags.FlagValues) -> None:
@@ -39,10 +47,21 @@ def main(options: flags.FlagValues) -> None:
     }
     places = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in options.gpus] or [{}] * options.jobs
     results: list[Result] = []
+
+    def write() -> None:
+        (out / "results.json").write_text(json.dumps(told | {"runs": results}, indent=1) + "\n")
+
     for result in done(study, out, places, known(options.known)):
         results.append(result)
         print(f"{label(result)}: validation {validation(result):.4f}", flush=True)
-        (out / "results.json").write_text(json.dumps(told | {"runs": results}, indent=1) + "\n")
+        write()
+    if options.elsewhere is not None:
+        for result in (run for runs in grouped(results).values() for run in at_best(runs)):
+            one = trial(study, *(result[key] for key in ("method", "budget", "rate", "seed")))
+            if found := elsewhere(out / one.name, Path(options.elsewhere)):
+                result["elsewhere"] = found
+                print(f"{label(result)}: elsewhere {found['tuned'] - found['base']:+.4f}", flush=True)
+                write()
     text = markdown(results, study.against)
     (out / "table.md").write_text(text + "\n")
     plots(results, out)

@@ -40,9 +40,11 @@ def at_best(runs: Sequence[Result]) -> list[Result]:
 
 
 def markdown(results: Sequence[Result], against: str | None = None) -> str:
-    """The table: mean ± standard error over seeds."""
+    """The table: mean ± standard error over seeds. Of other texts what the loss there has risen by."""
     beside = [] if against is None else [f"beside {against}"]
-    head = ["method", "rates tried", "best", "seeds", "validation", "test", *beside, "s a step", "GiB"]
+    other = ["other texts", "KL there"] if any("elsewhere" in result for result in results) else []
+    head = ["method", "rates tried", "best", "seeds", "validation", "test", *beside, *other]
+    head += ["s a step", "GiB"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     groups = grouped(results)
     for (_, budget), runs in groups.items():
@@ -62,6 +64,10 @@ def markdown(results: Sequence[Result], against: str | None = None) -> str:
             reference = at_best(groups[against, budget]) if (against, budget) in groups else []
             theirs = {run["seed"]: run["test"] for run in reference if "test" in run}
             cells.append(_spread([r["test"] - theirs[r["seed"]] for r in whole if r["seed"] in theirs], "+"))
+        if other:
+            found = [run["elsewhere"] for run in chosen if "elsewhere" in run]
+            cells.append(_spread([one["tuned"] - one["base"] for one in found], "+"))
+            cells.append(_spread([one["divergence"] for one in found]))
         cells += [_seconds(whole, results), _peak(whole)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from spiel_jax.models.storage.packed import runs_on_cpu
 BLOCK = 8
 """Tokens that are made for every row before the host looks at them."""
 
-_PIECES = {"cpu": (64, 128), "other": (256, 1024)}
+_PIECES = {"cpu": (64, 128, 256), "other": (256, 1024)}
 """Tokens of prompts that a device reads at once."""
 
 _ENDS = 16  # prompts that end in them, at most
@@ -134,7 +134,7 @@ class _Batch:
 
     def run(self) -> Iterator[tuple[int, list[int]]]:
         """The new tokens of every request, as they end."""
-        while self.waiting or self._live():
+        while self.waiting or any(row.number is not None for row in self.rows):
             self._refill()
             self._compact()
             if self._live():
@@ -143,7 +143,12 @@ class _Batch:
             self.finished.clear()
 
     def _live(self) -> list[int]:
-        return [place for place, row in enumerate(self.rows) if row.number is not None]
+        """Rows that make tokens."""
+        return [place for place, row in enumerate(self.rows) if row.number is not None and row.new]
+
+    def _unread(self) -> list[int]:
+        """Rows whose prompts are not read to the end."""
+        return [place for place, row in enumerate(self.rows) if row.number is not None and not row.new]
 
     def _fit(self, length: int) -> None:
         """Makes sure of so many slots; gives back those that are not needed."""
@@ -160,7 +165,7 @@ class _Batch:
 
     def _compact(self) -> None:
         """A quarter of the rows, when no more are needed for what is left."""
-        live = self._live()
+        live = self._live() + self._unread()
         few = len(self.rows) // 4
         if self.waiting or not live or few < batch_devices() or len(live) > few or few % batch_devices():
             return
@@ -173,7 +178,7 @@ class _Batch:
     def _refill(self) -> None:
         """Gives the free rows to texts that wait, and reads these."""
         free = [place for place, row in enumerate(self.rows) if row.number is None]
-        reading: list[int] = []
+        reading = self._unread()
         while free and self.waiting:
             number = self.waiting[-1]
             tokens = list(self.requests[number].tokens)
@@ -181,7 +186,7 @@ class _Batch:
             asked = [_common(self._prompt(place), tokens[:-1]) for place in reading]
             best = int(np.argmax(shared))
             if max(asked, default=0) >= max(shared[best], _WORTH - 1) + 1:
-                self._read(reading)  # one of these will hold what this one begins with
+                self._read(reading, whole=True)  # one of these will hold what this one begins with
                 reading = []
                 continue
             self.waiting.pop()
@@ -195,7 +200,7 @@ class _Batch:
             start = _common(row.held, tokens[:-1])
             self.rows[place] = _Row(number, row.held[:start])
             reading.append(place)
-        self._read(reading)
+        self._read(reading, whole=False)
 
     def _number(self, place: int) -> int:
         number = self.rows[place].number
@@ -205,8 +210,12 @@ class _Batch:
     def _prompt(self, place: int) -> list[int]:
         return list(self.requests[self._number(place)].tokens)
 
-    def _read(self, todo: list[int]) -> None:
-        """Reads what is missing of the rows' prompts, and chooses their first tokens."""
+    def _read(self, todo: list[int], *, whole: bool) -> None:
+        """Reads what is missing of the rows' prompts, and chooses their first tokens.
+
+        Unless the ``whole`` is wanted, a rest that fills less than half a piece is left for the next time:
+        a call costs what it takes to read the weights, however few its tokens are.
+        """
         if not todo:
             return
         self._fit(max(self.past.slots, *(len(self._prompt(place)) for place in todo)))
@@ -214,6 +223,8 @@ class _Batch:
         while todo:
             left = sum(len(self._prompt(place)) - len(self.rows[place].held) for place in todo)
             full = left // batch_devices()
+            if not whole and 2 * full < sizes[0] and self._live():
+                return
             size = max((size for size in sizes if 3 * size <= 4 * full), default=sizes[0])
             self._read_pieces(todo, size)
             begun = [place for place in todo if self.rows[place].number is not None]
@@ -264,11 +275,11 @@ class _Batch:
 
     def _decode(self) -> None:
         live = self._live()
-        longest = max(len(self.rows[place].held) for place in live)
-        self._fit(longest + BLOCK)
+        longest = max(len(self.rows[place].held) for place in live) + BLOCK
+        self._fit(max(longest, *(len(self._prompt(place)) for place in self._unread()), 0))
         ended = len(self.rows) - len(live)
         enough = len(self.rows)
-        if self.waiting:  # do not stop for each row by itself
+        if self.waiting or self._unread():  # do not stop for each row by itself
             enough = min(ended + max(len(self.rows) // 8, 1), enough)
         self._used("decode", self.stops, self.way)
         self.past, tokens, made = steps.decode(
@@ -299,6 +310,7 @@ class _Batch:
     def _state(self) -> steps.Rows:
         """The rows as the device wants them."""
         anyone = self.requests[self._number(self._live()[0])]
+        live = set(self._live())
         asked = [anyone if row.number is None else self.requests[row.number] for row in self.rows]
         stop = np.full((len(asked), self.stops), -2, np.int32)
         for slot, request in enumerate(asked):
@@ -307,12 +319,15 @@ class _Batch:
         def numbers(of: Any) -> np.ndarray:
             return np.array([of(row) for row in self.rows], np.int32)
 
+        def of_live(of: Any) -> np.ndarray:
+            return np.array([of(row) if at in live else 0 for at, row in enumerate(self.rows)], np.int32)
+
         return steps.Rows(
-            last=numbers(lambda row: 0 if row.number is None else row.new[-1]),
-            length=numbers(lambda row: 0 if row.number is None else len(row.held)),
+            last=of_live(lambda row: row.new[-1]),
+            length=of_live(lambda row: len(row.held)),
             made=numbers(lambda row: len(row.new)),
             limit=np.array([request.max_new_tokens for request in asked], np.int32),
-            ended=np.array([row.number is None for row in self.rows]),
+            ended=np.array([place not in live for place in range(len(self.rows))]),
             stop=stop,
             choice=_choice(asked),
         )

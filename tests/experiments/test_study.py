@@ -11,6 +11,7 @@ from support.run_cases import chat_file, tiny_config
 from experiments import trials
 from experiments.quality import study as studies
 from experiments.quality.__main__ import known
+from experiments.quality.elsewhere import elsewhere
 from experiments.quality.study import Candidate, Study, done, read, trial
 from experiments.quality.tables import at_best, markdown, plots, validation
 from experiments.quality.trial import test_loss as loss_on_the_test
@@ -100,6 +101,18 @@ def test_table(results):
 def test_no_times_of_several_kinds_of_processors(results):
     rows = markdown([{**results[0], "processor": "other"}, *results[1:]]).split("\n")[2:]
     assert [row.split("|")[-3].strip() for row in rows] == ["-", "-"]
+
+
+def test_what_it_costs_on_other_texts(results):
+    told = [
+        {**run, "elsewhere": {"base": 2.0, "tuned": 2.1 + run["seed"] / 100, "divergence": 0.5}}
+        if run["method"] == "lora" and run["rate"] == 2e-3
+        else run
+        for run in results
+    ]
+    fixed, lora = ([cell.strip() for cell in row.split("|")] for row in markdown(told).split("\n")[2:])
+    assert fixed[-5:-3] == ["-", "-"]
+    assert lora[-5:-3] == ["+0.1100 ± 0.0058", "0.5000 ± 0.0000"]
 
 
 def test_what_was_done_elsewhere_is_not_done_again(results, monkeypatch, tmp_path):
@@ -236,6 +249,15 @@ def test_a_run_that_diverged_has_no_more(process, tmp_path):
     assert outcome(ONE, tmp_path).keys() == {"command", "processor", "diverged"}
 
 
+def test_a_run_that_is_not_there_costs_nothing_that_is_known(tmp_path):
+    assert elsewhere(tmp_path / "none", tmp_path) is None
+    (tmp_path / "one" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(SpielError, match=r"one: .*checkpoint"):
+        elsewhere(tmp_path / "one", tmp_path)
+    (tmp_path / "one" / "elsewhere.json").write_text('{"base": 2.0}')
+    assert elsewhere(tmp_path / "one", tmp_path) == {"base": 2.0}
+
+
 @pytest.mark.slow
 def test_the_test_is_what_the_run_did_not_evaluate(tmp_path, llama_folder):
     """Of the same text, so that both losses must be near; and of other batches, so that they differ."""
@@ -245,6 +267,12 @@ def test_the_test_is_what_the_run_did_not_evaluate(tmp_path, llama_folder):
     found = loss_on_the_test(config, tmp_path / "run")
     assert found != summary
     assert found == pytest.approx(summary, rel=0.1)
+    (tmp_path / "data" / "gsm8k").mkdir(parents=True)
+    (tmp_path / "data" / "gsm8k" / "test.jsonl").write_text('{"question": "say tea", "answer": "tea"}\n')
+    other = elsewhere(tmp_path / "run", tmp_path / "data")
+    assert other is not None
+    assert other.keys() == {"base", "tuned", "divergence", "agreement", "tokens"}
+    assert other["divergence"] > 0
 
 
 def trials_run(config, workdir):

@@ -149,13 +149,31 @@ class TestContinuations:
         found = continuations(Served(CONFIG, params), asked, most_rows=16, programs=programs)
         assert [len(new) for new in found] == [r.max_new_tokens for r in asked]
         decoders = {used for used in programs if used[0] == "decode"}
-        assert {slots for _, _, slots, *_ in decoders} == {128, 256, 512}  # long ones first, on to the short
-        assert {rows for _, rows, *_ in decoders} == {16, 4}
+        assert {slots for _, _, slots, *_ in decoders} == {64, 128, 256, 512}  # on from long ones to short
+        assert {rows for _, rows, *_ in decoders} == {16, 4, 1}
         assert len(decoders) <= 6
         readers = {used for used in programs if used[0] == "read"}
         assert {slots for _, _, slots, *_ in readers} >= {0, 512}  # texts that begin, and what begins alike
-        assert len(readers) <= 8  # of two sizes
-        assert len(programs) <= 20
+        assert len(readers) <= 12  # of three sizes
+        assert len(programs) <= 25
+
+    def test_a_small_rest_of_the_prompts_waits_while_others_go_on(self, params, not_run, monkeypatch):
+        counts, read = [], generation.steps.read
+
+        def counted(*arguments, way):
+            counts.append(int(np.sum(arguments[3].slots < 64)))
+            return read(*arguments, way=way)
+
+        monkeypatch.setattr(generation.steps, "read", counted)
+        rng = np.random.default_rng(0)
+        asked = [
+            Request(tokens=rng.integers(0, 96, 20).tolist(), max_new_tokens=1 + 3 * n) for n in range(12)
+        ]
+        found = continuations(Served(CONFIG, params), asked, most_rows=8)
+        assert [len(new) for new in found] == [r.max_new_tokens for r in asked]
+        assert sum(counts) == 12 * 20
+        assert min(counts[:-1]) >= 32  # half a piece; the last is what is left
+        assert counts[0] == 128
 
     def test_memory_decides_how_many_run_at_once(self, params, not_run):
         served, programs = Served(CONFIG, params), set()
