@@ -43,6 +43,7 @@ def trained(llama_folder, data, tmp_path_factory):
     config = tiny_config(llama_folder, data, "random")
     config.targets.rules = (r".*\.1\.mlp\.up_proj\.weight", r".*\.o_proj\.weight")
     config.checkpoint_every, config.spiel.every, config.spiel.accumulation = 3, 1, 1
+    config.spiel.rate = 0.2
     folder = tmp_path_factory.mktemp("run") / "run"
     run(config, folder, fsdp=2)
     return folder

@@ -23,6 +23,7 @@ def configured(method="spiel_ag", rows=None, columns=None, **grid):
     config.targets.grid.update({"fsdp": 1, "tensor": 1} | grid)
     config.targets.balance.update({"rows": rows, "columns": columns})
     config.spiel.every = config.spiel.accumulation = 2
+    config.spiel.rate = 0.2  # of random too
     config.spiel.filter_rank = 4
     config.batch_size = mesh_cases.ROWS
     config.optimizer.learning_rate = 1e-2

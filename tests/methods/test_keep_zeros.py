@@ -37,6 +37,7 @@ def configured(method, **keys):
     config.targets.num_tunable, config.targets.rules = 900, RULES
     config.spiel.keep_zeros = True
     config.spiel.every = config.spiel.accumulation = 2
+    config.spiel.rate = 0.2  # of random too
     config.spiel.tile.columns = 1
     config.spiel.filter_rank = 4
     config.optimizer.learning_rate = 1e-2
