@@ -265,12 +265,14 @@ def find_targets(
         if density is not None or num_tunable is not None:
             raise SpielError("density or num_tunable given, but every rule has a density of its own")
 
-    grids = {name: grid(name) if callable(grid) else grid for name in matrices}
+    kept = {layer for layer, rule in matched.items() if rule.density != 0}
+    matrices = {name: layers for name, layers in matrices.items() if kept & layers.keys()}
+    grids = {name: grid(name) if callable(grid) else grid for name in matrices}  # others it may refuse
 
     def count(layer: str, grid: tuple[int, int]) -> int | None:
-        rule = matched.get(layer)
-        if rule is None or rule.density == 0:
+        if layer not in kept:
             return None
+        rule = matched[layer]
         if rule.density is None:
             entries = int(budget * sizes[layer] / sharing)
         else:

@@ -261,7 +261,7 @@ def test_a_run_that_is_not_there_costs_nothing_that_is_known(tmp_path):
 @pytest.mark.slow
 def test_the_test_is_what_the_run_did_not_evaluate(tmp_path, llama_folder):
     """Of the same text, so that both losses must be near; and of other batches, so that they differ."""
-    config = tiny_config(llama_folder, chat_file(tmp_path), "spiel_ma")
+    config = tiny_config(llama_folder, chat_file(tmp_path), "random")
     config.data.heldout, config.eval_batches, config.steps = 32, 1, 2
     summary = trials_run(config, tmp_path / "run")
     found = loss_on_the_test(config, tmp_path / "run")

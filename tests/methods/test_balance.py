@@ -50,6 +50,11 @@ def test_parts_are_cut_from_the_blocks_of_the_mesh(sizes, down, up):
         assert (grid(DOWN), grid(UP)) == (down, up)
 
 
+def test_a_model_s_norms_are_no_weights_to_be_cut():
+    targets = configured_targets(configured(rows=16, columns=16), CONFIG)
+    assert {target.block for target in targets.values()} == {(16, 16)}
+
+
 def per_part(state, parts):
     """Entries of each part of each matrix of the weights, counted in the whole matrix."""
     for name, delta in mesh_cases.sj.deltas(state.trainable, state.opt_state).items():

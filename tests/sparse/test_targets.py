@@ -124,6 +124,18 @@ def test_block_grid():
     assert (delta.shape, delta.grid, delta.values) == ((4, 6), (2, 2), None)
 
 
+def test_a_grid_is_asked_for_what_is_adapted_alone():
+    """It may refuse others, such as a stack of norms."""
+    rules = [Rule("left", 0), "w"]
+    targets = find_targets(
+        shapes(norm=(3, 5), w=(4, 6), left=(4, 6)),
+        num_tunable=8,
+        rules=rules,
+        grid=lambda name: {"w": (2, 2)}[name],
+    )
+    assert targets == {"w": Target((4, 6), 8, (), (2, 2))}
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
