@@ -1,30 +1,28 @@
-"""How many random entries: 0.2% to 5.6% of SmolLM2-135M, 60 steps of 512 tokens, beside LoRA of rank 8."""
+"""How much is trained: as many weights as LoRA of rank 1, 2, 4, 16 and 32 has, and less than the least of these.
 
+Otherwise as the study of conversations, which has rank 8: of the weights of the linear layers 0.1% to 9.2%.
+"""
+
+from dataclasses import replace
+
+from experiments.quality.studies import chitchat
 from experiments.quality.study import Candidate, Study
 
-OWN = 2_500_000
-"""Entries of the configuration."""
-
-RATES = {  # about as one over the share of the entries, and as its square root
-    250_000: (1.6e-2, 5e-2),
-    800_000: (9e-3, 1.6e-2),
-    OWN: (2.5e-3, 5e-3, 1e-2),
-    7_500_000: (1.7e-3, 2.9e-3),
-}
+PER_RANK = chitchat.ENTRIES // 8
+BUDGETS = {"0.1%": PER_RANK // 3} | {f"as rank {rank}": rank * PER_RANK for rank in (1, 2, 4, 16, 32)}
 
 
 def get_study() -> Study:
     """The study."""
-    random = {
-        f"random, {count / 1e6:g} million": Candidate(
-            {"method": "random"} | ({} if count == OWN else {"targets.num_tunable": count}), rates
-        )
-        for count, rates in RATES.items()
-    }
-    lora = Candidate({"method": "lora", "lora.rank": 8, "lora.dropout": 0.0}, (3e-3,))
-    return Study(
-        config="configs/smollm2_135m.py",
-        settings={"sample.prompt": None},
-        candidates={**random, "lora, rank 8": lora},
-        seeds=(0,),
-    )
+    found = {}
+    for name, entries in BUDGETS.items():
+        share, size = entries / chitchat.ENTRIES, {"targets.num_tunable": entries}
+        rank = entries // PER_RANK
+        if rank:
+            lora = {**chitchat.LORA, "lora.rank": rank, "lora.alpha": 2.0 * rank}
+            found[f"lora, {name}"] = Candidate(lora, (1.5e-3, 3e-3, 6e-3))
+        random = [float(f"{5e-3 * factor * share**-0.6:.2g}") for factor in (0.5, 1, 2)]
+        found[f"random, {name}"] = Candidate({"method": "random", **size}, random)
+        grown = [float(f"{5e-4 * factor * share**-0.3:.2g}") for factor in (0.5, 1, 2)]
+        found[f"spiel_ag, {name}"] = Candidate({"method": "spiel_ag", **chitchat.EVOLVING, **size}, grown)
+    return replace(chitchat.get_study(), candidates=found, seeds=(0,), against=None)

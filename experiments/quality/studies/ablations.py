@@ -1,0 +1,55 @@
+"""What each of SpIEL's settings does, one at a time, otherwise as the study of conversations.
+
+There: every 10 steps, accumulation 3, rate 0.2, all entries chosen anew at the first reselection.
+"""
+
+from dataclasses import replace
+
+from experiments.quality.studies import chitchat
+from experiments.quality.study import Candidate, Study
+
+GRADIENTS = {
+    "as it is": {},
+    "every 5": {"spiel.every": 5},
+    "every 20": {"spiel.every": 20},
+    "every 30": {"spiel.every": 30},
+    "accumulation 1": {"spiel.accumulation": 1},
+    "accumulation 6": {"spiel.accumulation": 6},
+    "rate 0.05": {"spiel.rate": 0.05},
+    "rate 0.1": {"spiel.rate": 0.1},
+    "rate 0.4": {"spiel.rate": 0.4},
+    "first rate as the others": {"spiel.first": -1.0},
+    "candidates of the mean gradient": {"spiel.candidates": "mean"},
+    "four times the candidates": {"spiel.candidate_ratio": 4.0},
+    "dropped by value over age": {"spiel.drop_by": "age"},
+    "dropped by value over weight": {"spiel.drop_by": "weight"},
+    "reference behaviour": {"spiel.parity": "reference"},
+    "deltas in bfloat16": {"spiel.delta_dtype": "bfloat16"},
+    "no warm-up": {"optimizer.warmup": 0.0},
+    "warm-up of 6 steps": {"optimizer.warmup": 0.1},
+    "balanced by rows": {"targets.balance.rows": 1},
+}
+MOMENTS = {
+    "as it is": {},
+    "every 20": {"spiel.every": 20},
+    "rate 0.1": {"spiel.rate": 0.1},
+    "the smaller of both": {"spiel.score": "minimum"},
+    "warm-up of 6 steps": {"optimizer.warmup": 0.1},
+}
+
+
+def get_study() -> Study:
+    """The study."""
+    evolving = chitchat.EVOLVING
+    gradients = {
+        f"spiel_ag, {what}": Candidate({"method": "spiel_ag", **evolving, **setting}, (5e-4, 1e-3))
+        for what, setting in GRADIENTS.items()
+    }
+    moments = {
+        f"spiel_ma, {what}": Candidate({"method": "spiel_ma", **evolving, **setting}, (1.25e-3, 2.5e-3))
+        for what, setting in MOMENTS.items()
+    }
+    adam = {"spiel_ma_adam": Candidate({"method": "spiel_ma_adam", **evolving}, (5e-4, 1e-3, 2e-3))}
+    return replace(
+        chitchat.get_study(), candidates={**gradients, **moments, **adam}, seeds=(0, 1), against=None
+    )
