@@ -1,4 +1,4 @@
-"""How much is trained: as many weights as LoRA of rank 1, 2, 4, 16 and 32 has, and less than the least of these.
+"""How much is trained: as many weights as LoRA of rank 1, 2, 4, 16 and 32 has, and a third of the least.
 
 Otherwise as the study of conversations, which has rank 8: of the weights of the linear layers 0.1% to 9.2%.
 """

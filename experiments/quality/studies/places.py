@@ -1,4 +1,4 @@
-"""In which weights random entries should lie: 2.44 million of them, otherwise as the study of conversations."""
+"""In which weights random entries should lie: 2.44 million, otherwise as the study of conversations."""
 
 from dataclasses import replace
 
