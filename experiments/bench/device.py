@@ -2,8 +2,9 @@ r"""What the library does on the accelerator that is at hand: checks, then steps
 
     python -m experiments.bench.device
 
-Runs the tests that are marked for devices and the golden trajectories, then steps of SpIEL-AG, SpIEL-MA, LoRA
-of rank 64 and 8, and Hugging Face PEFT's LoRA of rank 64 where it is installed; small models first. Ends in
+Runs the tests that are marked for devices and the golden trajectories, then steps of SpIEL-AG (with cuDNN's
+attention on an NVIDIA GPU, and with XLA's), SpIEL-MA, LoRA of rank 64, and Hugging Face PEFT's LoRA of rank
+64 where it is installed. Ends in
 --seconds, compiling included: each part is a process of its own with a share of the time that is left, and
 what it found until it is stopped is kept. What cannot be imported costs the part that needs it, no other.
 Prints tables and writes DEVICE_DATE.json into --out, anew with every finding. On a CPU the models are tiny.
@@ -27,16 +28,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-MODELS = {"smollm2_135m": 1.0, "llama3_2_1b": 1.5, "llama2_7b": 2.0}
+MODELS = {"llama3_2_1b": 1.5, "llama2_7b": 2.0, "smollm2_135m": 1.0}
 """Preset to the share of the time that each of its parts has, of one share of the least."""
 METHODS: dict[str, dict[str, Any]] = {
     "spiel_ag": {"method": "spiel_ag"},
-    "spiel_ma": {"method": "spiel_ma"},
-    "lora_64": {"method": "lora", "rank": 64},
-    "lora_8": {"method": "lora", "rank": 8},
     "peft_lora_64": {"part": "torch", "rank": 64},
+    "spiel_ag_xla": {"method": "spiel_ag", "attention": "xla"},
+    "lora_64": {"method": "lora", "rank": 64},
+    "spiel_ma": {"method": "spiel_ma"},
 }
-CHECKS = ["test_selection", "test_entries", "test_steps", "test_resume", "test_golden"]
+CHECKS = ["test_attention", "test_selection", "test_entries", "test_steps", "test_resume", "test_golden"]
 """Modules of tests/device."""
 TINY = {
     "vocab_size": 256,
@@ -64,6 +65,7 @@ def jobs(wanted: Sequence[str], tiny: bool) -> dict[str, tuple[float, dict[str, 
         tiny: Whether to try all with one tiny model.
     """
     sizes = {"rows": 2, "length": 64, "shape": TINY} if tiny else {"rows": 8, "length": 2048, "shape": None}
+    sizes |= {"attention": "cudnn"}
     rules = [r".*\.(q|down)_proj\.weight" if tiny else r"model\.layers\..*_proj\.weight"]
     modules = ["test_entries"] if tiny else CHECKS  # a CPU has the whole of the tests, and is slow at them
     parts: dict[str, tuple[float, dict[str, Any]]] = {"checks": (3.0, {"part": "checks", "modules": modules})}
@@ -105,6 +107,8 @@ def merge(found: dict[str, Any], more: Mapping[str, Any]) -> None:
 def environment(job: Mapping[str, Any], cache: str) -> dict[str, str]:
     """Environment of a part's process."""
     own = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    if job["part"] == "checks":  # most of it is compiling, and trying products out most of that
+        own["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
     if job["part"] == "steps":
         # methods share programs, and what was tried out for products of the same shapes
         own["JAX_COMPILATION_CACHE_DIR"] = cache
@@ -315,7 +319,12 @@ def _speeds(measured: Mapping[str, Any], machine: Mapping[str, Any]) -> list[lis
         rows.append(
             [
                 name,
-                f"{part.get('rows', '-')} x {part.get('length', '-')}, {part.get('remat', '-')}",
+                ", ".join(
+                    [
+                        f"{part.get('rows', '-')} x {part.get('length', '-')}",
+                        *(part[key] for key in ("remat", "attention") if key in part),
+                    ]
+                ),
                 number(part.get("tunable"), ",d"),
                 number(ordinary, ".4f"),
                 number(part.get("amortised"), ".4f"),

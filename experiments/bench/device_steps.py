@@ -46,18 +46,23 @@ def steps(job: dict[str, Any]) -> Findings:
     A setting that turns out too large ends this: in a new process memory is whole, and its peak another.
 
     Args:
-        job: ``model`` or ``shape``, ``method``, ``rank``, ``rows`` at most, ``length``, ``skip``.
+        job: ``model`` or ``shape``, ``method``, ``attention`` (of an NVIDIA GPU), ``rank``, ``rows`` at most,
+            ``length``, ``skip``.
     """
     model, device = shape_of(job), jax.devices()[0]
     weights = sum(spec.size for spec in abstract_params(model).values())
     entries = round(SHARE * linear_weights(model, job["rules"]))
     usable = (device.memory_stats() or {}).get("bytes_limit", 4 * GIB)
     held = 2 * weights + 34 * entries  # the most that any of the methods holds an entry
-    settings = list(settings_that_fit(model, held, usable, job["length"], job["rows"]))[job["skip"] :]
+    attention = job["attention"] if "cuda" in device.client.platform_version else "xla"
+    scores = attention == "xla"
+    settings = list(settings_that_fit(model, held, usable, job["length"], job["rows"], scores=scores))
+    settings = settings[job["skip"] :]
     rows, remat = settings[0]
-    yield {"parameters": weights, "rows": rows, "length": job["length"], "remat": remat}
+    facts = {"parameters": weights, "rows": rows, "length": job["length"], "remat": remat}
+    yield {**facts, "attention": attention}
     try:
-        yield from Measurement(job, model, entries, rows, remat).findings()
+        yield from Measurement({**job, "attention": attention}, model, entries, rows, remat).findings()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or len(settings) == 1:
             raise
@@ -77,7 +82,7 @@ class Measurement:
 
     def __init__(self, job: dict[str, Any], model: ModelConfig, entries: int, rows: int, remat: str):
         self.job, self.model, self.entries, self.remat = job, model, entries, remat
-        self.method = self._method(remat)
+        self.method = self._method(remat, job["attention"])
         self.kinds = kinds_of_step(self.method)
         self.batch = jax.device_put(random_batch(model.vocab_size, rows, job["length"]))
         self.tokens = rows * job["length"]
@@ -87,8 +92,8 @@ class Measurement:
         self.losses: list[float] = []
         self.compile_seconds = 0.0
 
-    def _method(self, remat: Any) -> Any:
-        objective = Objective(self.model, remat)
+    def _method(self, remat: Any, attention: Any = "xla") -> Any:
+        objective = Objective(self.model, remat, attention=attention)
         job, rules = self.job, tuple(self.job["rules"])
         return build_method(job["method"], objective, entries=self.entries, rank=job["rank"], rules=rules)
 
@@ -105,11 +110,14 @@ class Measurement:
             "seconds_to_start": time.perf_counter() - began,
         }
         steps = self.traced()
-        needed = product_flops(self._trace(self._method("none"), "ordinary").jaxpr)
-        yield {
+        needed, done = (
+            product_flops(self._trace(self._method(remat), "ordinary").jaxpr)
+            for remat in ("none", self.remat)
+        )
+        yield {  # counted with XLA's attention, whose products can be seen
             # what is stored for the backward pass changes nothing but what is computed again
             "flops_per_token": needed / self.tokens,
-            "flops_done_per_token": product_flops(steps["ordinary"].jaxpr) / self.tokens,
+            "flops_done_per_token": done / self.tokens,
         }
         # ordinary ones are nearly all of a run: if the time is over after them, they are what is wanted
         ordinary = {"ordinary": steps.pop("ordinary")}

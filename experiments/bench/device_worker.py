@@ -17,6 +17,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import SkipTest
 
 GIB = 2**30
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers", "peft")
@@ -103,7 +104,7 @@ def verdict(name: str, test: Callable[[], None]) -> dict[str, Any]:
     began, found = time.perf_counter(), "passed"
     try:
         test()
-    except ImportError as error:
+    except (ImportError, SkipTest) as error:
         found = f"not run: {error}"
     except Exception:
         found = f"failed: {traceback.format_exc(limit=-3)[-1500:]}"

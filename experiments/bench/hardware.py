@@ -60,9 +60,9 @@ def stored_bytes(
     return model.num_layers * rows * length * per_token
 
 
-def workspace_bytes(model: Any, rows: int, length: int, itemsize: int = 2) -> int:
+def workspace_bytes(model: Any, rows: int, length: int, itemsize: int = 2, *, scores: bool = True) -> int:
     """About what one layer's backward pass, the head and dense gradients take for a while, in bytes."""
-    layer = stored_bytes(model, "none", rows, length, itemsize) // model.num_layers
+    layer = stored_bytes(model, "none", rows, length, itemsize, scores=scores) // model.num_layers
     matrix = 4 * model.hidden_size * max(model.intermediate_size, model.num_heads * model.head_dim)
     logits = 3 * 4 * 512 * model.vocab_size
     return layer + 3 * matrix + logits
@@ -91,7 +91,7 @@ def settings_that_fit(
         settings += [(rows, remat) for rows in some for remat in ("none", "dots") if rows]
         settings += [(rows, "full") for rows in some if rows]
     for rows, remat in settings:
-        need = held + workspace_bytes(model, rows, length)
+        need = held + workspace_bytes(model, rows, length, scores=scores)
         if need + stored_bytes(model, remat, rows, length, scores=scores) <= usable:
             yield rows, remat
     yield 1, "full"

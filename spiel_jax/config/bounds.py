@@ -15,6 +15,7 @@ import numpy as np
 from spiel_jax.methods.entry_gradients import ProposeFrom
 from spiel_jax.methods.registry import method_names
 from spiel_jax.models.decoder import Remat
+from spiel_jax.models.fused_attention import AttentionKind
 from spiel_jax.models.storage import KINDS
 from spiel_jax.optim.criteria.criterion import CRITERIA
 from spiel_jax.optim.criteria.moment_approximation import Score
@@ -331,6 +332,7 @@ KEYS: dict[str, Kind] = {
     "model.quantization": OneOf(lambda: KINDS),
     "model.requantize": Switch(),
     "model.remat": OneOf(lambda: get_args(Remat)),
+    "model.attention": OneOf(lambda: get_args(AttentionKind)),
     "model.loss_chunk": Whole(1),
     "targets.rules": Rules("regular expressions"),
     "targets.density": OrNone(Number(above=0, high=1)),

@@ -57,6 +57,9 @@ def default_config() -> Config:
                 "quantization": "none",
                 "requantize": False,  # whether what is quantised otherwise may be quantised once more
                 "remat": "full",  # stored for the backward pass: none | dots | full
+                # what computes attention in training: xla | cudnn, on NVIDIA GPUs in 16 bits: one kernel that
+                # stores no number for each pair of tokens
+                "attention": "xla",
                 "loss_chunk": 512,  # tokens whose logits are in memory at a time
             },
             "targets": {

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import Remat, bind
+from spiel_jax.models.fused_attention import AttentionKind
 from spiel_jax.models.layers import AdaptedLinear
 from spiel_jax.ops.cross_entropy import next_token_loss
 
@@ -26,16 +27,18 @@ class Objective:
         config: Shape of the model.
         remat: What the backward pass finds stored of a layer: "none", "dots" or "full".
         loss_chunk: Tokens per chunk of the head's logits.
+        attention: What computes attention, see ``models.fused_attention``.
     """
 
     config: ModelConfig
     remat: Remat = "full"
     loss_chunk: int = 512
+    attention: AttentionKind = "xla"
 
     @classmethod
     def from_config(cls, config: Any, model: ModelConfig) -> "Objective":
         """As a run's configuration asks for it."""
-        return cls(model, config.model.remat, config.model.loss_chunk)
+        return cls(model, config.model.remat, config.model.loss_chunk, config.model.attention)
 
     def __call__(
         self,
@@ -62,6 +65,7 @@ class Objective:
                 adapters=adapters,
                 remat=self.remat,
                 frozen=frozen,
+                attention=self.attention,
             )
         chunk = min(self.loss_chunk, batch["tokens"].size)
         with jax.named_scope("head_loss"):

@@ -12,6 +12,7 @@ from spiel_jax.errors import SpielError
 from spiel_jax.models.axes import weight_axes, weight_grid
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import abstract_params, layer_names
+from spiel_jax.models.fused_attention import check_attention
 from spiel_jax.models.storage import kind_named
 from spiel_jax.ops.tree import parameter_name
 from spiel_jax.sparse.targets import Target, find_targets
@@ -113,6 +114,8 @@ def with_axes(targets: Mapping[str, Target]) -> dict[str, Target]:
 def check_layout(config: Any, model: ModelConfig, mesh: Mesh, *, has_deltas: bool) -> None:
     """Makes sure that a mesh divides the model, and the block grid where the method has sparse deltas.
 
+    And that its devices compute attention as the configuration asks for it.
+
     Args:
         config: With its block grid filled in.
         model: Shape of the model.
@@ -120,7 +123,9 @@ def check_layout(config: Any, model: ModelConfig, mesh: Mesh, *, has_deltas: boo
         has_deltas: See ``Method``.
 
     Raises:
-        SpielError: See ``check_mesh``.
+        SpielError: See ``check_mesh`` and ``check_attention``.
     """
     blocks = config.targets.grid if has_deltas else mesh.shape
     check_mesh(model, mesh, blocks, kind_named(config.model.quantization))
+    device, length = mesh.devices.flat[0], config.data.sequence_length
+    check_attention(config.model.attention, model, config.model.dtype, length, device.platform)

@@ -30,6 +30,7 @@ from spiel_jax.models.axes import LAYERS, all_gathered
 from spiel_jax.models.cache import Growing, KVCache, Past, Sight
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder_layer import ATTENTION, DecoderLayer
+from spiel_jax.models.fused_attention import AttentionKind
 from spiel_jax.models.layers import PROJECTION, AdaptedLinear, Embedding, Linear, RMSNorm
 from spiel_jax.models.rope import inverse_frequencies, rotation
 from spiel_jax.models.stack import Layers, scan
@@ -128,6 +129,7 @@ class CausalLM(nnx.Module):
         cache: KVCache | None = None,
         remat: Remat = "full",
         frozen: bool = False,
+        attention: AttentionKind = "xla",
     ) -> tuple[jax.Array, KVCache | None]:
         """Hidden states after the final norm.
 
@@ -143,6 +145,7 @@ class CausalLM(nnx.Module):
                 "dots" the outputs of the linears and of attention, "full" the layer's input.
             frozen: Whether no gradient of the parameters is wanted (that of an adapted or a stored weight
                 never is): on a CPU, 16-bit ones then take less memory.
+            attention: What computes attention, see ``fused_attention``; with a cache always XLA.
 
         Returns:
             [B, S, D] in the dtype of the embedding, and the new cache (None without a cache).
@@ -165,7 +168,9 @@ class CausalLM(nnx.Module):
         masks = None if segment_ids is None else _masks(self.config, segment_ids, cache)
         turn = _turn(self.config, _positions(tokens, masks) if positions is None else positions)
 
-        x, cache, _ = self._through_layers(tokens, turn, masks, adapters, cache, None, remat, frozen)
+        x, cache, _ = self._through_layers(
+            tokens, turn, masks, adapters, cache, None, remat, frozen, attention
+        )
         x = self.model.norm(x)
         if cache is not None:  # a full cache would otherwise overwrite its last slots unnoticed
             x = jnp.where(cache.length <= cache.segment_ids.shape[1], x, jnp.nan)
@@ -234,6 +239,7 @@ class CausalLM(nnx.Module):
         past: Past | None,
         remat: Remat,
         frozen: bool,
+        attention: AttentionKind = "xla",
     ) -> tuple[jax.Array, Any, Any]:
         """The scan over layers: hidden states [B, S, D] before the final norm, and the new cache.
 
@@ -247,6 +253,7 @@ class CausalLM(nnx.Module):
             past: Instead of a cache; the last result is then that of these tokens.
             remat: See ``hidden``.
             frozen: See ``hidden``.
+            attention: See ``hidden``.
         """
         graphdef, state = nnx.split(self.model.layers)
         weights = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
@@ -263,7 +270,7 @@ class CausalLM(nnx.Module):
                 if slides is not None:
                     mask = jax.tree.map(partial(jnp.where, slides), masks[1], masks[0])
             block = nnx.merge(graphdef, _as_state(used))
-            x, kept = block(x, turn, mask, adapters, cache if past is None else past, layer)
+            x, kept = block(x, turn, mask, adapters, cache if past is None else past, layer, attention)
             x = constrain(x, BATCH_AXES, None, None)
             return (x.astype(carried), kept if past is None else cache), None if past is None else kept
 

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from spiel_jax.models.cache import Growing, KVCache, Past
 from spiel_jax.models.config import ModelConfig
+from spiel_jax.models.fused_attention import AttentionKind, attend
 from spiel_jax.models.layers import AdaptedLinear, Linear, RMSNorm
 from spiel_jax.models.rope import rotate
 from spiel_jax.models.storage.packed import named
@@ -47,6 +48,7 @@ class Attention(nnx.Module):
         adapters: Mapping[str, AdaptedLinear],
         cache: Cache | None,
         layer: jax.Array,
+        kind: AttentionKind = "xla",
     ) -> tuple[jax.Array, Cache | None]:
         """Attend; see ``DecoderLayer``."""
 
@@ -68,13 +70,7 @@ class Attention(nnx.Module):
             return self.o_proj(_seen(queries, parts), adapters.get("self_attn.o_proj.weight")), cache
         if cache is not None:
             cache, keys, values = cache.write(layer, keys, values)
-        if mask is None:  # leave it to the implementation to skip what is not visible
-            window = None if self.sliding_window is None else (self.sliding_window - 1, 0)
-            seen = jax.nn.dot_product_attention(
-                queries, keys, values, is_causal=True, local_window_size=window
-            )
-        else:
-            seen = jax.nn.dot_product_attention(queries, keys, values, mask=mask)
+        seen = attend(queries, keys, values, mask, self.sliding_window, kind if cache is None else "xla")
         seen = named(seen.reshape(*seen.shape[:-2], -1), ATTENTION)  # [B, S, H * head_dim]
         return self.o_proj(seen, adapters.get("self_attn.o_proj.weight")), cache
 
@@ -153,6 +149,7 @@ class DecoderLayer(nnx.Module):
         adapters: Mapping[str, AdaptedLinear],
         cache: Cache | None,
         layer: jax.Array,
+        attention: AttentionKind = "xla",
     ) -> tuple[jax.Array, Cache | None]:
         """Apply one layer.
 
@@ -165,7 +162,8 @@ class DecoderLayer(nnx.Module):
             cache: With the slots of these tokens claimed, or None. Or a ``Past``, this layer's only; what is
                 returned for it is that of these tokens.
             layer: [] int32, the place in the cache; static where the cache is held by layers.
+            attention: What computes attention without a cache, see ``fused_attention``.
         """
-        y, cache = self.self_attn(self.input_layernorm(x), turn, mask, adapters, cache, layer)
+        y, cache = self.self_attn(self.input_layernorm(x), turn, mask, adapters, cache, layer, attention)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x), adapters), cache

@@ -24,8 +24,8 @@ CONFIG = ModelConfig(
 RULES = (r".*\.(q|down)_proj\.weight",)
 
 
-def method_named(name, **options):
-    objective = Objective(CONFIG, remat="dots", loss_chunk=16)
+def method_named(name, model=CONFIG, attention="xla", **options):
+    objective = Objective(model, remat="dots", loss_chunk=16, attention=attention)
     settings = {"entries": 400, "rank": 3, "rules": RULES, "dtype": jnp.float32, "learning_rate": 1e-2}
     return build_method(name, objective, **{**settings, **options})
 

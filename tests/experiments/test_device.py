@@ -85,15 +85,17 @@ def test_allowance_by_hand():
 def test_jobs():
     parts = device.jobs([], tiny=False)
     assert next(iter(parts)) == "checks"
-    assert list(parts)[-1] == "llama2_7b/peft_lora_64"
+    assert list(parts)[-1] == "smollm2_135m/spiel_ma"
     assert len(parts) == 1 + 3 * 5
-    assert list(device.jobs(["llama2_7b/lora_8", "checks"], tiny=False)) == ["checks", "llama2_7b/lora_8"]
+    assert list(device.jobs(["llama2_7b/lora_64", "checks"], tiny=False)) == ["checks", "llama2_7b/lora_64"]
     assert all(name.startswith("tiny/") for name in device.jobs(["tiny"], tiny=True))
     assert len(device.jobs(["spiel_ag"], tiny=False)) == 3
     modules = [file.stem for file in (ROOT / "tests" / "device").glob("test_*.py")]
     assert sorted(parts["checks"][1]["modules"]) == sorted(modules)
-    share, job = parts["llama2_7b/lora_8"]
-    assert (share, job["part"], job["method"], job["rank"], job["shape"]) == (2.0, "steps", "lora", 8, None)
+    share, job = parts["llama2_7b/lora_64"]
+    assert (share, job["part"], job["method"], job["rank"], job["shape"]) == (2.0, "steps", "lora", 64, None)
+    kinds = [parts[f"llama2_7b/{name}"][1]["attention"] for name in ("spiel_ag", "spiel_ag_xla")]
+    assert kinds == ["cudnn", "xla"]
 
 
 def test_scopes_by_hand():

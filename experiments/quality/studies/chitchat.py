@@ -45,6 +45,11 @@ def get_study() -> Study:
             "spiel_ag": Candidate({"method": "spiel_ag", **EVOLVING}, (2.5e-4, 5e-4, 1e-3)),
             "spiel_ma": Candidate({"method": "spiel_ma", **EVOLVING}, (2.5e-3, 5e-3, 1e-2)),
             "random + lora": Candidate(HALVES, (1.25e-3, 2.5e-3, 5e-3), {"rosa.learning_rate": 0.8}),
+            "random, evolving + lora": Candidate(
+                {**HALVES, "spiel.rate": 0.2, **EVOLVING},
+                (1.25e-3, 2.5e-3, 5e-3),
+                {"rosa.learning_rate": 0.8},
+            ),
             "lift, fixed": Candidate(  # not looked for again within the run
                 {"method": "lift", "spiel.every": 1000, "spiel.filter_rank": 32}, (2.5e-3, 5e-3, 1e-2)
             ),

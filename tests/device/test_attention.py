@@ -1,0 +1,75 @@
+"""Attention in one kernel on the device: the numbers and gradients of the same in float32."""
+
+from unittest import SkipTest
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from device.test_steps import batch, method_named
+from experiments.bench.methods import kinds_of_step
+from spiel_jax.models import ModelConfig, init_params
+from spiel_jax.models.attention_masks import visible, within
+from spiel_jax.models.fused_attention import attend
+
+TOLERANCE = 2e-2
+"""A share of the largest number: operands have 8 bits, and so have the shares of attention inside cuDNN."""
+
+
+def take_nvidia():
+    if "cuda" not in jax.devices()[0].client.platform_version:
+        raise SkipTest("takes an NVIDIA GPU")
+
+
+def compare(queries, keys, values, mask, window):
+    """Output and gradients in bfloat16 by cuDNN, and in float32 by XLA."""
+
+    def run(kind, dtype):
+        weights = jnp.asarray(np.random.default_rng(1).normal(size=queries.shape), jnp.float32)
+
+        def loss(*arrays):
+            seen = attend(*arrays, mask, window, kind)
+            return jnp.sum(seen.astype(jnp.float32) * weights), seen
+
+        arrays = [x.astype(jnp.bfloat16).astype(dtype) for x in (queries, keys, values)]
+        gradients, seen = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*arrays)
+        return jax.device_get([seen, *gradients])
+
+    with jax.default_matmul_precision("highest"):
+        expected = run("xla", jnp.float32)
+    for ours, theirs in zip(run("cudnn", jnp.bfloat16), expected, strict=True):
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, rtol=0, atol=TOLERANCE * scale)
+
+
+def test_cudnn_sees_what_xla_sees():
+    take_nvidia()
+    rng = np.random.default_rng(0)
+    for heads, kv_heads, size, length in ((4, 4, 64, 128), (9, 3, 64, 256), (8, 2, 128, 192)):
+        shapes = [(2, length, count, size) for count in (heads, kv_heads, kv_heads)]
+        arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+        segments = np.ones((2, length), np.int32)
+        segments[0, length // 3 :] = 2
+        segments[1, length // 2 :] = 0
+        mask = visible(jnp.asarray(segments), jnp.asarray(segments))
+        compare(*arrays, None, None)
+        compare(*arrays, None, 32)
+        compare(*arrays, mask, None)
+        compare(*arrays, mask & within(32, length, length), None)
+
+
+def test_a_step_with_cudnn_is_one_without():
+    """Losses and gradient norms of all kinds of steps, from the same state."""
+    take_nvidia()
+    size = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 96, "num_layers": 2}
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "max_positions": 64}
+    config = ModelConfig(**size, **heads, tie_embeddings=True, initializer_range=0.3)
+    params = init_params(config, jax.random.key(0), jnp.bfloat16)
+    methods = [method_named("spiel_ag", model=config, attention=kind) for kind in ("xla", "cudnn")]
+    state = jax.jit(methods[0].init)(params)
+    for number, (phase, reselect) in enumerate(kinds_of_step(methods[0]).values()):
+        steps = [jax.jit(one.step, static_argnames=("phase", "reselect")) for one in methods]
+        found = [step(state, batch(number), phase=phase, reselect=reselect) for step in steps]
+        (state, expected), (_, ours) = found
+        for key in ("loss", "grad_norm"):
+            np.testing.assert_allclose(ours[key], expected[key], rtol=TOLERANCE)
