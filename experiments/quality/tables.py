@@ -79,13 +79,14 @@ def seconds(runs: Sequence[Result]) -> float:
 
 
 def _seconds(runs: Sequence[Result], results: Sequence[Result]) -> str:
-    """Nothing to compare by if the study was not run on one kind of processor."""
-    kinds = {result["processor"] for result in results}
+    """Nothing to compare by if the study was not run on one kind of processor and device."""
+    kinds = {(result["processor"], result.get("device")) for result in results}
     return f"{seconds(runs):.1f}" if runs and len(kinds) == 1 else "-"
 
 
 def _peak(runs: Sequence[Result]) -> str:
-    return f"{median(run['peak_gib'] for run in runs):.1f}" if runs else "-"
+    found = [run["peak_gib"] for run in runs if "peak_gib" in run]  # not of a process that did several
+    return f"{median(found):.1f}" if found else "-"
 
 
 def _spread(numbers: Sequence[float], sign: str = "") -> str:

@@ -43,7 +43,9 @@ def main(options: flags.FlagValues) -> None:
         raise
     if not finished:
         sys.exit(STOPPED)
-    measured.write_text(json.dumps({"test": test_loss(config, workdir)}))
+    device = jax.devices()[0]
+    told = {} if device.platform == "cpu" else {"device": device.device_kind}
+    measured.write_text(json.dumps({"test": test_loss(config, workdir), **told}))
 
 
 def test_loss(config: Any, workdir: Path) -> float:

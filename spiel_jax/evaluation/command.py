@@ -18,8 +18,9 @@ from spiel_jax.distributed import processes
 from spiel_jax.distributed.mesh import MESH_AXES, make_mesh
 from spiel_jax.errors import SpielError
 from spiel_jax.evaluation import forgetting as forgotten
-from spiel_jax.evaluation.harness import Score, Wanted, check, numbers, scores, table, write
+from spiel_jax.evaluation.harness import Wanted, check, scores, write
 from spiel_jax.evaluation.lm import SpielLM
+from spiel_jax.evaluation.score_table import Score, numbers, table
 from spiel_jax.inference.served import Served, on_host
 from spiel_jax.models.io.fingerprint import arithmetic, fingerprint
 from spiel_jax.models.io.loading import open_model

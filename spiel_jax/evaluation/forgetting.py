@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from spiel_jax.data.files import DataError
 from spiel_jax.errors import SpielError
-from spiel_jax.evaluation.harness import Score
+from spiel_jax.evaluation.score_table import Score
 from spiel_jax.inference.served import Served, batch_devices
 from spiel_jax.models import ModelConfig, bind
 
@@ -44,7 +44,7 @@ class Forgetting(NamedTuple):
     tokens: int
 
     def columns(self, name: str) -> tuple[dict, dict]:
-        """As rows of ``harness.table``: of the base and of the tuned model."""
+        """As rows of ``score_table.table``: of the base and of the tuned model."""
         rows = (
             ("loss", self.base, self.tuned),
             ("KL from the base", 0.0, self.divergence),

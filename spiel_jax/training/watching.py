@@ -39,6 +39,7 @@ def watch(
         extra("lm_eval", "eval")
         from spiel_jax.evaluation import harness
         from spiel_jax.evaluation.lm import SpielLM
+        from spiel_jax.evaluation.score_table import numbers
 
         wanted = harness.Wanted(
             tasks=names,
@@ -57,7 +58,7 @@ def watch(
         tuned = method.tuned(state)
         if scoring:
             lm = SpielLM(Served(model, tuned), tokenizer, progress=False)
-            found = harness.numbers(harness.scores(lm, wanted))
+            found = numbers(harness.scores(lm, wanted))
             recorder.write(step, {f"{task}/{metric}": one.value for (task, metric), one in found.items()})
         if config.sample.prompts:
             recorder.write(step, _replies(config, model, tuned, tokenizer, told), SAMPLES)
