@@ -28,6 +28,13 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", None, "Folder of the runs and the results.", required=True, flag_values=values)
     flags.DEFINE_string("known", None, "A results.json: runs in it are not done again.", flag_values=values)
     flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "beyond",
+        0,
+        "So many more rates are tried beyond the best one of a method, while that is its lowest or highest.",
+        lower_bound=0,
+        flag_values=values,
+    )
     flags.DEFINE_list("gpus", [], "Numbers of NVIDIA GPUs: on each one run at a time.", flag_values=values)
     flags.DEFINE_string(
         "elsewhere",
@@ -51,7 +58,7 @@ def main(options: flags.FlagValues) -> None:
     def write() -> None:
         (out / "results.json").write_text(json.dumps(told | {"runs": results}, indent=1) + "\n")
 
-    for result in done(study, out, places, known(options.known)):
+    for result in done(study, out, places, known(options.known), options.beyond):
         results.append(result)
         print(f"{label(result)}: validation {validation(result):.4f}", flush=True)
         write()

@@ -5,6 +5,7 @@ is that of the other seeds.
 """
 
 import fnmatch
+import math
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +77,7 @@ def done(
     out: Path,
     places: Sequence[Mapping[str, str]] = ({},),
     known: Mapping[str, Result] | None = None,
+    beyond: int = 0,
 ) -> Iterator[Result]:
     """What every run came to, those that are not done being done now: all rates first, then all seeds.
 
@@ -84,6 +86,7 @@ def done(
         out: Folder of the runs' folders.
         places: So many runs are done at a time; the environment variables of the process in each place.
         known: Command to what it came to elsewhere, which is not done again.
+        beyond: So many more rates are tried while the best one of a method is its lowest or highest.
     """
     free: SimpleQueue[Mapping[str, str]] = SimpleQueue()
     for place in places:
@@ -111,14 +114,31 @@ def done(
             (*which, rate, first) for which in runs_of(study) for rate in study.candidates[which[0]].rates
         ]
         found: dict[tuple[str, str], list[Result]] = {}
-        for result in pool.map(lambda which: run(*which), rates):
-            found.setdefault((result["method"], result["budget"]), []).append(result)
-            yield result
+        for further in range(beyond + 1):
+            if further:
+                rates = [(*which, r, first) for which, runs in found.items() if (r := next_rate(runs))]
+            for result in pool.map(lambda which: run(*which), rates):
+                found.setdefault((result["method"], result["budget"]), []).append(result)
+                yield result
         best = {which: min(results, key=validation)["rate"] for which, results in found.items()}
         seeds = [(*which, rate, seed) for seed in others for which, rate in best.items()]
         yield from pool.map(lambda which: run(*which), seeds)
     finally:
         pool.shutdown(cancel_futures=True)  # those that have begun go on to their end
+
+
+def next_rate(runs: Sequence[Result]) -> float | None:
+    """The rate to try beyond the best of them, as far from it as the next; None if that is between others.
+
+    >>> next_rate([{"rate": rate, "heldout": [[1, 3 + rate]]} for rate in (1e-3, 2e-3)])
+    0.0005
+    """
+    losses = {run["rate"]: validation(run) for run in runs}
+    rates, best = sorted(losses), min(losses, key=losses.__getitem__)
+    if len(rates) == 1 or best not in (rates[0], rates[-1]) or math.isinf(losses[best]):
+        return None
+    neighbour = rates[1] if best == rates[0] else rates[-2]
+    return float(f"{best * best / neighbour:.6g}")
 
 
 def runs_of(study: Study) -> Iterator[tuple[str, str]]:

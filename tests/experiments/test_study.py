@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import threading
+from dataclasses import replace
 
 import pytest
 from support.run_cases import chat_file, tiny_config
@@ -59,6 +60,28 @@ def test_rates_are_chosen_with_the_first_seed_and_the_others_run_at_the_best(res
     ]
     assert validation(results[2]) == float("inf")
     assert {run["rate"] for run in at_best(results[:3])} == {2e-3}
+
+
+def test_rates_beyond_are_tried_while_the_best_is_at_an_end(monkeypatch, tmp_path):
+    monkeypatch.setattr(studies, "outcome", stub)
+    candidates = {
+        "above": Candidate(FIXED, (2.5e-4, 5e-4)),  # 2e-3 is best, and 4e-3 diverges
+        "below": Candidate({"method": "lora"}, (6e-3, 1.2e-2)),
+        "between": Candidate({"method": "lora"}, (1e-3, 2e-3, 3e-3)),
+        "alone": Candidate({"method": "lora"}, (1e-3,)),
+        "diverged": Candidate(FIXED, (4e-3,)),
+    }
+    found = list(done(replace(STUDY, candidates=candidates, seeds=(0,)), tmp_path, beyond=4))
+    tried = {name: [run["rate"] for run in found if run["method"] == name] for name in candidates}
+    assert tried == {
+        "above": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
+        "below": [6e-3, 1.2e-2, 3e-3, 1.5e-3, 7.5e-4],
+        "between": [1e-3, 2e-3, 3e-3],
+        "alone": [1e-3],
+        "diverged": [4e-3],
+    }
+    fewer = list(done(replace(STUDY, candidates=candidates, seeds=(0,)), tmp_path, beyond=1))
+    assert [run["rate"] for run in fewer if run["method"] == "above"] == [2.5e-4, 5e-4, 1e-3]
 
 
 def test_so_many_runs_at_a_time_as_there_are_places_and_in_the_same_order(results, monkeypatch, tmp_path):
