@@ -4,10 +4,10 @@ r"""What the library does on the accelerator that is at hand: checks, then steps
 
 Runs the tests that are marked for devices and the golden trajectories, then steps of SpIEL-AG (with cuDNN's
 attention on an NVIDIA GPU, and with XLA's), SpIEL-MA, LoRA of rank 64, and Hugging Face PEFT's LoRA of rank
-64 where it is installed. Ends in
---seconds, compiling included: each part is a process of its own with a share of the time that is left, and
-what it found until it is stopped is kept. What cannot be imported costs the part that needs it, no other.
-Prints tables and writes DEVICE_DATE.json into --out, anew with every finding. On a CPU the models are tiny.
+64 where it is installed. Ends in --seconds, compiling included: each part is a process of its own with a
+share of the time that is left, and what it found until it is stopped is kept. What cannot be imported costs
+the part that needs it, no other. Prints tables and writes DEVICE_DATE.json into --out, anew with every
+finding. On a CPU the models are tiny.
 
 This module itself needs nothing but Python.
 """
@@ -65,14 +65,13 @@ def jobs(wanted: Sequence[str], tiny: bool) -> dict[str, tuple[float, dict[str, 
         tiny: Whether to try all with one tiny model.
     """
     sizes = {"rows": 2, "length": 64, "shape": TINY} if tiny else {"rows": 8, "length": 2048, "shape": None}
-    sizes |= {"attention": "cudnn"}
     rules = [r".*\.(q|down)_proj\.weight" if tiny else r"model\.layers\..*_proj\.weight"]
+    usual = {"part": "steps", "rank": 64, "attention": "cudnn", "rules": rules, "skip": 0, **sizes}
     modules = ["test_entries"] if tiny else CHECKS  # a CPU has the whole of the tests, and is slow at them
     parts: dict[str, tuple[float, dict[str, Any]]] = {"checks": (3.0, {"part": "checks", "modules": modules})}
     for model, share in ({"tiny": 1.0} if tiny else MODELS).items():
         for method, told in METHODS.items():
-            job = {"part": "steps", "model": model, "rank": 64, "rules": rules, "skip": 0, **sizes, **told}
-            parts[f"{model}/{method}"] = share, job
+            parts[f"{model}/{method}"] = share, {**usual, "model": model, **told}
 
     def chosen(name: str) -> bool:
         return not wanted or any(one in (name, *name.split("/")) for one in wanted)

@@ -4,7 +4,7 @@ XLA writes the scores of every pair of tokens, [B, H, S, S], to the device's mem
 ten times a layer and step. cuDNN's kernel (Dao et al., arXiv 2205.14135) keeps a tile of them on the chip.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from spiel_jax.errors import SpielError
 from spiel_jax.models.config import ModelConfig
 
 AttentionKind = Literal["xla", "cudnn"]
-_WIDEST = 128
+_WIDEST = 128  # before Hopper
 _DTYPES = (jnp.bfloat16, jnp.float16)
 
 
@@ -44,7 +44,12 @@ def attend(
 
     Returns:
         [B, S, H, head_dim] in the dtype of the queries. Scores are float32 in both.
+
+    Raises:
+        ValueError: If the kind is unknown.
     """
+    if kind not in get_args(AttentionKind):
+        raise ValueError(f"unknown attention {kind!r}: expected one of {', '.join(get_args(AttentionKind))}")
     reach = None if window is None else (window - 1, 0)
     if kind == "cudnn":  # told that it is causal, it leaves out the tiles that are after their queries
         return jax.nn.dot_product_attention(

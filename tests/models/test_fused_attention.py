@@ -6,23 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.decoders import CONFIG
 
 from spiel_jax.errors import SpielError
-from spiel_jax.models import ModelConfig, bind, init_params
+from spiel_jax.models import bind, init_params
 from spiel_jax.models.attention_masks import visible, within
 from spiel_jax.models.fused_attention import attend, check_attention
-
-TINY = ModelConfig(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_positions=64,
-    initializer_range=0.2,
-)
 
 
 @pytest.fixture
@@ -63,7 +52,7 @@ def test_cudnn_is_asked_for_the_same_attention(asked, packed, window):
 
 
 def test_a_model_is_told_which(asked):
-    model = bind(TINY, init_params(TINY, jax.random.key(0), jnp.float32))
+    model = bind(CONFIG, init_params(CONFIG, jax.random.key(0), jnp.float32))
     tokens = jnp.arange(12)[None]
     segments = jnp.asarray([[1] * 5 + [2] * 7])
     plain, _ = model.hidden(tokens, segment_ids=segments)
@@ -71,6 +60,11 @@ def test_a_model_is_told_which(asked):
     fused, _ = model.hidden(tokens, segment_ids=segments, attention="cudnn")
     assert {kind for kind, _ in asked} == {"cudnn"}
     np.testing.assert_allclose(fused, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_another_kind_is_refused():
+    with pytest.raises(ValueError, match="unknown attention 'flash': expected one of xla, cudnn"):
+        attend(*arrays(), None, None, "flash")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +81,7 @@ def test_a_model_is_told_which(asked):
 def test_what_it_cannot_do_is_refused(changes, named, asked):
     settings = {"dtype": "bfloat16", "head_dim": 64, "length": 256, "platform": "gpu"}
     good = settings | changes
-    model = replace(TINY, head_dim=good["head_dim"])
+    model = replace(CONFIG, head_dim=good["head_dim"])
     with pytest.raises(SpielError, match=named):
         check_attention("cudnn", model, good["dtype"], good["length"], good["platform"])
     check_attention("xla", model, good["dtype"], good["length"], good["platform"])
@@ -102,4 +96,4 @@ def test_that_cudnn_is_missing_is_told_before_any_work(monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", missing)
     with pytest.raises(SpielError, match=r"cuDNN not found.*pip install nvidia-cudnn-cu12"):
-        check_attention("cudnn", replace(TINY, head_dim=64), "bfloat16", 256, "gpu")
+        check_attention("cudnn", replace(CONFIG, head_dim=64), "bfloat16", 256, "gpu")
