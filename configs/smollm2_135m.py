@@ -18,7 +18,7 @@ Reproduction record, 2 CPU cores (AMD EPYC, AVX-512), float32, seed 0, 2.5 milli
     spiel_ma   3e-3             3.3758    3.3367    3.3193       2.5 GiB
 
 `evolving` is `random` with spiel.rate=0.2, spiel.every=10 and spiel.accumulation=3. So a fixed random set is
-the default. In a study of several seeds and other steps one that evolves came 0.004 lower, half random entries
+the default. In a study of several seeds one that evolves came 0.004 lower, half random entries
 and half LoRA (`rosa`), and LoRA alone, lower still (docs, "Which method?"). `random` took
 3 m 55 s of training here, 2.4 to 3.2 s a step; the last two were run on an EPYC that is twice as fast, in
 1 m 53 s and 1 m 47 s.
