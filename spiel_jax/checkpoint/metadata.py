@@ -140,6 +140,7 @@ def target_json(target: Target) -> dict[str, Any]:
         "stack": list(target.stack),
         "grid": list(target.grid),
         "layers": None if target.layers is None else list(target.layers),
+        "spare": target.spare,
     }
 
 
@@ -153,6 +154,7 @@ def _target(stored: Mapping[str, Any]) -> Target:
         tuple(stored["stack"]),
         (grid_rows, grid_columns),
         None if layers is None else tuple(layers),
+        spare=stored.get("spare", 0),  # not in what earlier versions wrote
     )
 
 

@@ -336,6 +336,7 @@ KEYS: dict[str, Kind] = {
     "model.loss_chunk": Whole(1),
     "targets.rules": Rules("regular expressions"),
     "targets.density": OrNone(Number(above=0, high=1)),
+    "targets.spare": Number(0, high=1e6),
     "targets.num_tunable": OrNone(Whole(1, 2**63 - 1)),
     "targets.grid.fsdp": OrNone(Whole(1)),
     "targets.grid.tensor": OrNone(Whole(1)),

@@ -66,6 +66,9 @@ def default_config() -> Config:
                 "rules": LINEAR_LAYERS,  # regular expressions on names, first match wins; of adapters too
                 "density": optional(float),  # of sparse methods: tunable entries as a share of all parameters
                 "num_tunable": optional(int),  # or their number
+                # slots of each matrix beside its share of that, as a share of it. More than 0: the budget is
+                # one of all matrices, and moves to where scores are largest (spiel_ag, spiel_ma, gradient)
+                "spare": 0.0,
                 # blocks of each weight along the mesh axes, each with its own share of the entries; a run's
                 # mesh must divide them. Default: as the mesh at the start; 1 and 1 is the paper's algorithm
                 "grid": {"fsdp": optional(int), "tensor": optional(int)},

@@ -20,6 +20,7 @@ from spiel_jax.sparse.targets import Target, find_targets
 OF_SPARSE = (
     "targets.density",
     "targets.num_tunable",
+    "targets.spare",
     "targets.grid.*",
     "targets.balance.*",
     "spiel.*",
@@ -95,6 +96,7 @@ def configured_targets(config: Any, model: ModelConfig) -> dict[str, Target]:
             abstract_params(model),
             density=config.targets.density,
             num_tunable=config.targets.num_tunable,
+            spare=config.targets.spare,
             rules=tuple(config.targets.rules),
             grid=configured_grid(config, model),
             layer_names=lambda name, stack: layer_names(name, stack[0]),

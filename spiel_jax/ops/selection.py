@@ -12,7 +12,7 @@ decide exactly.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,18 @@ def _bisect(enough: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.
     return lax.while_loop(lambda bounds: bounds[0] < bounds[1], narrow, (low, high))[0]
 
 
+def largest_threshold(enough: Callable[[jax.Array], jax.Array], dtype: Any) -> jax.Array:
+    """Largest t of a dtype, 0 to infinity, with ``enough(t)``, a predicate that is true up to some t.
+
+    >>> float(largest_threshold(lambda t: t * t <= 9, jnp.float32))
+    3.0
+    """
+    bits = _bits_dtype(dtype)
+    infinity = lax.bitcast_convert_type(jnp.array(jnp.inf, dtype), bits)
+    found = _bisect(lambda t: enough(lax.bitcast_convert_type(t, dtype)), jnp.zeros((), bits), infinity)
+    return lax.bitcast_convert_type(found, dtype)
+
+
 def _bisect_ties(enough: Callable[[jax.Array], jax.Array], high: jax.Array) -> jax.Array:
     """``_bisect`` from 0 where the answer mostly is ``high``, as of ties that are all chosen: asked first."""
     return _bisect(enough, jnp.where(enough(high), high, 0), high)
@@ -70,17 +82,13 @@ def kth_largest(entries: jax.Array, n: jax.Array | int, without: jax.Array | Non
         Scalar of the dtype of ``entries``: the largest t with ``count(|entries| >= t) >= n``, and 0 where
         fewer than n entries can be chosen.
     """
-    bits = _bits_dtype(entries.dtype)
-    infinity = lax.bitcast_convert_type(jnp.array(jnp.inf, entries.dtype), bits)
 
-    def enough(t: jax.Array) -> jax.Array:
-        threshold = lax.bitcast_convert_type(t, entries.dtype)
+    def enough(threshold: jax.Array) -> jax.Array:
         # two comparisons: |entries| would be taken out of the loop, and be a second dense array
         reach = lambda x: _count((x >= threshold) | (x <= -threshold))  # noqa: E731
         return reach(entries) - (0 if without is None else reach(without)) >= n
 
-    t = _bisect(enough, jnp.zeros((), bits), infinity)
-    return lax.bitcast_convert_type(t, entries.dtype)
+    return largest_threshold(enough, entries.dtype)
 
 
 def largest(scores: jax.Array, positions: jax.Array, n: jax.Array | int) -> jax.Array:
@@ -412,19 +420,16 @@ def top_products(
             length = jnp.where((longer <= columns) & reaches(score), longer, length)
         return length
 
-    bits = _bits_dtype(row.dtype)
     width = jnp.array(columns, exclude.dtype)
     exclude_row = jnp.minimum(lax.div(exclude, width), rows - 1)
     excluded = combine(row[exclude_row], column[lax.rem(exclude, width)])  # [A]
     excluded = jnp.where(exclude < size, excluded, -1)  # an unused slot reaches no threshold
 
-    def enough(t: jax.Array) -> jax.Array:
-        threshold = lax.bitcast_convert_type(t, row.dtype)
+    def enough(threshold: jax.Array) -> jax.Array:
         reached = jnp.sum(prefix(lambda score: score >= threshold), dtype=jnp.int32)
         return reached - _count(excluded >= threshold) >= n
 
-    highest = lax.bitcast_convert_type(jnp.array(jnp.inf, row.dtype), bits)
-    threshold = lax.bitcast_convert_type(_bisect(enough, jnp.zeros((), bits), highest), row.dtype)
+    threshold = largest_threshold(enough, row.dtype)
 
     above = prefix(lambda score: score > threshold)  # [R]
     reached = prefix(lambda score: score >= threshold)

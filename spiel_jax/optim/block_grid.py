@@ -119,7 +119,10 @@ def _joined(bounds: Any, old: Target, new: Target) -> np.ndarray:
 def _joined_columns(bounds: Any, old: Target, new: Target) -> np.ndarray:
     """The same of the columns of each block, [*stack, ..., C]."""
     bounds = np.asarray(bounds).reshape(-1, *old.grid, old.block[1]).swapaxes(1, 2)
-    turned = [replace(t, shape=t.shape[::-1], grid=t.grid[::-1], count=math.prod(t.grid)) for t in (old, new)]
+    turned = [
+        replace(t, shape=t.shape[::-1], grid=t.grid[::-1], count=math.prod(t.grid), spare=0)
+        for t in (old, new)
+    ]
     joined = _joined(bounds, *turned).reshape(-1, *turned[1].grid, new.block[1])
     return joined.swapaxes(1, 2).reshape(*new.lead, new.block[1])
 
@@ -192,11 +195,13 @@ def convert(
     for name, target in targets.items():
         blocks = math.prod(grids[name])
         try:
-            new = replace(target, grid=grids[name], count=blocks, axes=None)
+            new = replace(target, grid=grids[name], count=blocks, axes=None, spare=0)
         except SpielError as error:
             raise SpielError(f"{name}: {error}") from error
         move = moves[name] = _Move(np.asarray(state.active[name].indices), target, new)
-        new = replace(new, count=move.slots * blocks)
+        share, slots = target.count - target.spare, move.slots * blocks  # of a matrix
+        # that of the fullest block in all of them: more than the share, or as much
+        new = replace(new, count=slots, spare=max(0, slots - share) if target.spare else 0)
         change = _Change(target, new)
         active[name] = new.delta(move.indices())  # pyright: ignore[reportArgumentType]
         stats[name] = growth.regrid(state.growth[name], change)

@@ -46,7 +46,8 @@ def initial_positions(targets: Mapping[str, Target], seed: int | jax.Array) -> d
     positions = {}
     for name, target in targets.items():
         key = jax.random.fold_in(root, zlib.crc32(name.encode()))
-        positions[name] = target.delta(_drawn(key, target.lead, target.block_size, target.block_count))
+        drawn = _drawn(key, target.lead, target.block_size, target.block_share)
+        positions[name] = target.delta(target.filled(drawn))
     return positions
 
 

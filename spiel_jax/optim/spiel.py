@@ -20,6 +20,7 @@ from jax import lax
 
 from spiel_jax.errors import SpielError
 from spiel_jax.ops.selection import drop, replace_dropped
+from spiel_jax.optim import one_budget
 from spiel_jax.optim.criteria.criterion import Criterion, Flag, Observation
 from spiel_jax.optim.entry_state import ReplacedSlots, check_per_entry, reset
 from spiel_jax.optim.inner_optimizers import state_dtype
@@ -103,6 +104,9 @@ def spiel(
     their values and moments are what the inner update made them. n is rounded down, and is less
     where fewer entries can be grown.
 
+    Where targets have spare slots (``Target.spare``) the budget is one of all: what is dropped and what grows
+    is compared across matrices, and those with more to grow get more entries, as far as they have slots.
+
     Whatever else has a state per entry belongs into ``inner``, for only there replaced entries are reset:
     momentum before it in a chain, or ``optax.lookahead`` or ``schedule_free`` around it, would bring dropped
     values back. In a chain it comes last: a scaling by s after it (``optax.scale``, ``reduce_on_plateau``)
@@ -143,7 +147,8 @@ def spiel(
     Raises:
         TypeError: At ``init``, if the state of ``inner`` is not per entry; inside ``optax.MultiSteps``, if
             ``growth`` uses candidates.
-        SpielError: If phases as long as the original's leave no gap.
+        SpielError: If phases as long as the original's leave no gap; if targets have spare slots and
+            ``growth`` does not compare entries of different matrices.
         ValueError: If the values do not match the targets.
 
     Example:
@@ -161,6 +166,11 @@ def spiel(
         raise SpielError(
             f"accumulation = {schedule.accumulation}: with every = {schedule.every} the original's phases "
             "would begin as they end, and it divides by zero"
+        )
+    if any(target.spare for target in targets.values()) and not getattr(growth, "can_share_budget", False):
+        raise SpielError(
+            f"targets have spare slots, and {type(growth).__name__} does not compare entries of different "
+            "matrices: find_targets(spare=0)"
         )
     evolution = _Evolution(
         optax.with_extra_args_support(inner),
@@ -191,8 +201,19 @@ class _Evolution:
 
     @functools.cached_property
     def counts(self) -> np.ndarray:
-        """[reselections, targets] int32: how many entries of a matrix (or block) are replaced."""
-        return self.schedule.counts([target.block_count for target in self.targets.values()])
+        """[reselections, targets] int32: how many entries of a matrix (or block) are replaced.
+
+        Of all together, [reselections, 1], where the budget is one.
+        """
+        targets = self.targets.values()
+        if self.has_one_budget:
+            return self.schedule.counts([sum(target.total for target in targets)])
+        return self.schedule.counts([target.block_count for target in targets])
+
+    @functools.cached_property
+    def has_one_budget(self) -> bool:
+        """Whether entries may go from one matrix to another."""
+        return any(target.spare for target in self.targets.values())
 
     def init(self, values: optax.Params) -> SpielState:
         """See ``spiel``."""
@@ -311,19 +332,34 @@ class _Evolution:
             stats = self.growth.survey(stats, weights, self.targets)
         targets, table = self.targets, jnp.asarray(self.counts)[number]  # [targets]
         old_values, named_updates = by_target(values, targets), by_target(updates, targets)
-        active, replaced, seeds, scales = {}, {}, {}, self._drop_scales(state, weights)
-        for position, (name, target) in enumerate(targets.items()):
-            one = partial(_reselect_matrix, n=table[position], target=target, growth=self.growth)
-            indices, replaced[name], seeds[name] = map_matrices(
-                one,
-                state.active[name],
-                state.active[name].indices,
-                old_values[name],
-                named_updates[name],
-                stats[name],
-                scales.get(name),
+        scales = self._drop_scales(state, weights)
+        if self.has_one_budget:
+            found = one_budget.reselect(
+                state.active,
+                old_values,
+                named_updates,
+                stats,
+                scales,
+                n=table[0],
+                targets=targets,
+                growth=self.growth,
             )
-            active[name] = target.delta(indices)
+        else:
+            found = {}
+            for position, (name, target) in enumerate(targets.items()):
+                one = partial(_reselect_matrix, n=table[position], target=target, growth=self.growth)
+                found[name] = map_matrices(
+                    one,
+                    state.active[name],
+                    state.active[name].indices,
+                    old_values[name],
+                    named_updates[name],
+                    stats[name],
+                    scales.get(name),
+                )
+        active = {name: target.delta(found[name][0]) for name, target in targets.items()}
+        replaced = {name: mask for name, (_, mask, _) in found.items()}
+        seeds = {name: seed for name, (_, _, seed) in found.items()}
 
         tree = partial(like_values, values, targets=targets)
         slots = tree({name: ReplacedSlots(replaced[name], seeds[name]) for name in targets})
@@ -331,7 +367,10 @@ class _Evolution:
         kept = {name: jnp.where(replaced[name], 0, v) for name, v in new_values.items()}
         inner_state = reset(self.inner, state.inner, tree(kept), slots)
         updates = jax.tree.map(lambda u, v, s: jnp.where(s.replaced, -v, u), updates, values, slots)
-        changed = sum(jnp.sum(mask, dtype=jnp.float32) for mask in replaced.values())
+        changed = sum(
+            jnp.sum(mask & (active[name].indices < targets[name].block_size), dtype=jnp.float32)
+            for name, mask in replaced.items()
+        )
         total = sum(target.total for target in targets.values())
         return updates, state._replace(
             active=active,

@@ -120,5 +120,6 @@ def random_off_zeros(
     for name, target in targets.items():
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
         keys = jax.random.split(key, math.prod(target.stack))
-        positions[name] = target.delta(draw_off_zeros(params, name, target, target.block_count, keys))
+        drawn = draw_off_zeros(params, name, target, target.block_share, keys)
+        positions[name] = target.delta(target.filled(drawn))
     return positions

@@ -23,11 +23,13 @@ class Target:
 
     Attributes:
         shape: (rows, columns) of one matrix.
-        count: Active entries of one matrix.
+        count: Slots of one matrix: its active entries, but for those that are ``spare``.
         stack: Sizes of the leading axes of the values: how many matrices are adapted.
         grid: (rows, columns) of the block grid; each block holds count / blocks entries.
         layers: Which matrices of the stack are adapted, ascending; None for all.
         axes: Mesh axes over which the rows and columns of the grid are spread; None for a grid that is not.
+        spare: How many of a matrix's slots are not of its share of the budget, and begin unused: the budget
+            is then one of all targets, and moves among them where entries are reselected; see ``spiel``.
 
     Raises:
         ValueError: If the count is out of range, the grid does not divide shape and count, or positions in a
@@ -45,6 +47,7 @@ class Target:
     grid: tuple[int, int] = (1, 1)
     layers: tuple[int, ...] | None = None
     axes: Axes | None = None
+    spare: int = 0
 
     def __post_init__(self):
         if self.grid == (1, 1) and self.axes is not None:
@@ -57,6 +60,8 @@ class Target:
                 f"count = {self.count}: expected a multiple of {blocks} between 1 and the number of "
                 f"entries of a {self.shape} matrix"
             )
+        if not 0 <= self.spare < self.count:
+            raise SpielError(f"spare = {self.spare}: expected 0 to less than the count, {self.count}")
         if math.prod(self.block) > jnp.iinfo(jnp.int32).max:
             raise SpielError(
                 f"a block of {self.block} has more entries than int32 positions: use a finer grid"
@@ -69,8 +74,13 @@ class Target:
 
     @property
     def block_count(self) -> int:
-        """Active entries of one block."""
+        """Slots of one block."""
         return self.count // math.prod(self.grid)
+
+    @property
+    def block_share(self) -> int:
+        """Active entries of one block at the start: its slots but for the spare ones."""
+        return (self.count - self.spare) // math.prod(self.grid)
 
     @property
     def block_size(self) -> int:
@@ -84,8 +94,17 @@ class Target:
 
     @property
     def total(self) -> int:
-        """Active entries of the whole target."""
-        return self.count * math.prod(self.stack)
+        """Active entries of the whole target; where the budget can move, its share at the start."""
+        return (self.count - self.spare) * math.prod(self.stack)
+
+    def filled(self, positions: jax.Array) -> jax.Array:
+        """Positions [..., ``block_share``] and the spare slots, unused, after them: [..., ``block_count``].
+
+        >>> Target((2, 3), 3, spare=1).filled(jnp.array([0, 4])).tolist()
+        [0, 4, 6]
+        """
+        rest = [(0, 0)] * (positions.ndim - 1) + [(0, self.block_count - positions.shape[-1])]
+        return jnp.pad(positions, rest, constant_values=self.block_size)
 
     def delta(self, indices: jax.Array, values: Any = None) -> SparseDelta:
         """A ``SparseDelta`` of this target's static shape."""
@@ -205,6 +224,7 @@ def find_targets(
     *,
     density: float | None = None,
     num_tunable: int | None = None,
+    spare: float = 0.0,
     rules: Sequence[Rule | str] = (".*",),
     grid: tuple[int, int] | Callable[[str], tuple[int, int]] = (1, 1),
     layer_names: Callable[[str, tuple[int, ...]], Sequence[str]] = _default_layer_names,
@@ -221,6 +241,8 @@ def find_targets(
         density: Budget as a share of all parameters, in (0, 1].
         num_tunable: Budget as a number of entries. Exactly one of the two is given, or neither where
             every rule has a density of its own.
+        spare: Slots of each matrix beside its share, as a share of it, as far as it has entries: more than 0
+            make the budget one of all matrices; see ``spiel``.
         rules: ``Rule`` or its pattern, tried in order on each matrix's name, first match wins; a weight
             that no rule matches is not adapted.
         grid: Block grid of every target, or a function of a parameter's name that gives it.
@@ -233,13 +255,15 @@ def find_targets(
 
     Raises:
         SpielError: If a rule matches nothing (near names are listed) or can never apply; if the budget is
-            missing, doubled, out of range, or gives some matrix no entry.
+            missing, doubled, out of range, or gives some matrix no entry; if ``spare`` is negative.
 
     Example:
         >>> shapes = {"w": jax.ShapeDtypeStruct((8, 16), "float32")}
         >>> find_targets(shapes, density=0.25)["w"].count
         32
     """
+    if spare < 0:
+        raise SpielError(f"spare = {spare}: expected 0 or more")
     rules = [Rule(rule) if isinstance(rule, str) else rule for rule in rules]
     leaves = named_leaves(params)
     matrices: dict[str, dict[str, int]] = {}  # parameter -> name of matrix -> its number in the stack
@@ -294,13 +318,17 @@ def find_targets(
                 groups.setdefault(entries, []).append(number)
         stack, shape = shapes[name]
         for entries, numbers in groups.items():
+            blocks = math.prod(grids[name])
+            free = min(int(spare * entries / blocks), math.prod(shape) // blocks - entries // blocks) * blocks
+            more = {"grid": grids[name], "spare": free}
             if len(numbers) == len(layers):
-                targets[name] = Target(shape, entries, stack, grids[name])
+                targets[name] = Target(shape, entries + free, stack, **more)
             else:
                 if len(stack) != 1:
                     raise ValueError(f"{name}: only one stack axis can be adapted in part")
+                chosen = tuple(numbers)
                 targets[target_name(name, numbers)] = Target(
-                    shape, entries, (len(numbers),), grids[name], tuple(numbers)
+                    shape, entries + free, (len(numbers),), layers=chosen, **more
                 )
     if not targets:
         raise SpielError("no weight is adapted: every matrix is left out by the rules")

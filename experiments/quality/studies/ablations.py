@@ -1,6 +1,6 @@
 """What each of SpIEL's settings does, one at a time, otherwise as the study of conversations.
 
-There: every 10 steps, accumulation 3, rate 0.2, all entries chosen anew at the first reselection.
+There: every 10 steps, accumulation 3, rate 0.2; SpIEL's entries all chosen anew at the first reselection.
 """
 
 from dataclasses import replace
@@ -28,6 +28,7 @@ GRADIENTS = {
     "no warm-up": {"optimizer.warmup": 0.0},
     "warm-up of 6 steps": {"optimizer.warmup": 0.1},
     "balanced by rows": {"targets.balance.rows": 1},
+    "one budget": {"targets.spare": 1.0},
 }
 MOMENTS = {
     "as it is": {},
@@ -35,6 +36,15 @@ MOMENTS = {
     "rate 0.1": {"spiel.rate": 0.1},
     "the smaller of both": {"spiel.score": "minimum"},
     "warm-up of 6 steps": {"optimizer.warmup": 0.1},
+    "one budget": {"targets.spare": 1.0},
+}
+RANDOM = {  # SET
+    "as it is": {},
+    "every 5": {"spiel.every": 5},
+    "every 20": {"spiel.every": 20},
+    "rate 0.1": {"spiel.rate": 0.1},
+    "rate 0.4": {"spiel.rate": 0.4},
+    "one budget": {"targets.spare": 1.0},
 }
 
 
@@ -49,7 +59,13 @@ def get_study() -> Study:
         f"spiel_ma, {what}": Candidate({"method": "spiel_ma", **evolving, **setting}, (1.25e-3, 2.5e-3))
         for what, setting in MOMENTS.items()
     }
+    random = {
+        f"random, {what}": Candidate(
+            {"method": "random", "spiel.rate": 0.2, **evolving, **setting}, (2.5e-3, 5e-3, 1e-2)
+        )
+        for what, setting in RANDOM.items()
+    }
     adam = {"spiel_ma_adam": Candidate({"method": "spiel_ma_adam", **evolving}, (5e-4, 1e-3, 2e-3))}
     return replace(
-        chitchat.get_study(), candidates={**gradients, **moments, **adam}, seeds=(0, 1), against=None
+        chitchat.get_study(), candidates={**gradients, **moments, **random, **adam}, seeds=(0, 1), against=None
     )

@@ -87,6 +87,7 @@ class AccumulatedGradients(Criterion):
 
     in_original = True
     can_keep_zeros = True
+    can_share_budget = True
     own = ("spiel.candidate_ratio", "spiel.candidates", "spiel.drop_by")
 
     b1: float = 0.9
@@ -219,12 +220,17 @@ class AccumulatedGradients(Criterion):
         target: Target,
     ) -> jax.Array:
         """The n candidates of largest summed gradient that are not kept."""
+        positions, scores = self.proposals(stats, indices, dropped, target)
+        return jnp.where(largest(scores, positions, n), positions, target.block_size)
+
+    def proposals(
+        self, stats: CandidateStats, indices: jax.Array, dropped: jax.Array, target: Target
+    ) -> tuple[jax.Array, jax.Array]:
+        """The candidates that are not kept, by their summed gradients."""
         size = target.block_size
         kept = isin(stats.indices, jnp.where(dropped, size, indices), size)
         valid = self._usable(stats, target) & ~kept
-        scores = jnp.where(valid, jnp.abs(stats.grad_sum), jnp.nan)
-        chosen = largest(scores, stats.indices, n)
-        return jnp.where(chosen, stats.indices, size)
+        return stats.indices, jnp.where(valid, jnp.abs(stats.grad_sum), jnp.nan)
 
     def seed(self, stats: CandidateStats, source: jax.Array) -> dict[str, jax.Array]:
         """Moments and age as if the mean gradient had been seen for the phase's steps (algorithm 1)."""

@@ -128,6 +128,7 @@ class Criterion:
     measures: ClassVar[bool] = False
     default_rate: ClassVar[float] = 0.2  # of replacement, where ``spiel.rate`` does not say
     in_original: ClassVar[bool] = False  # whether the original implementation has it
+    can_share_budget: ClassVar[bool] = False  # whether it has ``proposals``
     can_keep_zeros: ClassVar[bool] = False  # whether ``keep_zeros`` is a field of it
     reselects_once: ClassVar[bool] = False  # its one phase may then be longer than ``spiel.every``
     own: ClassVar[tuple[str, ...] | None] = None  # keys of the configuration that are of it; None: not said
@@ -201,11 +202,23 @@ class Criterion:
         """
         raise NotImplementedError(f"{type(self).__name__} has no incoming()")
 
+    def proposals(
+        self, stats: Any, indices: jax.Array, dropped: jax.Array, target: Target
+    ) -> tuple[jax.Array, jax.Array]:
+        """All that could be grown, where one budget is shared: asked of criteria that ``can_share_budget``.
+
+        Returns:
+            Positions [C] int32, and scores [C] by which matrices are compared: non-negative floats, NaN
+            where a position cannot grow. C is static, and the k best must be among them. A position that is
+            active and not dropped cannot grow.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no proposals()")
+
     def seed(self, stats: Any, source: jax.Array) -> dict[str, jax.Array]:
         """Fields of the inner state of grown entries: name to [k]. May be empty.
 
-        ``source`` [k] is the slot of ``incoming`` that each replaced slot took; what is returned for the
-        other slots is not used.
+        ``source`` [k] is the slot of ``incoming``, or of ``proposals``, that each replaced slot took; what is
+        returned for the other slots is not used.
         """
         del stats, source
         return {}
@@ -277,6 +290,13 @@ class Criterion:
             yield "spiel.first", first, f"unset: {ORIGINAL}"
         if reference and settings.schedule == "constant":
             yield "spiel.schedule", settings.schedule, f"linear or cosine: {ORIGINAL}"
+        spare = config.targets.spare
+        if spare and not cls.can_share_budget:
+            yield "targets.spare", spare, f"0: {config.method} does not compare entries of different weights"
+        if spare and adapter is not None:
+            yield "targets.spare", spare, "0: the entries of an adapter are where they are"
+        if spare and reference:
+            yield "targets.spare", spare, f"0: {ORIGINAL}"
         if settings.keep_zeros and not cls.can_keep_zeros:
             yield "spiel.keep_zeros", True, f"False: {config.method} may choose entries that are zero"
         if settings.keep_zeros and adapter is not None:

@@ -61,6 +61,7 @@ class MomentApproximation(NonZeros):
     """
 
     in_original = True
+    can_share_budget = True
     own = ("spiel.score", "spiel.drop_by")
     unused = ("optimizer.b1", "optimizer.b2")
 
@@ -163,13 +164,30 @@ class MomentApproximation(NonZeros):
     ) -> jax.Array:
         """The n entries of largest score that are not active; dropped ones count as active."""
         row, column, *surveyed = stats
-        combine, size = SCORES[self.score], target.block_size
         if not surveyed:
-            return top_products(row, column, n, indices.size, indices, combine)
-        rows, columns = divided(surveyed[0], target.block[1])
-        scores = combine(row[rows], column[columns])
-        scores = jnp.where(inactive(surveyed[0], indices, size), scores, jnp.nan)
-        return jnp.where(largest(scores, surveyed[0], n), surveyed[0], size)
+            return top_products(row, column, n, indices.size, indices, SCORES[self.score])
+        positions, scores = self._scored(stats, indices, target)
+        return jnp.where(largest(scores, positions, n), positions, target.block_size)
+
+    def proposals(
+        self, stats: tuple[jax.Array, ...], indices: jax.Array, dropped: jax.Array, target: Target
+    ) -> tuple[jax.Array, jax.Array]:
+        """The k entries of largest score that are not active; dropped ones count as active."""
+        del dropped
+        row, column, *surveyed = stats
+        if not surveyed:
+            n = jnp.minimum(indices.size, self.available(stats, indices, target))
+            stats = row, column, top_products(row, column, n, indices.size, indices, SCORES[self.score])
+        return self._scored(stats, indices, target)
+
+    def _scored(
+        self, stats: tuple[jax.Array, ...], indices: jax.Array, target: Target
+    ) -> tuple[jax.Array, jax.Array]:
+        """The positions that are the last of the statistics, and their scores, NaN where active."""
+        row, column, positions = stats
+        rows, columns = divided(positions, target.block[1])
+        scores = SCORES[self.score](row[rows], column[columns])
+        return positions, jnp.where(inactive(positions, indices, target.block_size), scores, jnp.nan)
 
     def regrid(self, stats: tuple[Any, Any], move: Regridding) -> Any:
         """Joins or cuts the accumulators: they stay upper bounds."""

@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spiel_jax.ops.selection import largest
-from spiel_jax.optim.criteria.criterion import Regridding, configured_schedule, register
+from spiel_jax.optim.criteria.criterion import Complaint, Regridding, configured_schedule, register
 from spiel_jax.optim.criteria.non_zeros import NonZeros
 from spiel_jax.optim.schedules import Reselection
 from spiel_jax.optim.zeros import draw_off_zeros, inactive
@@ -43,6 +43,7 @@ class RandomGrowth(NonZeros):
         <https://arxiv.org/abs/2406.13175>`_.
     """
 
+    can_share_budget = True
     own = ("spiel.drop_by",)
     default_rate = 0.0
 
@@ -53,6 +54,13 @@ class RandomGrowth(NonZeros):
     def from_config(cls, config: Any) -> "RandomGrowth":
         """See ``Criterion``."""
         return cls(config.seed)
+
+    @classmethod
+    def complaints(cls, config: Any) -> Iterator[Complaint]:
+        """See ``Criterion``."""
+        yield from super().complaints(config)
+        if config.targets.spare and not config.spiel.rate and not config.spiel.first:
+            yield "targets.spare", config.targets.spare, "0 where nothing is replaced: give spiel.rate"
 
     @classmethod
     def schedule(cls, config: Any, steps: int) -> Reselection:
@@ -86,9 +94,8 @@ class RandomGrowth(NonZeros):
         """N distinct inactive entries, each about equally likely; dropped ones count as active."""
         if self.keep_zeros:
             data, found = stats
-            scores = jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(data), 2), found.shape)
-            scores = jnp.where(inactive(found, indices, target.block_size), scores, jnp.nan)
-            return jnp.where(largest(scores, found, n), found, target.block_size)
+            positions, scores = self._scored(data, found, indices, target)
+            return jnp.where(largest(scores, positions, n), positions, target.block_size)
         count = indices.size
         slot = jnp.arange(count, dtype=jnp.int32)
         free = self.available(stats, indices, target)
@@ -101,6 +108,23 @@ class RandomGrowth(NonZeros):
         before = jnp.where(slot < target.block_size - free, before, free)
         position = rank + jnp.searchsorted(before, rank, side="right").astype(jnp.int32)
         return jnp.where(slot < n, position, target.block_size)
+
+    def proposals(
+        self, stats: Any, indices: jax.Array, dropped: jax.Array, target: Target
+    ) -> tuple[jax.Array, jax.Array]:
+        """As many inactive entries as there are slots, as far as there are, with random scores."""
+        if self.keep_zeros:
+            data, found = stats
+            return self._scored(data, found, indices, target)
+        n = jnp.minimum(indices.size, self.available(stats, indices, target))
+        return self._scored(stats, self.incoming(stats, indices, dropped, n, target), indices, target)
+
+    def _scored(
+        self, data: jax.Array, positions: jax.Array, indices: jax.Array, target: Target
+    ) -> tuple[jax.Array, jax.Array]:
+        """The positions with random scores, NaN where active."""
+        scores = jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(data), 2), positions.shape)
+        return positions, jnp.where(inactive(positions, indices, target.block_size), scores, jnp.nan)
 
     def clear(self, stats: dict[str, jax.Array], targets: Mapping[str, Target]) -> dict[str, jax.Array]:
         """The next keys."""

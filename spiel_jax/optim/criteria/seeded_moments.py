@@ -99,6 +99,12 @@ class SeededMoments(MomentApproximation):
         """See ``MomentApproximation``."""
         return super().incoming(stats[0], indices, dropped, n, target)
 
+    def proposals(
+        self, stats: Stats, indices: jax.Array, dropped: jax.Array, target: Target
+    ) -> tuple[jax.Array, jax.Array]:
+        """See ``MomentApproximation``."""
+        return super().proposals(stats[0], indices, dropped, target)
+
     def seed_at(
         self, stats: Stats, source: jax.Array, indices: jax.Array, target: Target
     ) -> dict[str, jax.Array]:
