@@ -107,6 +107,10 @@ class Method:
         """State before the first step, from pretrained parameters."""
         raise NotImplementedError
 
+    def tunable(self, state: TrainState) -> int:
+        """How many numbers it trains."""
+        return sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
+
     def attach(self, params: Params, trainable: Any, opt_state: Any) -> TrainState:
         """State from pretrained parameters and what a checkpoint holds."""
         return TrainState(params, {}, trainable, opt_state)

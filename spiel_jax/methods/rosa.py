@@ -145,6 +145,11 @@ class RosaMethod(Method):
             opt_state=RosaState(jnp.zeros((), jnp.int32), begun.opt_state, self.tx.init(low_rank)),
         )
 
+    def tunable(self, state: TrainState) -> int:
+        """See ``Method``."""
+        low_rank = sum(leaf.size for leaf in jax.tree.leaves(state.trainable["low_rank"]))
+        return self.sparse.tunable(self._sparse(state)) + low_rank
+
     def attach(self, params: Params, trainable: Any, opt_state: RosaState) -> TrainState:
         """See ``Method``."""
         merged = self.sparse.attach(params, trainable["sparse"], opt_state.sparse)

@@ -210,7 +210,7 @@ def _run(config: Config, claim: Claim, source: ModelSource, mesh: Mesh, progress
     ):
         state, start = _first_state(method, params, mesh, workdir, known, trained)
         del params
-        tunable = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
+        tunable = method.tunable(state)
         _log.info("%d tunable of %d parameters (%.2f%%)", tunable, size, 100 * tunable / size)
         if start:
             _log.info("continuing after step %d of %d", start, steps)

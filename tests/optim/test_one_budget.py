@@ -1,6 +1,7 @@
 """One budget for all matrices: what drops and grows where, by hand and beside NumPy, and in a run."""
 
 import math
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -13,9 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import mesh_cases
 from support.mesh_cases import CONFIG, adapted, mesh_of
+from support.run_cases import chat_file, run, tiny_config
 
 import spiel_jax as sj
-from spiel_jax.checkpoint.metadata import stored_targets, target_json
+from spiel_jax.adapters.from_run import adapter_of_run
+from spiel_jax.checkpoint import restore_trained, stored_targets
+from spiel_jax.checkpoint.metadata import target_json
 from spiel_jax.config import ConfigError, check_config, default_config
 from spiel_jax.errors import SpielError
 from spiel_jax.methods.registry import build
@@ -278,3 +282,35 @@ def test_eight_devices_come_to_the_entries_of_one(growth):
     before, after = mesh_cases.positions(one), mesh_cases.positions(many)
     same = np.mean(np.concatenate([(before[name] == after[name]).ravel() for name in before]))
     assert same > 0.999
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "random",
+        pytest.param("spiel_ag", marks=pytest.mark.slow),
+        pytest.param("rosa", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_goes_on_as_if_it_had_not_stopped_and_leaves_its_budget(method, llama_folder, tmp_path, capsys):
+    config = tiny_config(llama_folder, chat_file(tmp_path), method)
+    config.targets.spare, config.spiel.rate = 1.0, 0.4
+    config.rosa.warmup = 1
+    config.lora.rank = 2
+    run(config, tmp_path / "whole")
+    run(config, tmp_path / "half", until=3)
+    run(config, tmp_path / "half")
+    told = capsys.readouterr().out
+    whole, half = (restore_trained(tmp_path / name) for name in ("whole", "half"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, whole, half))
+    adapter = adapter_of_run(tmp_path / "whole")
+    sparse = adapter if method != "rosa" else adapter.sparse
+    assert sparse.count == 1000
+    low_rank = (
+        0
+        if method != "rosa"
+        else sum(term.a.size + term.b.size for term in adapter.low_rank.matrices.values())
+    )
+    assert re.search(rf"tunable parameters +{1000 + low_rank:,} ", told)
+    sizes = {entries.positions.size for entries in sparse.entries.values()}
+    assert len(sizes) > 2  # two kinds of weights: they have not what is theirs by size

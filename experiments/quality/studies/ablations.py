@@ -67,5 +67,8 @@ def get_study() -> Study:
     }
     adam = {"spiel_ma_adam": Candidate({"method": "spiel_ma_adam", **evolving}, (5e-4, 1e-3, 2e-3))}
     return replace(
-        chitchat.get_study(), candidates={**gradients, **moments, **random, **adam}, seeds=(0, 1), against=None
+        chitchat.get_study(),
+        candidates={**gradients, **moments, **random, **adam},
+        seeds=(0, 1),
+        against=None,
     )
