@@ -1,20 +1,28 @@
 """The finalists of the study of conversations on a thousand instructions with answers (Alpaca's).
 
-Reads `data/alpaca_demo/alpaca_en_demo.json`. What the runs forget: ``spiel_jax.evaluate --forgetting`` of
-their folders.
+Half as many tokens a step as there, as in `configs/smollm2_135m.py`. Reads
+`data/alpaca_demo/alpaca_en_demo.json`. What the runs forget: `--elsewhere`.
 """
 
 from dataclasses import replace
 
-from experiments.quality.studies import chitchat, gsm8k
+from experiments.quality.studies import chitchat
 from experiments.quality.study import Study
+
+FINALISTS = ("lora", "random, fixed", "random, evolving", "full", "spiel_ag", "random + lora")
+HALF = {
+    "batch_size": 2,
+    "data.heldout": 128,  # 16 batches choose the rate, the rest are the test
+    "eval_batches": 16,
+}
 
 
 def get_study() -> Study:
     """The study."""
     known = chitchat.get_study()
+    source = "data/alpaca_demo/alpaca_en_demo.json"
     return replace(
         known,
-        settings={**known.settings, "data.sources": ("data/alpaca_demo/alpaca_en_demo.json",)},
-        candidates={name: known.candidates[name] for name in gsm8k.FINALISTS},
+        settings={**known.settings, **HALF, "data.sources": (source,)},
+        candidates={name: known.candidates[name] for name in FINALISTS},
     )
