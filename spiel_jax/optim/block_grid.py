@@ -33,7 +33,7 @@ class Regridded:
     @property
     def unused(self) -> float:
         """Share of the slots that are not in use."""
-        return 1 - self.entries / self.new.total
+        return 1 - self.entries / self.new.slots
 
 
 class _Move:
@@ -46,6 +46,7 @@ class _Move:
         scores: Shaped like ``indices``: those of largest score come first in each block, which has ``room``
             for so many. By default there is room for all, in the order of their slots.
         room: Slots per block; default: what the fullest block needs.
+        least: Slots per block where that is less.
     """
 
     def __init__(
@@ -55,13 +56,14 @@ class _Move:
         new: Target,
         scores: np.ndarray | None = None,
         room: int | None = None,
+        least: int = 1,
     ):
         self._new, blocks = new, math.prod(new.grid)
         matrices = indices.reshape(math.prod(old.stack), math.prod(old.grid), -1)
         ranked = [None] * len(matrices) if scores is None else scores.reshape(len(matrices), -1)
         routes = [_route(*matrix, old, new) for matrix in zip(matrices, ranked, strict=True)]
         full = [np.bincount(block, minlength=blocks) for _, block, _ in routes]
-        self.slots = room or max(1, *(int(counts.max()) for counts in full))
+        self.slots = room or max(least, *(int(counts.max()) for counts in full))
         self.forgotten = sum(int(np.maximum(counts - self.slots, 0).sum()) for counts in full)
         self._pairs, self._positions = [], []  # of each matrix: slots before and after, positions
         for (slots, block, positions), counts in zip(routes, full, strict=True):
@@ -192,16 +194,18 @@ def convert(
             entries nor to rows or columns.
     """
     moves, changed, active, stats, moved = {}, {}, {}, {}, {}
+    one_budget = any(target.spare for target in targets.values())
     for name, target in targets.items():
         blocks = math.prod(grids[name])
         try:
             new = replace(target, grid=grids[name], count=blocks, axes=None, spare=0)
         except SpielError as error:
             raise SpielError(f"{name}: {error}") from error
-        move = moves[name] = _Move(np.asarray(state.active[name].indices), target, new)
+        # of one budget a target keeps its slots, wherever the entries are at the moment
+        least = -(-target.count // blocks) if one_budget else 1
+        move = moves[name] = _Move(np.asarray(state.active[name].indices), target, new, least=least)
         share, slots = target.count - target.spare, move.slots * blocks  # of a matrix
-        # that of the fullest block in all of them: more than the share, or as much
-        new = replace(new, count=slots, spare=max(0, slots - share) if target.spare else 0)
+        new = replace(new, count=slots, spare=slots - share if one_budget else 0)
         change = _Change(target, new)
         active[name] = new.delta(move.indices())  # pyright: ignore[reportArgumentType]
         stats[name] = growth.regrid(state.growth[name], change)

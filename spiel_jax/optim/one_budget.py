@@ -108,7 +108,7 @@ def reselect(
         free[name] = map_matrices(available, active[name], stats[name], indices)
 
     entries = total(there)
-    n = jnp.minimum(n, total(free))
+    n = jnp.minimum(n, jnp.minimum(entries, total(free)))
     kept = shares(moved, entries - n)
     leave = {name: there[name] - kept[name] for name in targets}
     dropped, proposed, scores = {}, {}, {}
@@ -139,7 +139,8 @@ def reselect(
 
 
 def _available(stats: Any, indices: jax.Array, *, target: Target, growth: Criterion) -> jax.Array:
-    return jnp.asarray(growth.available(stats, indices, target), jnp.int32)
+    # of all entries of all matrices the sum would not fit
+    return jnp.minimum(growth.available(stats, indices, target), indices.size).astype(jnp.int32)
 
 
 def _proposals(

@@ -148,7 +148,7 @@ def spiel(
         TypeError: At ``init``, if the state of ``inner`` is not per entry; inside ``optax.MultiSteps``, if
             ``growth`` uses candidates.
         SpielError: If phases as long as the original's leave no gap; if targets have spare slots and
-            ``growth`` does not compare entries of different matrices.
+            ``growth`` does not compare entries of different matrices, or the original's parity is asked for.
         ValueError: If the values do not match the targets.
 
     Example:
@@ -167,11 +167,8 @@ def spiel(
             f"accumulation = {schedule.accumulation}: with every = {schedule.every} the original's phases "
             "would begin as they end, and it divides by zero"
         )
-    if any(target.spare for target in targets.values()) and not getattr(growth, "can_share_budget", False):
-        raise SpielError(
-            f"targets have spare slots, and {type(growth).__name__} does not compare entries of different "
-            "matrices: find_targets(spare=0)"
-        )
+    if any(target.spare for target in targets.values()):
+        _check_one_budget(targets, growth, schedule)
     evolution = _Evolution(
         optax.with_extra_args_support(inner),
         targets,
@@ -184,6 +181,20 @@ def spiel(
     )
     functions: Any = evolution.init, evolution.update
     return optax.GradientTransformationExtraArgs(*functions)
+
+
+def _check_one_budget(targets: Mapping[str, Target], growth: Criterion, schedule: Reselection) -> None:
+    """Raises where entries cannot go from one matrix to another."""
+    if not getattr(growth, "can_share_budget", False):
+        raise SpielError(
+            f"targets have spare slots, and {type(growth).__name__} does not compare entries of different "
+            "matrices: find_targets(spare=0)"
+        )
+    if schedule.long_phases:
+        raise SpielError("targets have spare slots, and the original has none: find_targets(spare=0)")
+    slots = sum(target.slots for target in targets.values())
+    if slots > jnp.iinfo(jnp.int32).max:
+        raise SpielError(f"one budget of {slots} slots: expected less than 2^31, they are counted in int32")
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Target:
     @property
     def block_share(self) -> int:
         """Active entries of one block at the start: its slots but for the spare ones."""
-        return (self.count - self.spare) // math.prod(self.grid)
+        return max(1, (self.count - self.spare) // math.prod(self.grid))
 
     @property
     def block_size(self) -> int:
@@ -96,6 +96,11 @@ class Target:
     def total(self) -> int:
         """Active entries of the whole target; where the budget can move, its share at the start."""
         return (self.count - self.spare) * math.prod(self.stack)
+
+    @property
+    def slots(self) -> int:
+        """Slots of the whole target, used or not."""
+        return self.count * math.prod(self.stack)
 
     def filled(self, positions: jax.Array) -> jax.Array:
         """Positions [..., ``block_share``] and the spare slots, unused, after them: [..., ``block_count``].
@@ -241,8 +246,8 @@ def find_targets(
         density: Budget as a share of all parameters, in (0, 1].
         num_tunable: Budget as a number of entries. Exactly one of the two is given, or neither where
             every rule has a density of its own.
-        spare: Slots of each matrix beside its share, as a share of it, as far as it has entries: more than 0
-            make the budget one of all matrices; see ``spiel``.
+        spare: Slots of each matrix beside its share, as a share of it (rounded up), as far as it has entries:
+            more than 0 make the budget one of all matrices; see ``spiel``.
         rules: ``Rule`` or its pattern, tried in order on each matrix's name, first match wins; a weight
             that no rule matches is not adapted.
         grid: Block grid of every target, or a function of a parameter's name that gives it.
@@ -255,15 +260,16 @@ def find_targets(
 
     Raises:
         SpielError: If a rule matches nothing (near names are listed) or can never apply; if the budget is
-            missing, doubled, out of range, or gives some matrix no entry; if ``spare`` is negative.
+            missing, doubled, out of range, or gives some matrix no entry; if ``spare`` is negative
+            or not finite.
 
     Example:
         >>> shapes = {"w": jax.ShapeDtypeStruct((8, 16), "float32")}
         >>> find_targets(shapes, density=0.25)["w"].count
         32
     """
-    if spare < 0:
-        raise SpielError(f"spare = {spare}: expected 0 or more")
+    if not 0 <= spare < math.inf:
+        raise SpielError(f"spare = {spare}: expected 0 or more, and finite")
     rules = [Rule(rule) if isinstance(rule, str) else rule for rule in rules]
     leaves = named_leaves(params)
     matrices: dict[str, dict[str, int]] = {}  # parameter -> name of matrix -> its number in the stack
@@ -319,7 +325,8 @@ def find_targets(
         stack, shape = shapes[name]
         for entries, numbers in groups.items():
             blocks = math.prod(grids[name])
-            free = min(int(spare * entries / blocks), math.prod(shape) // blocks - entries // blocks) * blocks
+            room = (math.prod(shape) - entries) // blocks
+            free = min(math.ceil(spare * entries / blocks), room) * blocks
             more = {"grid": grids[name], "spare": free}
             if len(numbers) == len(layers):
                 targets[name] = Target(shape, entries + free, stack, **more)

@@ -140,9 +140,9 @@ def show(changed: Mapping[str, Regridded]) -> str:
     lines = [_table(changed)]
     if forgotten := sum(change.forgotten for change in changed.values()):
         lines.append(f"{forgotten:,} candidates of the estimation phase found no room in their blocks")
-    slots = sum(change.new.total for change in changed.values())
+    slots = sum(change.new.slots for change in changed.values())
     unused = 1 - sum(change.entries for change in changed.values()) / slots
-    if unused > MUCH_UNUSED:
+    if unused > MUCH_UNUSED and not any(change.old.spare for change in changed.values()):
         lines.append(
             f"warning: {unused:.0%} of the slots are unused. They take memory like the others, and "
             "the next reselections fill them. A coarser grid leaves fewer."

@@ -147,9 +147,10 @@ def test_targets_have_room_as_far_as_they_have_entries():
     assert targets["v"] == sj.Target((2, 2), 4, spare=1)
     assert (targets["w"].total, targets["w"].block_share, targets["v"].total) == (24, 8, 3)
     grid = sj.find_targets(shapes, num_tunable=24, spare=0.3, rules=("w.*",), grid=(2, 2))["w"]
-    assert (grid.count, grid.spare, grid.block_count, grid.block_share) == (8, 0, 2, 2)  # 0.6 of a slot: none
-    with pytest.raises(SpielError, match=r"spare = -0.1: expected 0 or more"):
-        sj.find_targets(shapes, num_tunable=24, spare=-0.1)
+    assert (grid.count, grid.spare, grid.block_count, grid.block_share) == (12, 4, 3, 2)  # 0.6 of a slot: one
+    for spare in (-0.1, math.inf, math.nan):
+        with pytest.raises(SpielError, match=f"spare = {spare}: expected 0 or more, and finite"):
+            sj.find_targets(shapes, num_tunable=24, spare=spare)
     with pytest.raises(SpielError, match="spare = 4: expected 0 to less than the count, 4"):
         sj.Target((2, 4), 4, spare=4)
 
@@ -161,21 +162,68 @@ def test_metadata_have_what_is_spare_and_those_of_earlier_versions_have_none():
     assert stored_targets({"targets": stored})["a"].spare == 0
 
 
-def test_another_grid_keeps_the_budget():
-    target = sj.Target((4, 4), 6, stack=(2,), spare=2)
-    growth, plan = sj.RandomGrowth(), sj.Reselection(4, 1, 1)
-    tx = sj.spiel(sj.aged_adamw(0.1), {"w": target}, growth=growth, schedule=plan)
-    values = {"w": jnp.zeros((2, 6))}
-    _, state, changed = convert(values, tx.init(values), {"w": target}, {"w": (2, 2)}, growth)
-    new = changed["w"].new
-    assert new.total == target.total == 8
-    assert new.spare > 0
-    assert np.sum(np.asarray(state.active["w"].indices) < new.block_size) == 8
+@pytest.mark.parametrize("cut", [(1, 1), (2, 1), (2, 2)])
+def test_another_grid_keeps_the_budget_and_the_slots_wherever_the_entries_are(cut):
+    targets = {
+        "a": sj.Target((4, 8), 12, spare=4),
+        "b": sj.Target((4, 8), 16, spare=8),
+        "c": sj.Target((2, 2), 4),
+    }
+    growth, plan = sj.RandomGrowth(), sj.Reselection(4, 1, 1, sj.constant(0.5), first=None)
+    tx = sj.spiel(sj.aged_adamw(0.1), targets, growth=growth, schedule=plan)
+    values = sj.zeros(targets)
+    state = tx.init(values)
+    gone, more = np.full(12, 32), np.arange(16)  # all eight of a went to b
+    state = sj.place(state, {**state.active, "a": targets["a"].delta(gone), "b": targets["b"].delta(more)})
+    values, state, changed = convert(values, state, targets, dict.fromkeys(targets, cut), growth)
+    new = {name: change.new for name, change in changed.items()}
+    assert all(new[name].total == target.total for name, target in targets.items())
+    assert all(new[name].slots >= target.slots for name, target in targets.items())
+    assert changed["a"].unused == 1
+    tx = sj.spiel(sj.aged_adamw(0.1), new, growth=growth, schedule=plan)
+    _, state = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, values), state, values)
+    assert used(state.active, new) == 20
+    tx.init(sj.zeros(new))
+
+
+def used(active, targets):
+    return sum(np.sum(np.asarray(d.indices) < targets[name].block_size) for name, d in active.items())
+
+
+def test_of_many_entries_as_many_go_as_of_few():
+    """The entries of three such matrices cannot be counted in int32."""
+    for matrices in (1, 3):
+        targets = {"w": sj.Target((32768, 32768), 8, stack=(matrices,), spare=4)}
+        plan = sj.Reselection(2, 1, 1, sj.constant(0.5), first=None)
+        tx = sj.spiel(optax.sgd(0.0), targets, growth=sj.MomentApproximation(), schedule=plan)
+        values = sj.zeros(targets)
+        _, state = jax.jit(tx.update)({"w": jnp.ones((matrices, 8))}, tx.init(values), values)
+        assert float(state.replaced) == 0.5
+        assert used(state.active, targets) == 4 * matrices
+    many = {"w": sj.Target((32768, 32768), 65537, stack=(32768,), spare=4)}
+    with pytest.raises(SpielError, match="one budget of 2147516416 slots: expected less than"):
+        sj.spiel(optax.sgd(0.0), many, growth=sj.MomentApproximation(), schedule=plan)
+
+
+def test_where_all_is_replaced_and_some_could_not_begin_the_budget_is_filled_and_not_exceeded():
+    targets = {"a": sj.Target((4, 8), 24, spare=8), "b": sj.Target((4, 8), 24, spare=8)}
+    plan = sj.Reselection(4, 1, 1, sj.constant(0.5), first=1.0)
+    tx = sj.spiel(optax.sgd(0.0), targets, growth=sj.RandomGrowth(), schedule=plan)
+    values = sj.zeros(targets)
+    state = tx.init(values)
+    few = np.concatenate([np.arange(4), np.full(20, 32)])
+    state = sj.place(state, {**state.active, "a": targets["a"].delta(few)})
+    for _ in range(2):
+        _, state = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, values), state, values)
+        assert used(state.active, targets) == 32
+        assert float(state.replaced) <= 1
 
 
 def test_what_compares_no_matrices_is_refused():
     with pytest.raises(SpielError, match="NoGrowth does not compare entries of different matrices"):
         sj.spiel(optax.sgd(0.1), TARGETS, growth=sj.NoGrowth(), schedule=sj.Reselection(3, 1, 1))
+    with pytest.raises(SpielError, match="the original has none"):
+        sj.spiel_ag(0.1, TARGETS, total_steps=9, parity="reference")
 
 
 @pytest.mark.parametrize(
@@ -183,6 +231,7 @@ def test_what_compares_no_matrices_is_refused():
     [
         ({"method": "lift"}, "lift does not compare entries of different weights"),
         ({"method": "random"}, "0 where nothing is replaced: give spiel.rate"),
+        ({"spiel.first": -1.0, "method": "random"}, "0 where nothing is replaced: give spiel.rate"),
         ({"spiel.parity": "reference"}, "what the original has"),
         ({"init_from.adapter": "somewhere"}, "the entries of an adapter are where they are"),
     ],

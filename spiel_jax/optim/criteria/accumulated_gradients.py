@@ -55,8 +55,9 @@ class AccumulatedGradients(Criterion):
     Attributes:
         b1: Decay rate of the inner optimizer's first moment, for seeding ``mu``.
         b2: Decay rate of its second moment, for seeding ``nu``.
-        ratio: Candidates per active entry, c / k. At a replacement rate of 1 with c = k the accumulated
-            gradients cannot change the choice; a larger c lets them, at 12 bytes per candidate.
+        ratio: Candidates per active entry, c / k; per slot, where some are spare. At a replacement rate of 1
+            with c = k the accumulated gradients cannot change the choice; a larger c lets them, at 12 bytes
+            per candidate.
         seeds: Whether grown entries are seeded at all; otherwise they start as ``inner.init`` has them. A
             static mask of the entries of largest gradient at the start (SIFT) is this criterion without
             seeds, with ``propose_active``, and a schedule that reselects once and replaces everything.

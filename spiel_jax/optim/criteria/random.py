@@ -59,7 +59,7 @@ class RandomGrowth(NonZeros):
     def complaints(cls, config: Any) -> Iterator[Complaint]:
         """See ``Criterion``."""
         yield from super().complaints(config)
-        if config.targets.spare and not config.spiel.rate and not config.spiel.first:
+        if config.targets.spare and not config.spiel.rate and (config.spiel.first or 0) <= 0:
             yield "targets.spare", config.targets.spare, "0 where nothing is replaced: give spiel.rate"
 
     @classmethod
