@@ -55,9 +55,9 @@ def get_study() -> Study:
             ),
             "magnitude, fixed": Candidate({"method": "magnitude"}, (2.5e-3, 5e-3, 1e-2)),
             "gradient, balanced by rows": Candidate(
-                {"method": "gradient", "spiel.accumulation": 3, "targets.balance.rows": 1}, (1e-3, 2e-3, 4e-3)
+                {"method": "gradient", "spiel.accumulation": 3, "targets.balance.rows": 1}, (5e-4, 1e-3, 2e-3)
             ),
-            "rslora": Candidate({**LORA, "lora.rslora": True}, (5e-4, 1e-3, 2e-3)),
+            "rslora": Candidate({**LORA, "lora.rslora": True}, (1e-3, 2e-3, 4e-3)),
             "ia3": Candidate({"method": "ia3"}, (1e-2, 2e-2, 4e-2)),
             # what the other half of "random + lora" adds
             "lora, rank 4": Candidate({**LORA, "lora.rank": 4}, (1.5e-3, 3e-3, 6e-3)),
