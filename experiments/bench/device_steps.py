@@ -105,7 +105,7 @@ class Measurement:
         self.state = jax.block_until_ready(start(params))
         del params
         yield {
-            "tunable": sum(leaf.size for leaf in jax.tree.leaves(self.state.trainable)),
+            "tunable": self.method.tunable(self.state),
             "held_gib": sum(leaf.nbytes for leaf in jax.tree.leaves(self.state)) / GIB,
             "seconds_to_start": time.perf_counter() - began,
         }

@@ -74,7 +74,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str], float]
         "kinds": list(kinds),
         "compile_seconds": compile_seconds,
         "state_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(own)),
-        "tunable": sum(leaf.size for leaf in jax.tree.leaves(state.trainable)),
+        "tunable": training.tunable(state),
         "temporaries_mib": programs["ordinary"].memory_analysis().temp_size_in_bytes / 2**20,
     }
     return facts, run

@@ -1,6 +1,5 @@
 """Training of sparse deltas: a step of them, and the in-place merge."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -142,9 +141,9 @@ class SparseMethod(Method):
         return self.attach(params, values, opt_state)
 
     def tunable(self, state: TrainState) -> int:
-        """See ``Method``: spare slots hold none."""
-        spare = sum(target.spare * math.prod(target.stack) for target in self.targets.values())
-        return super().tunable(state) - spare
+        """See ``Method``: without spare slots."""
+        del state
+        return sum(target.total for target in self.targets.values())
 
     def attach(self, params: Params, trainable: Any, opt_state: Any) -> TrainState:
         """See ``Method``: remembers the pretrained entries and merges, where merges are in place."""

@@ -2,7 +2,7 @@
 
 What an entry is dropped by, and what it grows by, is compared across matrices. Each matrix then drops its
 smallest and grows its largest, as it does alone, but as many as its share of all comes to, as far as it has
-slots for them.
+slots for them. The other way is ``own_budgets``.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ import optax
 
 from spiel_jax.ops.selection import drop, largest, largest_threshold, replace_dropped
 from spiel_jax.optim.criteria.criterion import Criterion
+from spiel_jax.optim.own_budgets import Reselected
 from spiel_jax.sparse.delta import SparseDelta
 from spiel_jax.sparse.matrices import map_matrices
 from spiel_jax.sparse.targets import Target
@@ -76,39 +77,35 @@ def reselect(
     stats: Mapping[str, Any],
     scales: Mapping[str, jax.Array],
     *,
-    n: jax.Array,
+    counts: jax.Array,
     targets: Mapping[str, Target],
     growth: Criterion,
-) -> dict[str, tuple[jax.Array, jax.Array, dict[str, jax.Array]]]:
-    """Drop and grow with one budget: of each target new indices, replaced slots and seeds.
+) -> Reselected:
+    """Drop and grow with one budget.
 
     As many grow as are dropped, and what an earlier reselection could not place. A slot whose entry went to
     another matrix is replaced by an unused one.
 
     Args:
-        active: Target name to the active positions.
-        values: And to their values [..., k].
-        updates: And to what the inner optimizer adds to them.
-        stats: And to what ``growth`` knows, surveyed.
-        scales: And to what the values are relative to where entries are dropped; empty for 1.
-        n: How many to drop, of all; less where fewer can grow.
-        targets: What is adapted.
-        growth: The criterion.
+        active: See ``own_budgets.reselect``, as for what is not told here.
+        values: See there.
+        updates: See there.
+        stats: See there.
+        scales: See there.
+        counts: [1] int32: how many of all; less where fewer can grow.
+        targets: See there.
+        growth: One that ``can_share_budget``.
     """
-    moved, unused, there, free = {}, {}, {}, {}
+    moved, there, free = {}, {}, {}
     for name, target in targets.items():
-        indices, size = active[name].indices, target.block_size
-        new: Any = optax.apply_updates(values[name], updates[name])
-        new = jnp.abs(new / scales[name] if name in scales else new)
-        used = indices < size
-        moved[name] = jnp.where(used, jnp.where(jnp.isnan(new), jnp.inf, new), jnp.nan)
-        there[name] = jnp.sum(used, axis=-1, dtype=jnp.int32)
-        unused[name] = indices.shape[-1] - there[name]
+        indices = active[name].indices
+        moved[name] = _moved(values[name], updates[name], scales.get(name), indices < target.block_size)
+        there[name] = jnp.sum(indices < target.block_size, axis=-1, dtype=jnp.int32)
         available = partial(_available, target=target, growth=growth)
         free[name] = map_matrices(available, active[name], stats[name], indices)
 
     entries = total(there)
-    n = jnp.minimum(n, jnp.minimum(entries, total(free)))
+    n = jnp.minimum(counts[0], jnp.minimum(entries, total(free)))
     kept = shares(moved, entries - n)
     leave = {name: there[name] - kept[name] for name in targets}
     dropped, proposed, scores = {}, {}, {}
@@ -119,7 +116,7 @@ def reselect(
         )
 
     budget = sum(target.total for target in targets.values())
-    rooms = {name: unused[name] + leave[name] for name in targets}
+    rooms = {name: target.block_count - kept[name] for name, target in targets.items()}
     come = shares(scores, budget - (entries - n), rooms)
     found = {}
     for name, target in targets.items():
@@ -136,6 +133,13 @@ def reselect(
             come[name],
         )
     return found
+
+
+def _moved(values: jax.Array, updates: jax.Array, scale: jax.Array | None, used: jax.Array) -> jax.Array:
+    """By what entries are dropped: how far they moved; NaN in slots that are not used, and only there."""
+    new: Any = optax.apply_updates(values, updates)
+    far = jnp.abs(new if scale is None else new / scale)
+    return jnp.where(used, jnp.where(jnp.isnan(far), jnp.inf, far), jnp.nan)
 
 
 def _available(stats: Any, indices: jax.Array, *, target: Target, growth: Criterion) -> jax.Array:

@@ -19,15 +19,13 @@ import optax
 from jax import lax
 
 from spiel_jax.errors import SpielError
-from spiel_jax.ops.selection import drop, replace_dropped
-from spiel_jax.optim import one_budget
+from spiel_jax.optim import one_budget, own_budgets
 from spiel_jax.optim.criteria.criterion import Criterion, Flag, Observation
 from spiel_jax.optim.entry_state import ReplacedSlots, check_per_entry, reset
 from spiel_jax.optim.inner_optimizers import state_dtype
 from spiel_jax.optim.positions import initial_positions
 from spiel_jax.optim.schedules import Phase, Reselection
 from spiel_jax.sparse.delta import SparseDelta, base_entries
-from spiel_jax.sparse.matrices import map_matrices
 from spiel_jax.sparse.targets import Target, by_target, like_values
 
 DropBy = Literal["value", "age", "weight"]
@@ -341,33 +339,19 @@ class _Evolution:
         stats = state.growth
         if weights is not None:
             stats = self.growth.survey(stats, weights, self.targets)
-        targets, table = self.targets, jnp.asarray(self.counts)[number]  # [targets]
+        targets = self.targets
         old_values, named_updates = by_target(values, targets), by_target(updates, targets)
-        scales = self._drop_scales(state, weights)
-        if self.has_one_budget:
-            found = one_budget.reselect(
-                state.active,
-                old_values,
-                named_updates,
-                stats,
-                scales,
-                n=table[0],
-                targets=targets,
-                growth=self.growth,
-            )
-        else:
-            found = {}
-            for position, (name, target) in enumerate(targets.items()):
-                one = partial(_reselect_matrix, n=table[position], target=target, growth=self.growth)
-                found[name] = map_matrices(
-                    one,
-                    state.active[name],
-                    state.active[name].indices,
-                    old_values[name],
-                    named_updates[name],
-                    stats[name],
-                    scales.get(name),
-                )
+        budgets = one_budget if self.has_one_budget else own_budgets
+        found = budgets.reselect(
+            state.active,
+            old_values,
+            named_updates,
+            stats,
+            self._drop_scales(state, weights),
+            counts=jnp.asarray(self.counts)[number],
+            targets=targets,
+            growth=self.growth,
+        )
         active = {name: target.delta(found[name][0]) for name, target in targets.items()}
         replaced = {name: mask for name, (_, mask, _) in found.items()}
         seeds = {name: seed for name, (_, _, seed) in found.items()}
@@ -403,25 +387,3 @@ class _Evolution:
             raise ValueError('drop_by = "weight" looks at the weights: give update(weights=)')
         entries = base_entries(weights, state.active)
         return {name: jnp.maximum(jnp.abs(one.astype(jnp.float32)), _TINY) for name, one in entries.items()}
-
-
-def _reselect_matrix(
-    indices: jax.Array,
-    values: jax.Array,
-    updates: jax.Array,
-    stats: Any,
-    scale: jax.Array | None = None,
-    *,
-    n: jax.Array,
-    target: Target,
-    growth: Criterion,
-) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Drop and grow in one matrix: new indices [k], replaced [k], seeds."""
-    moved: Any = optax.apply_updates(values, updates)  # here: not for all matrices at once
-    n = jnp.minimum(n, growth.available(stats, indices, target))
-    dropped = drop(moved if scale is None else moved / scale, indices, n, target.block_size)
-    incoming = growth.incoming(stats, indices, dropped, n, target)
-    new = replace_dropped(indices, dropped, incoming, target.block_size)
-    if not isinstance(growth, Criterion):  # a class of one's own need not have what came later
-        return new.indices, new.replaced, growth.seed(stats, new.source)
-    return new.indices, new.replaced, growth.seed_at(stats, new.source, new.indices, target)

@@ -16,7 +16,7 @@ from spiel_jax.optim.criteria.activations import WeightTimesInput
 from spiel_jax.optim.criteria.criterion import CRITERIA
 from spiel_jax.optim.criteria.moment_approximation import MomentApproximation
 from spiel_jax.optim.criteria.random import RandomGrowth
-from spiel_jax.optim.spiel import _reselect_matrix
+from spiel_jax.optim.own_budgets import reselect_matrix
 from spiel_jax.optim.zeros import random_off_zeros
 
 RULES = (r".*\.(o|up)_proj\.weight",)
@@ -117,7 +117,7 @@ def test_a_static_mask_by_activations_leaves_the_rest_unused():
     weight = jnp.zeros((4, 6)).at[1, jnp.array([0, 2, 5])].set(1.0)
     found = growth.survey({"w": jnp.ones(6)}, {"w": weight}, {"w": target})["w"]
     active = jnp.array([8, 11, size, 6, size], jnp.int32)
-    new, *_ = _reselect_matrix(
+    new, *_ = reselect_matrix(
         active, jnp.ones(5), jnp.zeros(5), found, n=jnp.int32(5), target=target, growth=growth
     )
     assert sorted(new.tolist()) == [6, 8, 11, size, size]

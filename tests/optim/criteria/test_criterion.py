@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import spiel_jax as sj
 from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients, CandidateStats
 from spiel_jax.optim.criteria.moment_approximation import MomentApproximation
-from spiel_jax.optim.spiel import _reselect_matrix
+from spiel_jax.optim.own_budgets import reselect_matrix
 
 ROWS, COLUMNS, SLOTS = 4, 6, 9
 SIZE = ROWS * COLUMNS
@@ -49,7 +49,7 @@ def check(result, indices, wanted, unused):
 
 def reselect(indices, values, stats, **options):
     updates = values / 4  # moved by an update, as in a step; exact
-    return _reselect_matrix(indices, values - updates, updates, stats, target=TARGET, **options)
+    return reselect_matrix(indices, values - updates, updates, stats, target=TARGET, **options)
 
 
 @jax.jit
