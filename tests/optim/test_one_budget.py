@@ -27,6 +27,7 @@ from spiel_jax.models import init_params
 from spiel_jax.optim.block_grid import convert
 from spiel_jax.optim.one_budget import shares
 
+SLOW = pytest.mark.slow
 SHAPES = {"matrices": (2, 3), "one": (4,)}  # [M, scores] and [scores]
 
 
@@ -161,7 +162,7 @@ def test_metadata_have_what_is_spare_and_those_of_earlier_versions_have_none():
     assert stored_targets({"targets": stored})["a"].spare == 0
 
 
-@pytest.mark.parametrize("cut", [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize("cut", [pytest.param((1, 1), marks=SLOW), pytest.param((2, 1), marks=SLOW), (2, 2)])
 def test_another_grid_keeps_the_budget_and_the_slots_wherever_the_entries_are(cut):
     targets = {
         "a": sj.Target((4, 8), 12, spare=4),
@@ -261,7 +262,7 @@ def configured(method, **keys):
 CASES = [
     ("spiel_ag", {}),
     *(
-        pytest.param(*case, marks=pytest.mark.slow)
+        pytest.param(*case, marks=SLOW)
         for case in (
             ("spiel_ag", {"spiel.merge": "per_use", "spiel.drop_by": "age"}),
             ("spiel_ma", {}),
@@ -330,14 +331,8 @@ def test_eight_devices_come_to_the_entries_of_one(growth):
     jax.tree.map(np.testing.assert_array_equal, mesh_cases.positions(one), mesh_cases.positions(many))
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        "random",
-        pytest.param("spiel_ag", marks=pytest.mark.slow),
-        pytest.param("rosa", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["random", "spiel_ag", "rosa"])
 def test_a_run_goes_on_as_if_it_had_not_stopped_and_leaves_its_budget(method, llama_folder, tmp_path, capsys):
     config = tiny_config(llama_folder, chat_file(tmp_path), method)
     config.targets.spare, config.spiel.rate = 1.0, 0.4
