@@ -1,11 +1,12 @@
 """How much is trained: as many weights as LoRA of rank 1, 2, 4, 16 and 32 has, and a third of the least.
 
-Otherwise as the study of conversations, which has rank 8: of the weights of the linear layers 0.1% to 9.2%.
+Otherwise as the study of SpIEL's settings, which has as many as rank 8: of the weights of the linear layers
+0.1% to 9.2%.
 """
 
 from dataclasses import replace
 
-from experiments.quality.studies import chitchat
+from experiments.quality.studies import chitchat, instructions
 from experiments.quality.study import Candidate, Study
 
 PER_RANK = chitchat.ENTRIES // 8
@@ -25,4 +26,6 @@ def get_study() -> Study:
         found[f"random, {name}"] = Candidate({"method": "random", **size}, random)
         grown = [float(f"{5e-4 * factor * share**-0.3:.2g}") for factor in (0.5, 1, 2)]
         found[f"spiel_ag, {name}"] = Candidate({"method": "spiel_ag", **chitchat.EVOLVING, **size}, grown)
-    return replace(chitchat.get_study(), candidates=found, seeds=(0,), against=None)
+    known = chitchat.get_study()
+    settings = {**known.settings, **instructions.HALF}
+    return replace(known, settings=settings, candidates=found, seeds=(0,), against=None)
