@@ -1,6 +1,7 @@
 """The core needs JAX and Optax only, and imports run one way over the rooms."""
 
 import ast
+import graphlib
 import os
 import re
 import shutil
@@ -97,8 +98,38 @@ def broken_walls(folder):
         yield from (f"{module}: {name}" for name in imports(file) if not allowed(room(module), name))
 
 
+def imported_modules(folder):
+    """Module of a package to those of the package's modules that it imports, also inside functions."""
+    files = {module_name(file, folder.parent): file for file in folder.rglob("*.py")}
+    found = {}
+    for module, file in files.items():
+        found[module] = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in getattr(node, "names", [])]
+            if isinstance(node, ast.ImportFrom):
+                parts = [
+                    f"{node.module}.{name}" for name in names
+                ]  # a module, or a name in it
+                names = [part if part in files else node.module for part in parts]
+            elif not isinstance(node, ast.Import):
+                continue
+            found[module].update(name for name in names if name in files and name != module)
+    return found
+
+
 def test_imports_run_one_way():
     assert list(broken_walls(FOLDER)) == []
+
+
+def test_no_modules_import_each_other():
+    graphlib.TopologicalSorter(imported_modules(FOLDER)).prepare()
+
+
+def test_two_that_do_are_found(tmp_path):
+    (tmp_path / "a.py").write_text(f"from {tmp_path.name}.b import x")
+    (tmp_path / "b.py").write_text(f"def f():\n    from {tmp_path.name} import a")
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(imported_modules(tmp_path)).prepare()
 
 
 def test_every_room_has_its_floor():

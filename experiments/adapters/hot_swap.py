@@ -26,7 +26,6 @@ from spiel_jax import cli
 from spiel_jax.adapters import Entries, HotSwap, SparseAdapter
 from spiel_jax.adapters.adapter import tensors_of
 from spiel_jax.adapters.hot_swap import _cover, _put_in, _take_out
-from spiel_jax.adapters.stacking import stacked_deltas
 from spiel_jax.models import ModelConfig
 from spiel_jax.models.io.loading import model_shape
 from spiel_jax.sparse.delta import SparseDelta, merge
@@ -113,7 +112,7 @@ def main(options: flags.FlagValues) -> None:
     for name, shape in shapes(replace(model, num_layers=1)).items():
         stack = rng.integers(0x3C00, 0x3D00, (model.num_layers, *shape), dtype=np.uint16)  # about 0.01
         params[name.replace(".0.", ".")] = jnp.asarray(stack.view(jnp.bfloat16)).astype(options.dtype)
-    deltas = [stacked_deltas(adapter, model) for adapter in adapters]
+    deltas = [adapter.deltas(model) for adapter in adapters]
     merging = jax.jit(merge)
     anew = seconds(lambda number: merging(params, deltas[number % 2]), options.rounds)
     swap = HotSwap(params, model)

@@ -1,14 +1,7 @@
 """Adapters: what runs leave behind, in files that other programs read, and on a base model again."""
 
 from spiel_jax.adapters import formats as _formats  # noqa: F401  (registers them)
-from spiel_jax.adapters.adapter import (
-    Adapter,
-    AdapterError,
-    Entries,
-    Origin,
-    SparseAdapter,
-    merge_into,
-)
+from spiel_jax.adapters.adapter import Adapter, AdapterError, Origin, merge_into
 from spiel_jax.adapters.algebra import (
     add,
     intersect,
@@ -21,6 +14,7 @@ from spiel_jax.adapters.algebra import (
     weighted_sum,
 )
 from spiel_jax.adapters.base import Base, open_base
+from spiel_jax.adapters.entries import Entries
 from spiel_jax.adapters.formats.format import FORMATS, Export, Format, register
 from spiel_jax.adapters.formats.sparse_update import (
     WeightPatch,
@@ -33,6 +27,7 @@ from spiel_jax.adapters.hot_swap import HotSwap
 from spiel_jax.adapters.info import Info, Share, info
 from spiel_jax.adapters.interchange import read_adapter, write_adapter
 from spiel_jax.adapters.parametrized import Factors, FullAdapter, IA3Adapter, LoraAdapter, LowRank
+from spiel_jax.adapters.sparse_adapter import SparseAdapter
 
 __all__ = [
     "FORMATS",

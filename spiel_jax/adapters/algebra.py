@@ -9,8 +9,10 @@ from functools import reduce
 
 import numpy as np
 
-from spiel_jax.adapters.adapter import Adapter, AdapterError, Entries, Origin, SparseAdapter
+from spiel_jax.adapters.adapter import Adapter, AdapterError, Origin
 from spiel_jax.adapters.base import differing_bases
+from spiel_jax.adapters.entries import Entries
+from spiel_jax.adapters.sparse_adapter import SparseAdapter
 
 
 def weighted_sum(

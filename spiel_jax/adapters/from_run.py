@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from spiel_jax.adapters.adapter import Adapter, AdapterError, Origin, SparseAdapter
+from spiel_jax.adapters.adapter import Adapter, AdapterError, Origin
 from spiel_jax.adapters.base import Base, open_base
 from spiel_jax.adapters.hybrid import HybridAdapter
 from spiel_jax.adapters.parametrized import Factors, FullAdapter, IA3Adapter, LoraAdapter, LowRank
+from spiel_jax.adapters.sparse_adapter import SparseAdapter
 from spiel_jax.adapters.stacking import entries_of
 from spiel_jax.checkpoint import read_metadata, restore_trained, stored_targets
 from spiel_jax.config import unflatten

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spiel_jax.adapters.adapter import Adapter, AdapterError, SparseAdapter
+from spiel_jax.adapters.adapter import Adapter, AdapterError
 from spiel_jax.adapters.base import check_fingerprint
-from spiel_jax.adapters.stacking import stacked_deltas
+from spiel_jax.adapters.sparse_adapter import SparseAdapter
 from spiel_jax.losses.next_token import Params
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.storage.weight import kind_name
@@ -64,7 +64,7 @@ class HotSwap:
             raise AdapterError(f"{name} is {adapter.kind}: only sparse adapters can be swapped in place")
         if self._fingerprint is not None:
             check_fingerprint(adapter.origin.fingerprint, self._fingerprint, name, "this one")
-        deltas = stacked_deltas(adapter, self._model)
+        deltas = adapter.deltas(self._model)
         if odd := [one for one in deltas if not is_writable(self.params[one])]:
             kind = type(self.params[odd[0]])
             held = kind_name(kind) or kind.__name__

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from spiel_jax.adapters.adapter import Adapter, Origin, SparseAdapter, Tensor
+from spiel_jax.adapters.adapter import Adapter, Origin, Tensor
 from spiel_jax.adapters.parametrized import LoraAdapter
+from spiel_jax.adapters.sparse_adapter import SparseAdapter
 from spiel_jax.losses.next_token import Params
 from spiel_jax.models.config import ModelConfig
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spiel_jax.adapters.adapter import Adapter, AdapterError, SparseAdapter
+from spiel_jax.adapters.adapter import Adapter, AdapterError
+from spiel_jax.adapters.sparse_adapter import SparseAdapter
 
 _LAYER = re.compile(r"\.(\d+)\.")
 

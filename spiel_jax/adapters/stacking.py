@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from spiel_jax.adapters.adapter import Entries, SparseAdapter, adapted_layers
+from spiel_jax.adapters.adapter import adapted_layers
+from spiel_jax.adapters.entries import Entries
 from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.decoder import layer_names
 from spiel_jax.ops.tree import parameter_name
@@ -14,6 +15,9 @@ from spiel_jax.sparse.delta import SparseDelta
 from spiel_jax.sparse.targets import Target, target_name
 
 _MOST = np.iinfo(np.int32).max
+
+Layers = Mapping[int | None, str]
+"""A parameter's layers and the Hugging Face names of their weights, as ``Adapter.parameters`` has them."""
 
 
 def entries_of(deltas: Mapping[str, SparseDelta], model: ModelConfig) -> dict[str, Entries]:
@@ -46,15 +50,19 @@ def entries_of(deltas: Mapping[str, SparseDelta], model: ModelConfig) -> dict[st
     }
 
 
-def stacked_deltas(adapter: SparseAdapter, model: ModelConfig) -> dict[str, SparseDelta]:
-    """The adapter as deltas to ``merge`` into one of our models: one for each parameter.
+def stacked_deltas(
+    entries: Mapping[str, Entries], parameters: Mapping[str, Layers], model: ModelConfig
+) -> dict[str, SparseDelta]:
+    """Entries as deltas to ``merge`` into one of our models: one for each parameter.
 
-    Raises:
-        AdapterError: If it does not fit the model.
+    Args:
+        entries: Hugging Face name to entries.
+        parameters: Name of a parameter to its layers.
+        model: Shape of the model.
     """
     deltas = {}
-    for parameter, layers in adapter.parameters(model).items():
-        parts = [adapter.entries[name] for name in layers.values()]
+    for parameter, layers in parameters.items():
+        parts = [entries[name] for name in layers.values()]
         shape, grid = parts[0].shape, _fitting(parts[0].shape)
         indices, values = _slots(parts, grid)
         if None in layers:
@@ -65,12 +73,16 @@ def stacked_deltas(adapter: SparseAdapter, model: ModelConfig) -> dict[str, Spar
 
 
 def trained_deltas(
-    adapter: SparseAdapter, model: ModelConfig, grid: Callable[[str], tuple[int, int]]
+    entries: Mapping[str, Entries],
+    parameters: Mapping[str, Layers],
+    model: ModelConfig,
+    grid: Callable[[str], tuple[int, int]],
 ) -> dict[str, SparseDelta]:
-    """The adapter as deltas to train from: a matrix has as many slots as its fullest block needs.
+    """Entries as deltas to train from: a matrix has as many slots as its fullest block needs.
 
     Args:
-        adapter: The adapter.
+        entries: Hugging Face name to entries.
+        parameters: Name of a parameter to its layers.
         model: Shape of the model.
         grid: Block grid of a parameter, by its name.
 
@@ -79,17 +91,16 @@ def trained_deltas(
         them is a target of its own, as in ``find_targets``.
 
     Raises:
-        AdapterError: If it does not fit the model.
         SpielError: If a grid does not divide a weight.
     """
     deltas = {}
-    for parameter, layers in adapter.parameters(model).items():
+    for parameter, layers in parameters.items():
         groups: dict[int, list[int]] = {}
         for layer, name in layers.items():
-            slots = int(_in_blocks(adapter.entries[name], grid(parameter))[2].max())
+            slots = int(_in_blocks(entries[name], grid(parameter))[2].max())
             groups.setdefault(slots, []).append(layer or 0)
         for numbers in groups.values():
-            parts = [adapter.entries[layers[number]] for number in numbers]
+            parts = [entries[layers[number]] for number in numbers]
             chosen = adapted_layers(numbers, model)
             indices, values = _slots(parts, grid(parameter))
             delta = SparseDelta(indices, values, parts[0].shape, grid(parameter), chosen)  # pyright: ignore

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from spiel_jax.adapters.adapter import Adapter, AdapterError, SparseAdapter
+from spiel_jax.adapters.adapter import Adapter, AdapterError
 from spiel_jax.adapters.base import check_fingerprint
 from spiel_jax.adapters.interchange import read_adapter
 from spiel_jax.adapters.parametrized import IA3Adapter, LoraAdapter
+from spiel_jax.adapters.sparse_adapter import SparseAdapter
 from spiel_jax.adapters.stacking import targets_of, trained_deltas
 from spiel_jax.config import Config
 from spiel_jax.methods.configured import configured_grid
@@ -91,7 +92,7 @@ def read_start(config: Config, model: ModelConfig) -> Start | None:
         )
     if odd := sorted(adapter.parameters(model).keys() - set(ADAPTED)):
         raise AdapterError(f"{settings.adapter}: {odd[0]} cannot be trained, only the linears of the blocks")
-    deltas = trained_deltas(adapter, model, configured_grid(config, model))
+    deltas = trained_deltas(adapter.entries, adapter.parameters(model), model, configured_grid(config, model))
     if settings.what == "positions":
         deltas = {name: delta.with_values(np.zeros_like(delta.values)) for name, delta in deltas.items()}
     return Start(adapter, settings.adapter, model, deltas, not settings.any_base)

@@ -12,7 +12,6 @@ from support.exports import lora_adapter, origin_of, sparse_adapter
 from spiel_jax.adapters import AdapterError, HotSwap, Origin, add, write_adapter
 from spiel_jax.adapters.adapted import load_adapters
 from spiel_jax.adapters.hot_swap import _cover, _put_in, _take_out
-from spiel_jax.adapters.stacking import stacked_deltas
 from spiel_jax.models import fingerprint, open_model
 from spiel_jax.sparse.delta import SparseDelta
 
@@ -60,7 +59,7 @@ def test_nothing_as_large_as_a_weight_is_made(source):
     changes = {"hidden_size": size, "intermediate_size": 2 * size, "num_layers": layers}
     model = dataclasses.replace(source.config, **changes)
     adapter = sparse_adapter(model, density=1e-3, names=lambda name: "mlp" in name)
-    deltas = stacked_deltas(adapter, model)
+    deltas = adapter.deltas(model)
     weights = {
         name: jax.ShapeDtypeStruct((layers, *delta.shape), jnp.bfloat16) for name, delta in deltas.items()
     }

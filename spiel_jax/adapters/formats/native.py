@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
-from spiel_jax.adapters.adapter import Adapter, AdapterError, Entries, SparseAdapter
+from spiel_jax.adapters.adapter import Adapter, AdapterError
+from spiel_jax.adapters.entries import Entries
 from spiel_jax.adapters.files import DTYPES, read_tensors, write_dict
 from spiel_jax.adapters.formats.description import describe, described
 from spiel_jax.adapters.formats.format import Export, Format, register
+from spiel_jax.adapters.sparse_adapter import SparseAdapter
 from spiel_jax.models.config import ModelConfig
 
 FILE = "adapter.safetensors"

@@ -11,11 +11,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from spiel_jax.adapters.adapter import Adapter, AdapterError, Entries, SparseAdapter
+from spiel_jax.adapters.adapter import Adapter, AdapterError
 from spiel_jax.adapters.card import write_card
+from spiel_jax.adapters.entries import Entries
 from spiel_jax.adapters.files import read_json, read_tensors, write_dict, write_json
 from spiel_jax.adapters.formats.description import Description, describe, described
 from spiel_jax.adapters.formats.format import FORMATS, Export, Format, register
+from spiel_jax.adapters.sparse_adapter import SparseAdapter
 from spiel_jax.adapters.torch_file import read_torch
 from spiel_jax.errors import SpielError
 from spiel_jax.models.config import ModelConfig

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from spiel_jax.adapters.adapter import Adapter, AdapterError, SparseAdapter
+from spiel_jax.adapters.adapter import Adapter, AdapterError
 from spiel_jax.adapters.formats.format import Export, register
 from spiel_jax.adapters.formats.peft import About, PeftFormat, sparse_adapter
+from spiel_jax.adapters.sparse_adapter import SparseAdapter
 
 _INDICES, _VALUES = "shira_indices", "shira_weight"
 

@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from spiel_jax.adapters.adapter import Adapter, AdapterError, SparseAdapter
+from spiel_jax.adapters.adapter import Adapter, AdapterError
 from spiel_jax.adapters.files import read_json
 from spiel_jax.adapters.formats.format import Export, register
 from spiel_jax.adapters.formats.peft import CONFIG, About, PeftFormat, matrix, sparse_adapter
 from spiel_jax.adapters.hybrid import HybridAdapter
 from spiel_jax.adapters.parametrized import LoraAdapter, LowRank
+from spiel_jax.adapters.sparse_adapter import SparseAdapter
 
 _INDICES, _VALUES = "supertuning_indices", "supertuning_values"
 _A, _B = "supertuning_lora_A.weight", "supertuning_lora_B.weight"

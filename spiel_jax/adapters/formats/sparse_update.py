@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from spiel_jax.adapters.adapter import AdapterError, SparseAdapter, position_dtype
+from spiel_jax.adapters.adapter import AdapterError
+from spiel_jax.adapters.entries import position_dtype
 from spiel_jax.adapters.files import read_tensors, write_dict
 from spiel_jax.adapters.formats.description import describe, described
 from spiel_jax.adapters.formats.format import Export, Format, register
 from spiel_jax.adapters.formats.merged import weights_dtype
+from spiel_jax.adapters.sparse_adapter import SparseAdapter
 
 FILE = "update.safetensors"
 _POSITIONS, _VALUES = ".positions", ".values"
