@@ -107,9 +107,7 @@ def imported_modules(folder):
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in getattr(node, "names", [])]
             if isinstance(node, ast.ImportFrom):
-                parts = [
-                    f"{node.module}.{name}" for name in names
-                ]  # a module, or a name in it
+                parts = [f"{node.module}.{name}" for name in names]  # a module, or a name in it
                 names = [part if part in files else node.module for part in parts]
             elif not isinstance(node, ast.Import):
                 continue
