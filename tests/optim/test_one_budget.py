@@ -219,6 +219,19 @@ def test_where_all_is_replaced_and_some_could_not_begin_the_budget_is_filled_and
         assert float(state.replaced) <= 1
 
 
+def test_who_changes_what_is_grown_cannot_share_by_inherited_proposals():
+    class Other(sj.RandomGrowth):
+        def incoming(self, stats, indices, dropped, n, target):
+            return super().incoming(stats, indices, dropped, n, target)
+
+    class Both(Other):
+        def proposals(self, stats, indices, dropped, target):
+            return super().proposals(stats, indices, dropped, target)
+
+    shared = [kind.can_share_budget for kind in (sj.RandomGrowth, Other, Both, type("Named", (Both,), {}))]
+    assert shared == [True, False, True, True]
+
+
 def test_what_compares_no_matrices_is_refused():
     with pytest.raises(SpielError, match="NoGrowth does not compare entries of different matrices"):
         sj.spiel(optax.sgd(0.1), TARGETS, growth=sj.NoGrowth(), schedule=sj.Reselection(3, 1, 1))

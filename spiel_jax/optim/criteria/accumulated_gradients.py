@@ -88,7 +88,6 @@ class AccumulatedGradients(Criterion):
 
     in_original = True
     can_keep_zeros = True
-    can_share_budget = True
     own = ("spiel.candidate_ratio", "spiel.candidates", "spiel.drop_by")
 
     b1: float = 0.9

@@ -128,11 +128,18 @@ class Criterion:
     measures: ClassVar[bool] = False
     default_rate: ClassVar[float] = 0.2  # of replacement, where ``spiel.rate`` does not say
     in_original: ClassVar[bool] = False  # whether the original implementation has it
-    can_share_budget: ClassVar[bool] = False  # whether it has ``proposals``
+    can_share_budget: ClassVar[bool] = False  # whether it has ``proposals``, of what it grows
     can_keep_zeros: ClassVar[bool] = False  # whether ``keep_zeros`` is a field of it
     reselects_once: ClassVar[bool] = False  # its one phase may then be longer than ``spiel.every``
     own: ClassVar[tuple[str, ...] | None] = None  # keys of the configuration that are of it; None: not said
     unused: ClassVar[tuple[str, ...]] = ()  # further keys, of all criteria, that mean nothing to it
+
+    def __init_subclass__(cls, **arguments: Any):
+        super().__init_subclass__(**arguments)
+        if "proposals" in vars(cls):
+            cls.can_share_budget = True
+        elif "incoming" in vars(cls):  # inherited proposals are not of what this one grows
+            cls.can_share_budget = False
 
     @property
     def uses_candidates(self) -> bool:

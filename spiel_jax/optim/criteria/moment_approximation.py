@@ -61,7 +61,6 @@ class MomentApproximation(NonZeros):
     """
 
     in_original = True
-    can_share_budget = True
     own = ("spiel.score", "spiel.drop_by")
     unused = ("optimizer.b1", "optimizer.b2")
 

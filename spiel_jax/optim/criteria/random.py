@@ -43,7 +43,6 @@ class RandomGrowth(NonZeros):
         <https://arxiv.org/abs/2406.13175>`_.
     """
 
-    can_share_budget = True
     own = ("spiel.drop_by",)
     default_rate = 0.0
 
