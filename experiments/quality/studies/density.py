@@ -1,7 +1,7 @@
-"""How much is trained: as many weights as LoRA of rank 1, 2, 4, 16 and 32 has, and a third of the least.
+"""How much is trained: as many weights as LoRA of rank 1 to 32 has, and a third of the least.
 
-Otherwise as the study of SpIEL's settings, which has as many as rank 8: of the weights of the linear layers
-0.1% to 9.2%.
+Of the weights of the linear layers 0.1% to 9.2%. Otherwise as the study of SpIEL's settings, which has as many
+as rank 8.
 """
 
 from dataclasses import replace
@@ -10,7 +10,7 @@ from experiments.quality.studies import chitchat, instructions
 from experiments.quality.study import Candidate, Study
 
 PER_RANK = chitchat.ENTRIES // 8
-BUDGETS = {"0.1%": PER_RANK // 3} | {f"as rank {rank}": rank * PER_RANK for rank in (1, 2, 4, 16, 32)}
+BUDGETS = {"0.1%": PER_RANK // 3} | {f"as rank {rank}": rank * PER_RANK for rank in (1, 2, 4, 8, 16, 32)}
 
 
 def get_study() -> Study:
