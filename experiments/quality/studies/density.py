@@ -1,7 +1,7 @@
 """How much is trained: as many weights as LoRA of rank 1 to 32 has, and a third of the least.
 
-Of the weights of the linear layers 0.1% to 9.2%. Otherwise as the study of SpIEL's settings, which has as many
-as rank 8.
+Of the weights of the linear layers 0.1% to 9.2%. Otherwise as the study of SpIEL's settings, which has as
+many as rank 8.
 """
 
 from dataclasses import replace
