@@ -26,6 +26,8 @@ def get_study() -> Study:
         found[f"random, {name}"] = Candidate({"method": "random", **size}, random)
         grown = [float(f"{5e-4 * factor * share**-0.3:.2g}") for factor in (0.5, 1, 2)]
         found[f"spiel_ag, {name}"] = Candidate({"method": "spiel_ag", **chitchat.EVOLVING, **size}, grown)
+        fixed = {"method": "gradient", "spiel.accumulation": 3, **size}
+        found[f"gradient, {name}"] = Candidate(fixed, tuple(2 * rate for rate in grown))
     known = chitchat.get_study()
     settings = {**known.settings, **instructions.HALF}
     return replace(known, settings=settings, candidates=found, seeds=(0,), against=None)
