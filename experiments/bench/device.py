@@ -108,6 +108,7 @@ def environment(job: Mapping[str, Any], cache: str) -> dict[str, str]:
     own = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     if job["part"] == "checks":  # most of it is compiling, and trying products out most of that
         own["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
+        own["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several processes share the memory
     if job["part"] == "steps":
         # methods share programs, and what was tried out for products of the same shapes
         own["JAX_COMPILATION_CACHE_DIR"] = cache
@@ -232,11 +233,12 @@ def run_all(wanted: Sequence[str], seconds: float, tiny: bool, record: Record) -
             print(f"{name}: {text} ({now - began:.0f} s, {end - now:.0f} s left)", flush=True)
 
         run("machine", {"part": "machine", "tiny": tiny}, 1.0, 8.0)
-        tiny = tiny or record.machine.get("platform", "cpu") == "cpu"
+        platform = record.machine.get("platform", "cpu")
+        tiny = tiny or platform == "cpu"
         todo = jobs(wanted, tiny)
         shares = sum(share for share, _ in todo.values())
         for name, (share, job) in todo.items():
-            run(name, {**job, "tiny": tiny}, share, shares)
+            run(name, {**job, "tiny": tiny, "platform": platform}, share, shares)
             shares -= share
 
 

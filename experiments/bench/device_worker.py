@@ -12,8 +12,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from importlib import import_module, metadata
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -83,27 +84,42 @@ def timed(run: Callable[[], Any], times: int) -> float:
 
 
 def checks(job: dict[str, Any]) -> Findings:
-    """The tests that are marked for devices, without pytest; several at a time, since most is compiling."""
-    sys.path.insert(0, "tests")
-    import_module("device.reference").use_cpu_too()
-    found: dict[str, Callable[[], None]] = {}
+    """The tests that are marked for devices, without pytest; several at a time, since most is compiling.
+
+    On a GPU each in a process of its own: threads must not launch and capture CUDA graphs at the same time.
+    A TPU has one process.
+    """
+    found: list[tuple[str, str]] = []
     for module in job["modules"]:
         try:
-            tests = vars(import_module(f"device.{module}"))
+            tests = device_tests(module)
         except ImportError as error:
             yield {"verdicts": {module: f"not run: {error}"}}
             continue
-        found |= {name: test for name, test in tests.items() if name.startswith("test_")}
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for future in as_completed([pool.submit(verdict, name, test) for name, test in found.items()]):
+        found += [(module, name) for name in tests]
+    many, spawn = len(os.sched_getaffinity(0)), get_context("spawn")
+    with (
+        ProcessPoolExecutor(many, mp_context=spawn, max_tasks_per_child=1)
+        if job["platform"] == "gpu"
+        else ThreadPoolExecutor(many)
+    ) as pool:
+        for future in as_completed([pool.submit(verdict, *test) for test in found]):
             yield future.result()
 
 
-def verdict(name: str, test: Callable[[], None]) -> dict[str, Any]:
+def device_tests(module: str) -> dict[str, Callable[[], None]]:
+    """Tests of a module of tests/device by name."""
+    sys.path[:0] = [] if "tests" in sys.path else ["tests"]
+    import_module("device.reference").use_cpu_too()
+    members = vars(import_module(f"device.{module}"))
+    return {name: test for name, test in members.items() if name.startswith("test_")}
+
+
+def verdict(module: str, name: str) -> dict[str, Any]:
     """What became of a test, and its seconds."""
     began, found = time.perf_counter(), "passed"
     try:
-        test()
+        device_tests(module)[name]()
     except (ImportError, SkipTest) as error:
         found = f"not run: {error}"
     except Exception:
