@@ -79,9 +79,10 @@ def seconds(runs: Sequence[Result]) -> float:
 
 
 def _seconds(runs: Sequence[Result], results: Sequence[Result]) -> str:
-    """Nothing to compare by if the study was not run on one kind of processor and device."""
+    """Nothing to compare by if the study was not run on one kind of processor and device, each run alone."""
     kinds = {(result["processor"], result.get("device")) for result in results}
-    return f"{seconds(runs):.1f}" if runs and len(kinds) == 1 else "-"
+    alone = runs and all("seconds_per_step" in run for run in runs)
+    return f"{seconds(runs):.1f}" if alone and len(kinds) == 1 else "-"
 
 
 def _peak(runs: Sequence[Result]) -> str:
