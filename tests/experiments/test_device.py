@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments.bench import device
+from experiments.bench.device_worker import checks
 from experiments.bench.hardware import peak_flops, settings_that_fit, stored_bytes, workspace_bytes
 from experiments.bench.scopes import operation_names, scope_of, self_times, shares
 from spiel_jax.models import ModelConfig
@@ -220,6 +221,20 @@ def test_the_benchmark_itself_needs_only_python():
         "import sys\nsys.modules['jax'] = sys.modules['numpy'] = None\nimport experiments.bench.device\n"
     )
     subprocess.run([sys.executable, "-S", "-c", program], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_checks_of_a_module(platform, monkeypatch):
+    """In processes of their own, and in threads."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(ROOT)
+    found = {}
+    for more in checks({"modules": ["test_attention", "test_nothing"], "platform": platform}):
+        device.merge(found, more)
+    names = ["test_a_step_with_cudnn_is_one_without", "test_cudnn_sees_what_xla_sees"]
+    skipped = dict.fromkeys(names, "not run: takes an NVIDIA GPU")
+    assert found["verdicts"] == {"test_nothing": "not run: No module named 'device.test_nothing'", **skipped}
+    assert sorted(found["seconds"]) == names
 
 
 def test_steps_need_only_jax_flax_and_optax():
