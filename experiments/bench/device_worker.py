@@ -109,7 +109,8 @@ def checks(job: dict[str, Any]) -> Findings:
 
 def device_tests(module: str) -> dict[str, Callable[[], None]]:
     """Tests of a module of tests/device by name."""
-    sys.path[:0] = [] if "tests" in sys.path else ["tests"]
+    if "tests" not in sys.path:
+        sys.path.insert(0, "tests")
     import_module("device.reference").use_cpu_too()
     members = vars(import_module(f"device.{module}"))
     return {name: test for name, test in members.items() if name.startswith("test_")}

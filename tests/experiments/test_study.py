@@ -126,6 +126,12 @@ def test_no_times_of_several_kinds_of_processors(results):
     assert [row.split("|")[-3].strip() for row in rows] == ["-", "-"]
 
 
+def test_no_times_of_runs_that_were_not_alone(results):
+    told = [{k: v for k, v in one.items() if k != "seconds_per_step"} for one in results]
+    rows = markdown(told).split("\n")[2:]
+    assert [row.split("|")[-3].strip() for row in rows] == ["-", "-"]
+
+
 def test_what_it_costs_on_other_texts(results):
     told = [
         {**run, "elsewhere": {"base": 2.0, "tuned": 2.1 + run["seed"] / 100, "divergence": 0.5}}
