@@ -22,6 +22,8 @@ from spiel_jax.ops.tree import parameter_name
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCES = {"loss": 1e-5, "logits": 2e-5}
 """Shares of the largest number; of all that is not named 2e-4, as in ``test_reference_parity``."""
+ROUNDING = 2.0**-22
+"""What float32 leaves open of a matrix's first moments, as a share of the largest: its last two bits."""
 
 
 def model_and_params():
@@ -88,6 +90,7 @@ class Replay:
         self.meta = json.loads(str(self.golden["meta_json"]))
         self.model, self.params = model_and_params()
         self.schedule, self.method = method_of(self.meta, self.model)
+        self.explained = {module: {} for name in self.method.targets for module in self.modules(name)}
         self.worst = {}
 
     def modules(self, target):
@@ -107,9 +110,25 @@ class Replay:
         opt_state = optax.tree.set(state.opt_state, active=positions)
         return jax.jit(self.method.attach)(self.params, state.trainable, opt_state)
 
-    def close(self, name, ours, theirs):
+    def explain(self, step, module):
+        """[K], by how much rounding can have moved each value since its entry was grown.
+
+        Adam divides a moment by its own size, and so the rounding of one that is far smaller than others
+        of its matrix: on an H200 a gradient 20,000 times below the largest moved its entry by 0.997 of what
+        it did for the original.
+        """
+        stored = {key: self.golden[f"step/{module}/{key}"][step - 1] for key in ("exp_avg", "exp_avg_sq")}
+        open_ = ROUNDING * np.abs(stored["exp_avg"]).max() * (stored["exp_avg"] != 0.0)
+        hyper, before = self.meta["optimizer_hparams"], self.explained[module]
+        moved = hyper["lr"] * open_ / (np.sqrt(stored["exp_avg_sq"]) + hyper["eps"])
+        where = self.golden[f"step/{module}/indices"][step - 1].tolist()
+        now = [before.get(one, 0.0) + more for one, more in zip(where, moved.tolist(), strict=True)]
+        self.explained[module] = dict(zip(where, now, strict=True))
+        return np.array(now)
+
+    def close(self, name, ours, theirs, explained=0.0):
         ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-        error = np.abs(ours - theirs).max() / (np.abs(theirs).max() or 1.0)
+        error = np.maximum(np.abs(ours - theirs) - explained, 0.0).max() / (np.abs(theirs).max() or 1.0)
         self.worst[name] = max(self.worst.get(name, 0.0), float(error))
 
     def check(self, step, state):
@@ -118,7 +137,8 @@ class Replay:
         for name in self.method.targets:
             per_entry = {"values": state.trainable[name]}
             tables = {}
-            if self.meta["selection_algorithm"] == "rigl":
+            adam = self.meta["selection_algorithm"] == "rigl"
+            if adam:
                 per_entry |= {"age": optax.tree.get(state.opt_state, "age")[name] + 1}  # of the next step
                 per_entry |= {"exp_avg": optax.tree.get(state.opt_state, "mu")[name]}
                 per_entry |= {"exp_avg_sq": optax.tree.get(state.opt_state, "nu")[name]}
@@ -131,8 +151,10 @@ class Replay:
                 order, sort = np.argsort(indices[layer]), np.argsort(theirs)
                 where = f"step {step}, {module}"
                 np.testing.assert_array_equal(indices[layer][order], theirs[sort], err_msg=where)
+                explained = {"values": self.explain(step, module)[sort]} if adam else {}
                 for key, array in per_entry.items():
-                    self.close(key, array[layer][order], self.golden[f"step/{module}/{key}"][step - 1][sort])
+                    golden = self.golden[f"step/{module}/{key}"][step - 1][sort]
+                    self.close(key, array[layer][order], golden, explained.get(key, 0.0))
                 for key, array in tables.items():
                     self.close(key, array[layer], self.golden[f"step/{module}/{key}"][step - 1])
 
