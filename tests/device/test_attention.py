@@ -1,5 +1,9 @@
 """Attention in one kernel on the device: the numbers and gradients of the same in float32."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from unittest import SkipTest
 
 import jax
@@ -77,3 +81,30 @@ def test_a_step_with_cudnn_is_one_without():
         for key in ("loss", "grad_norm"):  # with 8 bits neither is the exact one: cuDNN's is as near
             allowed = abs(usual[key] - exact[key]) + TOLERANCE * exact[key]
             assert abs(ours[key] - exact[key]) <= allowed, (key, exact[key], usual[key], ours[key])
+
+
+def print_repeats(kind):
+    """Whether gradients of one program and its operands are the same, bit for bit, ten times."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(4, 1024, heads, 64) for heads in (8, 2, 2, 8)]  # many tiles of keys add to a query's gradient
+    *arrays, weights = (jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True))
+
+    @jax.jit
+    def gradients(*arrays):
+        return jax.grad(lambda *arrays: jnp.sum(attend(*arrays, None, None, kind) * weights), (0, 1, 2))(
+            *arrays
+        )
+
+    first = jax.device_get(gradients(*arrays))
+    found = [jax.device_get(gradients(*arrays)) for _ in range(9)]
+    print(all(np.array_equal(x, y) for one in found for x, y in zip(one, first, strict=True)))
+
+
+def test_cudnn_repeats_itself_when_told_to():
+    take_nvidia()
+    told = {"XLA_FLAGS": "--xla_gpu_deterministic_ops=true", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    words = [sys.executable, "-c", "from device.test_attention import *; print_repeats('cudnn')"]
+    path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
+    env = {**os.environ, **told, "PYTHONPATH": path}
+    ended = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    assert ended.stdout.split() == ["True"], ended.stderr[-1000:]
