@@ -35,6 +35,14 @@ def define_flags(values: flags.FlagValues) -> None:
         lower_bound=0,
         flag_values=values,
     )
+    flags.DEFINE_float(
+        "close",
+        0.0,
+        "Rates at which validation is no further than this above a method's best are run with all seeds; the "
+        "lowest mean is taken.",
+        lower_bound=0.0,
+        flag_values=values,
+    )
     flags.DEFINE_list("gpus", [], "Numbers of NVIDIA GPUs: on each one run at a time.", flag_values=values)
     flags.DEFINE_string(
         "elsewhere",
@@ -58,7 +66,7 @@ def main(options: flags.FlagValues) -> None:
     def write() -> None:
         (out / "results.json").write_text(json.dumps(told | {"runs": results}, indent=1) + "\n")
 
-    for result in done(study, out, places, known(options.known), options.beyond):
+    for result in done(study, out, places, known(options.known), options.beyond, options.close):
         results.append(result)
         print(f"{label(result)}: validation {validation(result):.4f}", flush=True)
         write()

@@ -1,7 +1,7 @@
 """What is compared, and in which order it is run: methods × budgets × learning rates × seeds.
 
 Every method of a budget is run with each of its rates and the first seed; the rate of lowest validation loss
-is that of the other seeds.
+is that of the other seeds. Where rates come close to each other, all of these can be given the other seeds.
 """
 
 import fnmatch
@@ -14,7 +14,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from experiments.quality.tables import Result, validation
+from experiments.quality.tables import Result, contenders, validation
 from experiments.trials import Trial, outcome
 from spiel_jax.config import default_config
 from spiel_jax.errors import SpielError
@@ -78,6 +78,7 @@ def done(
     places: Sequence[Mapping[str, str]] = ({},),
     known: Mapping[str, Result] | None = None,
     beyond: int = 0,
+    close: float = 0.0,
 ) -> Iterator[Result]:
     """What every run came to, those that are not done being done now: all rates first, then all seeds.
 
@@ -87,6 +88,7 @@ def done(
         places: So many runs are done at a time; the environment variables of the process in each place.
         known: Command to what it came to elsewhere, which is not done again.
         beyond: So many more rates are tried while the best one of a method is its lowest or highest.
+        close: By how much validation at a rate may be above the best for the rate to be run with all seeds.
     """
     free: SimpleQueue[Mapping[str, str]] = SimpleQueue()
     for place in places:
@@ -120,8 +122,8 @@ def done(
             for result in pool.map(lambda which: run(*which), rates):
                 found.setdefault((result["method"], result["budget"]), []).append(result)
                 yield result
-        best = {which: min(results, key=validation)["rate"] for which, results in found.items()}
-        seeds = [(*which, rate, seed) for seed in others for which, rate in best.items()]
+        best = [(*which, rate) for which, runs in found.items() for rate in contenders(runs, close)]
+        seeds = [(*which, seed) for seed in others for which in best]
         yield from pool.map(lambda which: run(*which), seeds)
     finally:
         pool.shutdown(cancel_futures=True)  # those that have begun go on to their end

@@ -33,9 +33,26 @@ def grouped(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
     return groups
 
 
+def contenders(runs: Sequence[Result], close: float = 0.0) -> list[float]:
+    """Rates whose validation is so close to the lowest, the best one first; runs of one seed."""
+    losses = {run["rate"]: validation(run) for run in runs}
+    lowest = min(losses.values())
+    return sorted((rate for rate in losses if losses[rate] <= lowest + close), key=losses.__getitem__)
+
+
 def at_best(runs: Sequence[Result]) -> list[Result]:
-    """Those at the rate that was best with the first seed, seed by seed."""
-    best = min((run for run in runs if run["seed"] == runs[0]["seed"]), key=validation)["rate"]
+    """Those at the best rate, seed by seed.
+
+    The rate of lowest validation with the first seed; of those that were run with as many seeds, the one of
+    lowest mean.
+    """
+    rates: dict[float, dict[int, float]] = {}
+    for run in runs:
+        rates.setdefault(run["rate"], {})[run["seed"]] = validation(run)
+    first, *_ = contenders([run for run in runs if run["seed"] == runs[0]["seed"]])
+    seeds = rates[first].keys()
+    whole = [rate for rate, losses in rates.items() if losses.keys() >= seeds]
+    best = min(whole, key=lambda rate: mean(rates[rate][seed] for seed in seeds))
     return [run for run in runs if run["rate"] == best]
 
 

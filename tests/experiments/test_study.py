@@ -62,6 +62,25 @@ def test_rates_are_chosen_with_the_first_seed_and_the_others_run_at_the_best(res
     assert {run["rate"] for run in at_best(results[:3])} == {2e-3}
 
 
+def test_close_rates_are_run_with_all_seeds_and_the_lowest_mean_is_taken(monkeypatch, tmp_path):
+    def chance(one, out, place):  # the first seed is for the other rate
+        told = stub(one, out, place)
+        first = one.settings["optimizer.learning_rate"] == 1e-3 and one.settings["seed"] == 0
+        told["heldout"][-1][1] -= 0.0015 * first
+        return told
+
+    monkeypatch.setattr(studies, "outcome", chance)
+    alone = replace(STUDY, candidates={"lora": STUDY.candidates["lora"]})
+    results = list(done(alone, tmp_path))
+    assert {run["rate"] for run in at_best(results)} == {1e-3}
+    results = list(done(alone, tmp_path, close=0.0004))
+    assert {run["rate"] for run in at_best(results)} == {1e-3}
+    results = list(done(alone, tmp_path, close=0.0006))
+    assert [(run["rate"], run["seed"]) for run in results[2:]] == [(1e-3, 1), (2e-3, 1), (1e-3, 2), (2e-3, 2)]
+    assert {run["rate"] for run in at_best(results)} == {2e-3}
+    assert {run["rate"] for run in at_best([run for run in results if run["seed"] == 0])} == {1e-3}
+
+
 def test_rates_beyond_are_tried_while_the_best_is_at_an_end(monkeypatch, tmp_path):
     monkeypatch.setattr(studies, "outcome", stub)
     candidates = {
