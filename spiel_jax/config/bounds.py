@@ -17,6 +17,7 @@ from spiel_jax.methods.registry import method_names
 from spiel_jax.models.decoder import Remat
 from spiel_jax.models.fused_attention import AttentionKind
 from spiel_jax.models.storage import KINDS
+from spiel_jax.optim.criteria.accumulated_gradients import Seeds
 from spiel_jax.optim.criteria.criterion import CRITERIA
 from spiel_jax.optim.criteria.moment_approximation import Score
 from spiel_jax.optim.parity import Parity
@@ -352,6 +353,7 @@ KEYS: dict[str, Kind] = {
     "spiel.first": OrNone(Number(high=1)),
     "spiel.candidate_ratio": Number(above=0),
     "spiel.candidates": OneOf(lambda: get_args(ProposeFrom)),
+    "spiel.seeds": OneOf(lambda: get_args(Seeds)),
     "spiel.drop_by": OneOf(lambda: get_args(DropBy)),
     "spiel.score": OneOf(lambda: get_args(Score)),
     "spiel.magnitude": _one_of("largest", "smallest"),

@@ -104,6 +104,9 @@ def default_config() -> Config:
                 # spiel_ag, gradient: what proposes them: first, a step's first micro-batch; mean, all,
                 # about the largest entries of their mean gradient, for a second pass of that step
                 "candidates": "first",
+                # spiel_ag: what a grown entry begins with of the gradients it was chosen by: both of Adam's
+                # moments, as in the paper; the second, for small first steps; none
+                "seeds": "both",
                 # what is dropped: the smallest values; relative to the steps they were trained: age; to the
                 # weight: weight
                 "drop_by": "value",

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax
 import optax
 
-from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients
+from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients, Seeds
 from spiel_jax.optim.criteria.moment_approximation import MomentApproximation, Score
 from spiel_jax.optim.inner_optimizers import aged_adamw, sparse_sm3
 from spiel_jax.optim.parity import Parity, is_reference
@@ -25,6 +25,7 @@ def spiel_ag(
     eps: float = 1e-6,
     weight_decay: float = 0.0,
     candidate_ratio: float = 1.0,
+    seeds: Seeds = "both",
     clip_norm: float | None = None,
     seed: int | jax.Array = 0,
     parity: Parity = "corrected",
@@ -45,6 +46,7 @@ def spiel_ag(
         eps: Added to the root of the second moment.
         weight_decay: Decay of the values, that is towards the pretrained weights.
         candidate_ratio: Candidates per active entry; static.
+        seeds: What a grown entry begins with of Adam's moments; see ``Seeds``.
         clip_norm: Global norm for the gradients of active entries and, alike, of candidates.
         seed: Of the initial positions.
         parity: "corrected", or "reference" for the original implementation's behaviour; see ``Parity``.
@@ -76,7 +78,7 @@ def spiel_ag(
     return spiel(
         aged_adamw(learning_rate, b1, b2, eps, weight_decay, low_precision=reference),
         targets,
-        growth=AccumulatedGradients.of(b1, b2, candidate_ratio, parity),
+        growth=AccumulatedGradients.of(b1, b2, candidate_ratio, parity, seeds),
         schedule=_schedule(schedule, total_steps, parity),
         seed=seed,
         clip_norm=clip_norm,

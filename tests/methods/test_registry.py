@@ -58,7 +58,7 @@ def test_targets_of_the_default_are_the_linears_of_the_blocks(config):
         ("spiel_ma", MomentApproximation(shared=True), [5, 25, 45]),
         ("random", RandomGrowth(), []),
         ("magnitude", LargestWeights(), []),
-        ("gradient", FirstGradients(seeds=False, propose_active=True), [5]),
+        ("gradient", FirstGradients(seeds="none", propose_active=True), [5]),
         ("lift", LowRankMagnitude(128), [20, 40]),
     ],
 )
@@ -82,6 +82,8 @@ def test_options_of_growth(config):
     assert CRITERIA[config.method].from_config(config) == MomentApproximation("minimum", shared=True)
     config.method = "spiel_ag"
     assert CRITERIA[config.method].from_config(config) == AccumulatedGradients(ratio=1.5)
+    config.spiel.seeds = "none"
+    assert CRITERIA[config.method].from_config(config) == AccumulatedGradients(ratio=1.5, seeds="none")
     assert CRITERIA[config.method].schedule(config, 50).rates[0] == 0.5
     config.method = "random"
     config.spiel.first = -1.0
@@ -112,6 +114,10 @@ def test_reference(config):
     config.spiel.schedule = "cosine"
     assert CRITERIA[config.method].schedule(config, 54).rates[0] < 0.2
     assert CRITERIA[config.method].from_config(config) == AccumulatedGradients.reference()
+    config.spiel.seeds = "second"
+    with pytest.raises(ValueError, match="seeds = 'second': the original seeds"):
+        CRITERIA[config.method].from_config(config)
+    config.spiel.seeds = "both"
     config.spiel.candidate_ratio = 2.0
     with pytest.raises(ValueError, match="the original has as many"):
         CRITERIA[config.method].from_config(config)

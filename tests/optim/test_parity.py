@@ -174,6 +174,8 @@ def test_bad_options_are_refused():
         sj.spiel_ma(0.1, EIGHT, total_steps=3, score="sum")
     with pytest.raises(ValueError, match="candidate_ratio = 0: expected more than 0"):
         sj.spiel_ag(0.1, EIGHT, total_steps=3, candidate_ratio=0)
+    with pytest.raises(ValueError, match="seeds = 'first': expected one of both, second, none"):
+        sj.spiel_ag(0.1, EIGHT, total_steps=3, seeds="first")
 
 
 # ------------------------------------------------------------------------------------ all of them together

@@ -34,6 +34,9 @@ class Rules:
     eps: float = 1e-6
     weight_decay: float = 0.0
     ratio: float = 1.0  # candidates per active entry
+    seeds: str = (
+        "both"  # moments of the candidates' gradients that grown entries begin with: "second", "none"
+    )
     score: str = "product"  # of a row's and a column's accumulator: "product", "minimum"
     clip_norm: float | None = None
     dtype: type = np.float64  # of the arithmetic
@@ -199,10 +202,11 @@ class Matrix:
 
     def seed(self, grown: np.ndarray):
         """Moments of grown entries as if their mean gradient had been seen for the phase's steps."""
-        if self.rules.inner != "adam" or not grown.any():
+        if self.rules.inner != "adam" or self.rules.seeds == "none" or not grown.any():
             return
         mean, square = self.sum[grown] / self.samples, self.square[grown] / self.samples
-        self.mu[grown] = mean * self.absorbed(self.rules.b1, np.array(self.steps))
+        if self.rules.seeds == "both":
+            self.mu[grown] = mean * self.absorbed(self.rules.b1, np.array(self.steps))
         self.nu[grown] = square * self.absorbed(self.rules.b2, np.array(self.steps))
         self.age[grown] = self.steps if self.rules.late_age else self.steps + 1
 

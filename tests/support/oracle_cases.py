@@ -87,7 +87,8 @@ class Case:
             options = {"eps": rules.eps, "weight_decay": rules.weight_decay, "clip_norm": rules.clip_norm}
             method = sj.spiel_ma
             if rules.growth == "ag":
-                method = partial(sj.spiel_ag, b1=rules.b1, b2=rules.b2, candidate_ratio=rules.ratio)
+                adam = {"b1": rules.b1, "b2": rules.b2}
+                method = partial(sj.spiel_ag, **adam, candidate_ratio=rules.ratio, seeds=rules.seeds)
             return method(
                 rules.learning_rate, self.targets, schedule=self.schedule(), parity=self.alias, **options
             )
@@ -103,6 +104,7 @@ class Case:
                 b1=rules.b1,
                 b2=rules.b2,
                 ratio=rules.ratio,
+                seeds=rules.seeds,
                 per_micro_batch=rules.per_micro_batch,
                 late_age=rules.late_age,
                 propose_active=rules.propose_active,

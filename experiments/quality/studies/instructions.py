@@ -9,7 +9,10 @@ from dataclasses import replace
 from experiments.quality.studies import chitchat
 from experiments.quality.study import Study
 
-FINALISTS = ("lora", "random, fixed", "random, evolving", "full", "spiel_ag", "random + lora")
+FINALISTS = (
+    *("lora", "random, fixed", "random, evolving", "full", "spiel_ag", "spiel_ag, unseeded"),
+    "random + lora",
+)
 HALF = {
     "batch_size": 2,
     "data.heldout": 128,  # 16 batches choose the rate, the rest are the test

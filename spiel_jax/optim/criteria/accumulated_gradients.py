@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,10 @@ from spiel_jax.optim.parity import Parity, is_reference
 from spiel_jax.optim.schedules import require_static
 from spiel_jax.sparse.delta import SparseDelta
 from spiel_jax.sparse.targets import Target
+
+Seeds = Literal["both", "second", "none"]
+"""What a grown entry begins with of the gradients that it was chosen by: both of Adam's moments, as in the
+paper; the second, so that its first steps are small; or nothing, as at the start of a run."""
 
 
 class CandidateStats(NamedTuple):
@@ -46,9 +50,9 @@ class AccumulatedGradients(Criterion):
     """SpIEL-AG: the gradients of a few candidates, accumulated over an estimation phase.
 
     The first step of a phase proposes the entries of largest gradient magnitude; their gradients are
-    summed over the phase, and those of largest ``|sum|`` grow. The moments of a grown entry are seeded
-    from its sums, as if the optimizer had seen a constant gradient for as many steps. With ``S`` and ``Q``
-    the sums of the ``a`` gradients of a candidate and of their squares,
+    summed over the phase, and those of largest ``|sum|`` grow. In the paper the moments of a grown entry are
+    seeded from its sums, as if the optimizer had seen a constant gradient for as many steps. With ``S`` and
+    ``Q`` the sums of the ``a`` gradients of a candidate and of their squares,
 
         rank = |S|,  mu = S / a * (1 - b1^a),  nu = Q / a * (1 - b2^a),  age = a
 
@@ -58,9 +62,10 @@ class AccumulatedGradients(Criterion):
         ratio: Candidates per active entry, c / k; per slot, where some are spare. At a replacement rate of 1
             with c = k the accumulated gradients cannot change the choice; a larger c lets them, at 12 bytes
             per candidate.
-        seeds: Whether grown entries are seeded at all; otherwise they start as ``inner.init`` has them. A
-            static mask of the entries of largest gradient at the start (SIFT) is this criterion without
-            seeds, with ``propose_active``, and a schedule that reselects once and replaces everything.
+        seeds: What of that a grown entry is given; the rest starts as ``inner.init`` has it, and with
+            "second" ``mu`` is 0 at age a. A static mask of the entries of largest gradient at the start
+            (SIFT) is this criterion with "none", with ``propose_active``, and a schedule that reselects once
+            and replaces everything.
         per_micro_batch: As the original implementation has it: candidate gradients come per micro-batch
             (of loss / G) with a leading axis [G], each is a sample, and seeds are G times smaller than the
             step's mean gradient. By default a step is one sample, of the gradient that the inner optimizer
@@ -88,12 +93,12 @@ class AccumulatedGradients(Criterion):
 
     in_original = True
     can_keep_zeros = True
-    own = ("spiel.candidate_ratio", "spiel.candidates", "spiel.drop_by")
+    own = ("spiel.candidate_ratio", "spiel.candidates", "spiel.drop_by", "spiel.seeds")
 
     b1: float = 0.9
     b2: float = 0.999
     ratio: float = 1.0
-    seeds: bool = True
+    seeds: Seeds = "both"
     per_micro_batch: bool = False
     late_age: bool = False
     propose_active: bool = False
@@ -107,7 +112,12 @@ class AccumulatedGradients(Criterion):
 
     @classmethod
     def of(
-        cls, b1: float, b2: float, candidate_ratio: float, parity: Parity = "corrected"
+        cls,
+        b1: float,
+        b2: float,
+        candidate_ratio: float,
+        parity: Parity = "corrected",
+        seeds: Seeds = "both",
     ) -> "AccumulatedGradients":
         """The criterion of ``spiel_ag``.
 
@@ -118,8 +128,12 @@ class AccumulatedGradients(Criterion):
         require_static(candidate_ratio=candidate_ratio)
         if candidate_ratio <= 0:
             raise SpielError(f"candidate_ratio = {candidate_ratio}: expected more than 0")
+        if seeds not in get_args(Seeds):
+            raise SpielError(f"seeds = {seeds!r}: expected one of {', '.join(get_args(Seeds))}")
         if not is_reference(parity):
-            return cls(b1, b2, candidate_ratio)
+            return cls(b1, b2, candidate_ratio, seeds)
+        if seeds != "both":
+            raise SpielError(f'seeds = {seeds!r}: the original seeds "both", and so does parity="reference"')
         if candidate_ratio != 1:
             raise SpielError(
                 f"candidate_ratio = {candidate_ratio}: the original has as many candidates as active "
@@ -131,7 +145,7 @@ class AccumulatedGradients(Criterion):
     def from_config(cls, config: Any) -> "AccumulatedGradients":
         """See ``Criterion``."""
         settings, optimizer = config.spiel, config.optimizer
-        return cls.of(optimizer.b1, optimizer.b2, settings.candidate_ratio, settings.parity)
+        return cls.of(optimizer.b1, optimizer.b2, settings.candidate_ratio, settings.parity, settings.seeds)
 
     @property
     def uses_candidates(self) -> bool:
@@ -234,21 +248,22 @@ class AccumulatedGradients(Criterion):
 
     def seed(self, stats: CandidateStats, source: jax.Array) -> dict[str, jax.Array]:
         """Moments and age as if the mean gradient had been seen for the phase's steps (algorithm 1)."""
-        if not self.seeds:
+        if self.seeds == "none":
             return {}
         samples = jnp.maximum(stats.samples, 1).astype(stats.grad_sum.dtype)
         mean = stats.grad_sum.at[source].get(mode="fill", fill_value=0) / samples
         square = stats.grad_sq_sum.at[source].get(mode="fill", fill_value=0) / samples
         age = jnp.broadcast_to(stats.steps, mean.shape)
+        first = mean if self.seeds == "both" else jnp.zeros_like(mean)
         return {
-            "mu": mean * absorbed(self.b1, age, mean.dtype),
+            "mu": first * absorbed(self.b1, age, mean.dtype),
             "nu": square * absorbed(self.b2, age, mean.dtype),
             "age": age - 1 if self.late_age else age,
         }
 
     def first_age(self, accumulation: int) -> int:
         """See ``Criterion``: that of the phase."""
-        return accumulation if self.seeds else 0
+        return 0 if self.seeds == "none" else accumulation
 
     def clear(
         self, stats: dict[str, CandidateStats], targets: Mapping[str, Target]

@@ -12,7 +12,7 @@ from jax import lax
 from spiel_jax.ops.selection import top_in_blocks
 from spiel_jax.ops.sharded import on_blocks
 from spiel_jax.ops.stored import Stored, as_array
-from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients
+from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients, Seeds
 from spiel_jax.optim.criteria.criterion import Criterion, register
 from spiel_jax.optim.schedules import Reselection, constant
 from spiel_jax.optim.zeros import off_zeros
@@ -74,11 +74,14 @@ class FirstGradients(AccumulatedGradients):
     Accumulated gradients that may stay where they are, and seed nothing.
     """
 
-    seeds: bool = False
+    seeds: Seeds = "none"
     propose_active: bool = True
     in_original = False
     reselects_once = True
-    unused = ("spiel.every", "spiel.schedule", "spiel.rate", "spiel.first", "spiel.drop_by")
+    unused = (
+        *("spiel.every", "spiel.schedule", "spiel.rate", "spiel.first", "spiel.drop_by"),
+        "spiel.seeds",
+    )
 
     @classmethod
     def from_config(cls, config: Any) -> "FirstGradients":
