@@ -43,8 +43,11 @@ def get_study() -> Study:
             "full": Candidate({"method": "full"}, (7.5e-5, 1.5e-4, 3e-4)),
             "gradient, fixed": Candidate({"method": "gradient", "spiel.accumulation": 3}, (5e-4, 1e-3, 2e-3)),
             "spiel_ag": Candidate({"method": "spiel_ag", **EVOLVING}, (2.5e-4, 5e-4, 1e-3)),
-            "spiel_ag, unseeded": Candidate(
-                {"method": "spiel_ag", "spiel.seeds": "none", **EVOLVING}, (2.5e-4, 5e-4, 1e-3, 2e-3)
+            "spiel_ag, second moment seeded": Candidate(
+                {"method": "spiel_ag", "spiel.seeds": "second", **EVOLVING}, (5e-4, 1e-3, 2e-3)
+            ),
+            "spiel_ag, nothing seeded": Candidate(
+                {"method": "spiel_ag", "spiel.seeds": "none", **EVOLVING}, (2.5e-4, 5e-4, 1e-3)
             ),
             "spiel_ma": Candidate({"method": "spiel_ma", **EVOLVING}, (1.25e-3, 2.5e-3, 5e-3, 1e-2)),
             "random + lora": Candidate(HALVES, (1.25e-3, 2.5e-3, 5e-3), {"rosa.learning_rate": 0.8}),

@@ -10,7 +10,7 @@ from experiments.quality.studies import chitchat
 from experiments.quality.study import Study
 
 FINALISTS = (
-    *("lora", "random, fixed", "random, evolving", "full", "spiel_ag", "spiel_ag, unseeded"),
+    *("lora", "random, fixed", "random, evolving", "full", "spiel_ag", "spiel_ag, second moment seeded"),
     "random + lora",
 )
 HALF = {

@@ -28,8 +28,8 @@ def get_study() -> Study:
                 {"method": "gradient", "spiel.accumulation": 5}, (2.5e-4, 5e-4, 1e-3)
             ),
             "spiel_ag": Candidate({"method": "spiel_ag", **EVOLVING}, (2.5e-4, 5e-4, 1e-3)),
-            "spiel_ag, unseeded": Candidate(
-                {"method": "spiel_ag", "spiel.seeds": "none", **EVOLVING}, (5e-4, 1e-3, 2e-3)
+            "spiel_ag, second moment seeded": Candidate(
+                {"method": "spiel_ag", "spiel.seeds": "second", **EVOLVING}, (5e-4, 1e-3, 2e-3)
             ),
             "spiel_ma": Candidate({"method": "spiel_ma", **EVOLVING}, (1.25e-3, 2.5e-3, 5e-3)),
             "random + lora": Candidate(chitchat.HALVES, (1.25e-3, 2.5e-3, 5e-3), {"rosa.learning_rate": 0.8}),
