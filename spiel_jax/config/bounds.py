@@ -353,7 +353,7 @@ KEYS: dict[str, Kind] = {
     "spiel.first": OrNone(Number(high=1)),
     "spiel.candidate_ratio": Number(above=0),
     "spiel.candidates": OneOf(lambda: get_args(ProposeFrom)),
-    "spiel.seeds": OneOf(lambda: get_args(Seeds)),
+    "spiel.seeds": OrNone(OneOf(lambda: get_args(Seeds))),
     "spiel.drop_by": OneOf(lambda: get_args(DropBy)),
     "spiel.score": OneOf(lambda: get_args(Score)),
     "spiel.magnitude": _one_of("largest", "smallest"),

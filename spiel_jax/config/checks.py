@@ -9,12 +9,13 @@ from typing import Any
 
 from spiel_jax.config.bounds import KEYS
 from spiel_jax.config.defaults import Config
-from spiel_jax.config.flat import flatten
+from spiel_jax.config.flat import WAS, flatten
 from spiel_jax.data import DataConfig, SourceSpec
 from spiel_jax.data.templates import read_template
 from spiel_jax.errors import SpielError
 from spiel_jax.methods.registry import method_class
 from spiel_jax.optim.criteria.criterion import CRITERIA, Complaint
+from spiel_jax.optim.parity import is_reference
 
 
 class ConfigError(SpielError):
@@ -146,7 +147,7 @@ def micro_batch_size(config: Config) -> int:
 
 
 def with_defaults(config: Config, mesh: Mapping[str, int], known: Mapping[str, Any]) -> Config:
-    """The config with what depends on mesh and method filled in: block grid and replacement rate.
+    """The config with what depends on mesh and method filled in: block grid, replacement rate and seeds.
 
     Args:
         config: What is set stays.
@@ -157,6 +158,9 @@ def with_defaults(config: Config, mesh: Mapping[str, int], known: Mapping[str, A
     if config.spiel.rate is None:
         growth = CRITERIA.get(config.rosa.entries if config.method == "rosa" else config.method)
         config.spiel.rate = known.get("spiel.rate", None if growth is None else growth.default_rate)
+    if config.spiel.seeds is None:
+        new = "both" if is_reference(config.spiel.parity) else "second"
+        config.spiel.seeds = known.get("spiel.seeds", WAS["spiel.seeds"]) if known else new
     sparse = method_class(config.method).has_deltas
     for axis, blocks in config.targets.grid.items():
         if blocks is None:

@@ -104,9 +104,10 @@ def default_config() -> Config:
                 # spiel_ag, gradient: what proposes them: first, a step's first micro-batch; mean, all,
                 # about the largest entries of their mean gradient, for a second pass of that step
                 "candidates": "first",
-                # spiel_ag: what a grown entry begins with of the gradients it was chosen by: both of Adam's
-                # moments, as in the paper; the second, for small first steps; none
-                "seeds": "both",
+                # spiel_ag: what a grown entry begins with of the gradients it was chosen by: Adam's second
+                # moment, for small first steps; both, as in the paper; neither. Default: second, and both
+                # with parity=reference
+                "seeds": optional(str),
                 # what is dropped: the smallest values; relative to the steps they were trained: age; to the
                 # weight: weight
                 "drop_by": "value",

@@ -13,6 +13,9 @@ ADJUSTABLE = (
 )
 """Keys that may differ when a run is continued: they change nothing that was trained."""
 
+WAS: dict[str, Any] = {"spiel.seeds": "both"}
+"""What versions did that did not have a key, where it is not what the key's default does."""
+
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key to value, JSON-like: tuples are lists."""
@@ -54,10 +57,10 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
     """Keys whose values differ between two flattened configs, but for the adjustable ones.
 
     Args:
-        old: As an earlier version may have stored it: a key that it lacks has its default.
+        old: As an earlier version may have stored it: a key that it lacks has its default, or is in ``WAS``.
         new: Of this version.
     """
-    old = {key: value for key, value in flatten(default_config()).items() if key in new} | old
+    old = {key: value for key, value in (flatten(default_config()) | WAS).items() if key in new} | old
 
     def adjustable(key: str) -> bool:
         return any(key == a or (a.endswith(".*") and key.startswith(a[:-1])) for a in ADJUSTABLE)

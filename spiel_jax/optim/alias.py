@@ -25,7 +25,7 @@ def spiel_ag(
     eps: float = 1e-6,
     weight_decay: float = 0.0,
     candidate_ratio: float = 1.0,
-    seeds: Seeds = "both",
+    seeds: Seeds | None = None,
     clip_norm: float | None = None,
     seed: int | jax.Array = 0,
     parity: Parity = "corrected",
@@ -46,7 +46,8 @@ def spiel_ag(
         eps: Added to the root of the second moment.
         weight_decay: Decay of the values, that is towards the pretrained weights.
         candidate_ratio: Candidates per active entry; static.
-        seeds: What a grown entry begins with of Adam's moments; see ``Seeds``.
+        seeds: What a grown entry begins with of Adam's moments, see ``Seeds``; default: "second", and "both"
+            as the original implementation.
         clip_norm: Global norm for the gradients of active entries and, alike, of candidates.
         seed: Of the initial positions.
         parity: "corrected", or "reference" for the original implementation's behaviour; see ``Parity``.

@@ -9,6 +9,7 @@ Parity = Literal["corrected", "reference"]
 
 The quirks, and the options that have each of them alone:
 
+* A grown entry begins with both of Adam's moments, as in the paper: ``AccumulatedGradients(seeds="both")``.
 * Candidate gradients come per micro-batch of loss / G, so that seeded moments are G times smaller than the
   step's mean gradient: ``AccumulatedGradients(per_micro_batch=True)``.
 * Clipping does not reach the candidates: ``spiel(clip_candidates=False)``.

@@ -179,6 +179,23 @@ def test_every_key_can_be_set_to_any_type(config):
     assert config.is_locked
 
 
+@pytest.mark.parametrize(("parity", "new"), [("corrected", "second"), ("reference", "both")])
+def test_seeds_are_the_method_s_or_the_continued_run_s_and_those_of_old_runs_what_they_were(
+    config, parity, new
+):
+    config.spiel.parity = parity
+    assert with_defaults(config, ONE_DEVICE, {}).spiel.seeds == new
+    assert with_defaults(config, ONE_DEVICE, {"spiel.seeds": "neither"}).spiel.seeds == "neither"
+    filled = with_defaults(config, ONE_DEVICE, {"method": "spiel_ag"})  # of a version without the key
+    assert filled.spiel.seeds == "both"
+    old = {key: value for key, value in flatten(filled).items() if key != "spiel.seeds"}
+    assert not differences(old, flatten(filled))
+    config.spiel.seeds = "second"
+    assert differences(old, flatten(with_defaults(config, ONE_DEVICE, old))) == {
+        "spiel.seeds": ("both", "second")
+    }
+
+
 @pytest.mark.parametrize(
     ("method", "entries", "rate"),
     [

@@ -231,7 +231,11 @@ def test_checks_of_a_module(platform, monkeypatch):
     found = {}
     for more in checks({"modules": ["test_attention", "test_nothing"], "platform": platform}):
         device.merge(found, more)
-    names = ["test_a_step_with_cudnn_is_one_without", "test_cudnn_sees_what_xla_sees"]
+    names = [
+        "test_a_step_with_cudnn_is_one_without",
+        "test_cudnn_repeats_itself_when_told_to",
+        "test_cudnn_sees_what_xla_sees",
+    ]
     skipped = dict.fromkeys(names, "not run: takes an NVIDIA GPU")
     assert found["verdicts"] == {"test_nothing": "not run: No module named 'device.test_nothing'", **skipped}
     assert sorted(found["seconds"]) == names

@@ -58,7 +58,7 @@ def test_targets_of_the_default_are_the_linears_of_the_blocks(config):
         ("spiel_ma", MomentApproximation(shared=True), [5, 25, 45]),
         ("random", RandomGrowth(), []),
         ("magnitude", LargestWeights(), []),
-        ("gradient", FirstGradients(seeds="none", propose_active=True), [5]),
+        ("gradient", FirstGradients(seeds="neither", propose_active=True), [5]),
         ("lift", LowRankMagnitude(128), [20, 40]),
     ],
 )
@@ -82,8 +82,8 @@ def test_options_of_growth(config):
     assert CRITERIA[config.method].from_config(config) == MomentApproximation("minimum", shared=True)
     config.method = "spiel_ag"
     assert CRITERIA[config.method].from_config(config) == AccumulatedGradients(ratio=1.5)
-    config.spiel.seeds = "none"
-    assert CRITERIA[config.method].from_config(config) == AccumulatedGradients(ratio=1.5, seeds="none")
+    config.spiel.seeds = "neither"
+    assert CRITERIA[config.method].from_config(config) == AccumulatedGradients(ratio=1.5, seeds="neither")
     assert CRITERIA[config.method].schedule(config, 50).rates[0] == 0.5
     config.method = "random"
     config.spiel.first = -1.0

@@ -258,9 +258,8 @@ def test_seeds_reach_the_moments_of_every_part_of_a_partitioned_inner_optimizer(
     parts = {"a": sj.scale_by_aged_adam(), "b": optax.scale_by_adam(), "c": optax.sgd(0.1, 0.9)}
     plan = sj.Reselection(9, every=1, accumulation=1, rate=sj.constant(0.5), first=None)
     for labels in ({"mu": "a", "active": "b"}, {"mu": "c", "active": "b"}):
-        tx = sj.spiel(
-            optax.partition(parts, labels), targets, growth=sj.AccumulatedGradients(0.9, 0.99), schedule=plan
-        )
+        growth = sj.AccumulatedGradients(0.9, 0.99, seeds="both")
+        tx = sj.spiel(optax.partition(parts, labels), targets, growth=growth, schedule=plan)
         values = sj.zeros(targets)
         state = tx.init(values)
         active = sj.deltas(values, state)

@@ -64,7 +64,7 @@ CASES = [
     Case("ag, many and active candidates", PLAIN, replace(AG, ratio=1.5, propose_active=True)),
     Case("ag, large", LARGE, replace(AG, policy="constant", initial=0.3), "corrected"),
     Case("ag, the second moment seeded", PLAIN, replace(AG, initial=0.6, seeds="second"), "corrected"),
-    Case("ag, nothing seeded", PLAIN, replace(AG, initial=0.6, seeds="none"), "corrected"),
+    Case("ag, nothing seeded", PLAIN, replace(AG, initial=0.6, seeds="neither"), "corrected"),
     Case("ag, nothing replaced", PLAIN, replace(AG, policy="constant", initial=0.0, first=None)),
     Case("ag around sm3", PLAIN, replace(AG, inner="sm3", eps=0.5)),
     MA_CASE,

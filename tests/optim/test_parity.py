@@ -36,7 +36,8 @@ def candidates(indices, gradients):
 
 def test_statistics_per_micro_batch_make_seeds_smaller():
     """Two micro-batches whose gradients of loss / 2 are 0.1 and 0.3: the step's mean gradient is 0.4."""
-    corrected, reference = AccumulatedGradients(), AccumulatedGradients(per_micro_batch=True)
+    corrected = AccumulatedGradients(seeds="both")
+    reference = AccumulatedGradients(seeds="both", per_micro_batch=True)
     values = [0.0, 0.0, 0.0]
     _, state = grown(corrected, values, candidates([1, 2, 4], [0.4, 0.4, 0.4]))
     np.testing.assert_allclose(optax.tree.get(state, "mu")["w"], 0.4 * 0.1, rtol=1e-5)
@@ -91,7 +92,7 @@ def test_fewer_valid_candidates_replace_fewer():
 def test_a_grown_entry_is_corrected_for_the_gradients_it_absorbed(late, exact):
     """A constant gradient moves an unbiased Adam by exactly the learning rate, grown entries too."""
     inner = optax.chain(scale_by_aged_adam(0.9, 0.999, eps=0.0), optax.scale(-1.0))
-    growth = AccumulatedGradients(late_age=late)
+    growth = AccumulatedGradients(seeds="both", late_age=late)
     _, state = grown(growth, [0.0] * 3, candidates([1, 2, 4], [[0.5] * 3][0]), inner)
     assert optax.tree.get(state, "age")["w"].tolist() == [0 if late else 1] * 3
     updates, _ = inner.update({"w": jnp.full(3, 0.5)}, state.inner)
@@ -122,9 +123,8 @@ class TestLowPrecision:
         values = jnp.zeros(3, jnp.bfloat16)
         for low, expected in ((False, 0.25 * 0.001), (True, 0.0)):
             inner = optax.chain(scale_by_aged_adam(0.9, 0.999, low_precision=low), optax.sgd(1e-3))
-            _, state = grown(
-                AccumulatedGradients(low_precision=low), values, candidates([1, 2, 4], [0.5] * 3), inner
-            )
+            growth = AccumulatedGradients(seeds="both", low_precision=low)
+            _, state = grown(growth, values, candidates([1, 2, 4], [0.5] * 3), inner)
             np.testing.assert_allclose(optax.tree.get(state, "nu")["w"], expected, rtol=1e-3)
             assert (optax.tree.get(state, "mu")["w"] > 0).all()
 
@@ -174,7 +174,7 @@ def test_bad_options_are_refused():
         sj.spiel_ma(0.1, EIGHT, total_steps=3, score="sum")
     with pytest.raises(ValueError, match="candidate_ratio = 0: expected more than 0"):
         sj.spiel_ag(0.1, EIGHT, total_steps=3, candidate_ratio=0)
-    with pytest.raises(ValueError, match="seeds = 'first': expected one of both, second, none"):
+    with pytest.raises(ValueError, match="seeds = 'first': expected one of second, both, neither"):
         sj.spiel_ag(0.1, EIGHT, total_steps=3, seeds="first")
 
 
@@ -235,6 +235,7 @@ def corrected():
 
 
 SWITCHES = {
+    "seeds": {"seeds": "both"},
     "per_micro_batch": {"per_micro_batch": True},
     "clip_candidates": {"clip_candidates": False},
     "propose_active": {"propose_active": True},

@@ -63,9 +63,18 @@ def test_accumulated_gradients_by_hand():
     assert optax.tree.get(state, "growth")["w"].indices.tolist() == [8, 8, 8]  # forgotten
 
 
-def test_accumulated_gradients_seed_the_moments():
+@pytest.mark.parametrize(
+    ("seeds", "moments", "begun"),
+    [
+        ("second", [0.0, 0.125 * 0.0199], 2),
+        ("both", [0.35 * 0.19, 0.125 * 0.0199], 2),
+        ("neither", [0.0, 0.0], 0),
+    ],
+)
+def test_accumulated_gradients_seed_the_moments(seeds, moments, begun):
     inner = optax.chain(scale_by_aged_adam(0.9, 0.99), descend(0.0))
-    tx = sj.spiel(inner, EIGHT, growth=AccumulatedGradients(0.9, 0.99), schedule=schedule())
+    growth = AccumulatedGradients(0.9, 0.99, seeds=seeds)
+    tx = sj.spiel(inner, EIGHT, growth=growth, schedule=schedule())
     values, state = start(tx, [0, 3, 6])
     values = {"w": jnp.array([-0.6, 0.05, -0.4])}
     grads = {"w": jnp.array([1.0, 1.0, 1.0])}
@@ -80,9 +89,9 @@ def test_accumulated_gradients_seed_the_moments():
         )
     # mean gradient 0.35, mean square 0.125, both as if seen for 2 steps
     mu, nu, age = (optax.tree.get(state, name)["w"] for name in ("mu", "nu", "age"))
-    np.testing.assert_allclose(mu, [0.19, 0.35 * 0.19, 0.19], rtol=1e-5)
-    np.testing.assert_allclose(nu, [0.0199, 0.125 * 0.0199, 0.0199], rtol=1e-4)
-    assert age.tolist() == [2, 2, 2]
+    np.testing.assert_allclose(mu, [0.19, moments[0], 0.19], rtol=1e-5)
+    np.testing.assert_allclose(nu, [0.0199, moments[1], 0.0199], rtol=1e-4)
+    assert age.tolist() == [2, begun, 2]
 
 
 def test_moment_approximation_by_hand():

@@ -35,7 +35,7 @@ class Rules:
     weight_decay: float = 0.0
     ratio: float = 1.0  # candidates per active entry
     seeds: str = (
-        "both"  # moments of the candidates' gradients that grown entries begin with: "second", "none"
+        "both"  # moments of the candidates' gradients that grown entries begin with: "second", "neither"
     )
     score: str = "product"  # of a row's and a column's accumulator: "product", "minimum"
     clip_norm: float | None = None
@@ -202,7 +202,7 @@ class Matrix:
 
     def seed(self, grown: np.ndarray):
         """Moments of grown entries as if their mean gradient had been seen for the phase's steps."""
-        if self.rules.inner != "adam" or self.rules.seeds == "none" or not grown.any():
+        if self.rules.inner != "adam" or self.rules.seeds == "neither" or not grown.any():
             return
         mean, square = self.sum[grown] / self.samples, self.square[grown] / self.samples
         if self.rules.seeds == "both":

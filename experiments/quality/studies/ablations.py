@@ -21,7 +21,7 @@ GRADIENTS = {
     "rate 0.1": {"spiel.rate": 0.1},
     "rate 0.4": {"spiel.rate": 0.4},
     "the second moment seeded": {"spiel.seeds": "second"},
-    "nothing seeded": {"spiel.seeds": "none"},
+    "nothing seeded": {"spiel.seeds": "neither"},
     "the second moment seeded, every 5": {"spiel.seeds": "second", "spiel.every": 5},
     "the second moment seeded, balanced by rows": {"spiel.seeds": "second", "targets.balance.rows": 1},
     "the second moment seeded, rate 0": {"spiel.seeds": "second", "spiel.rate": 0.0},
@@ -60,7 +60,7 @@ def get_study() -> Study:
     """The study."""
     evolving = chitchat.EVOLVING
     gradients = {
-        f"spiel_ag, {what}": Candidate({"method": "spiel_ag", **evolving, **setting}, (5e-4, 1e-3))
+        f"spiel_ag, {what}": Candidate({**chitchat.SPIEL_AG, **evolving, **setting}, (5e-4, 1e-3))
         for what, setting in GRADIENTS.items()
     }
     moments = {

@@ -15,6 +15,7 @@ SETTINGS = {
     "sample.prompt": None,
 }
 EVOLVING = {"spiel.every": 10, "spiel.accumulation": 3}
+SPIEL_AG = {"method": "spiel_ag", "spiel.seeds": "both"}  # as in the paper
 LORA = {"method": "lora", "lora.alpha": 16.0, "lora.dropout": 0.0}
 HALVES = {  # of the budget: random entries, and LoRA on the same weights from the first step on
     "method": "rosa",
@@ -42,12 +43,12 @@ def get_study() -> Study:
             ),
             "full": Candidate({"method": "full"}, (7.5e-5, 1.5e-4, 3e-4)),
             "gradient, fixed": Candidate({"method": "gradient", "spiel.accumulation": 3}, (5e-4, 1e-3, 2e-3)),
-            "spiel_ag": Candidate({"method": "spiel_ag", **EVOLVING}, (2.5e-4, 5e-4, 1e-3)),
+            "spiel_ag": Candidate({**SPIEL_AG, **EVOLVING}, (2.5e-4, 5e-4, 1e-3)),
             "spiel_ag, second moment seeded": Candidate(
                 {"method": "spiel_ag", "spiel.seeds": "second", **EVOLVING}, (5e-4, 1e-3, 2e-3)
             ),
             "spiel_ag, nothing seeded": Candidate(
-                {"method": "spiel_ag", "spiel.seeds": "none", **EVOLVING}, (2.5e-4, 5e-4, 1e-3)
+                {"method": "spiel_ag", "spiel.seeds": "neither", **EVOLVING}, (2.5e-4, 5e-4, 1e-3)
             ),
             "spiel_ma": Candidate({"method": "spiel_ma", **EVOLVING}, (1.25e-3, 2.5e-3, 5e-3, 1e-2)),
             "random + lora": Candidate(HALVES, (1.25e-3, 2.5e-3, 5e-3), {"rosa.learning_rate": 0.8}),

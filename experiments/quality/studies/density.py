@@ -25,7 +25,7 @@ def get_study() -> Study:
         random = [float(f"{5e-3 * factor * share**-0.6:.2g}") for factor in (0.5, 1, 2)]
         found[f"random, {name}"] = Candidate({"method": "random", **size}, random)
         grown = [float(f"{5e-4 * factor * share**-0.3:.2g}") for factor in (0.5, 1, 2)]
-        found[f"spiel_ag, {name}"] = Candidate({"method": "spiel_ag", **chitchat.EVOLVING, **size}, grown)
+        found[f"spiel_ag, {name}"] = Candidate({**chitchat.SPIEL_AG, **chitchat.EVOLVING, **size}, grown)
         fixed = {"method": "gradient", "spiel.accumulation": 3, **size}
         found[f"gradient, {name}"] = Candidate(fixed, tuple(2 * rate for rate in grown))
     known = chitchat.get_study()

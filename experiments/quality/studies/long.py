@@ -27,7 +27,7 @@ def get_study() -> Study:
             "gradient, fixed": Candidate(
                 {"method": "gradient", "spiel.accumulation": 5}, (2.5e-4, 5e-4, 1e-3)
             ),
-            "spiel_ag": Candidate({"method": "spiel_ag", **EVOLVING}, (2.5e-4, 5e-4, 1e-3)),
+            "spiel_ag": Candidate({**chitchat.SPIEL_AG, **EVOLVING}, (2.5e-4, 5e-4, 1e-3)),
             "spiel_ag, second moment seeded": Candidate(
                 {"method": "spiel_ag", "spiel.seeds": "second", **EVOLVING}, (5e-4, 1e-3, 2e-3)
             ),

@@ -23,9 +23,9 @@ from spiel_jax.optim.schedules import require_static
 from spiel_jax.sparse.delta import SparseDelta
 from spiel_jax.sparse.targets import Target
 
-Seeds = Literal["both", "second", "none"]
-"""What a grown entry begins with of the gradients that it was chosen by: both of Adam's moments, as in the
-paper; the second, so that its first steps are small; or nothing, as at the start of a run."""
+Seeds = Literal["second", "both", "neither"]
+"""What a grown entry begins with of the gradients that it was chosen by: Adam's second moment, so that its
+first steps are small; both moments, as in the paper; or nothing, as at the start of a run."""
 
 
 class CandidateStats(NamedTuple):
@@ -62,10 +62,11 @@ class AccumulatedGradients(Criterion):
         ratio: Candidates per active entry, c / k; per slot, where some are spare. At a replacement rate of 1
             with c = k the accumulated gradients cannot change the choice; a larger c lets them, at 12 bytes
             per candidate.
-        seeds: What of that a grown entry is given; the rest starts as ``inner.init`` has it, and with
-            "second" ``mu`` is 0 at age a. A static mask of the entries of largest gradient at the start
-            (SIFT) is this criterion with "none", with ``propose_active``, and a schedule that reselects once
-            and replaces everything.
+        seeds: What of that a grown entry is given. With "second" ``mu`` is 0 at age a: the paper's ``mu``
+            lets all grown entries run on along a gradient that is over. With "neither" all starts as
+            ``inner.init`` has it. A static mask of the entries of largest gradient at the start (SIFT) is
+            this criterion with "neither", with ``propose_active``, and a schedule that reselects once and
+            replaces everything.
         per_micro_batch: As the original implementation has it: candidate gradients come per micro-batch
             (of loss / G) with a leading axis [G], each is a sample, and seeds are G times smaller than the
             step's mean gradient. By default a step is one sample, of the gradient that the inner optimizer
@@ -98,7 +99,7 @@ class AccumulatedGradients(Criterion):
     b1: float = 0.9
     b2: float = 0.999
     ratio: float = 1.0
-    seeds: Seeds = "both"
+    seeds: Seeds = "second"
     per_micro_batch: bool = False
     late_age: bool = False
     propose_active: bool = False
@@ -108,7 +109,9 @@ class AccumulatedGradients(Criterion):
     @classmethod
     def reference(cls, b1: float = 0.9, b2: float = 0.999) -> "AccumulatedGradients":
         """The criterion exactly as the original implementation has it, every quirk of it."""
-        return cls(b1, b2, per_micro_batch=True, late_age=True, propose_active=True, low_precision=True)
+        return cls(
+            b1, b2, seeds="both", per_micro_batch=True, late_age=True, propose_active=True, low_precision=True
+        )
 
     @classmethod
     def of(
@@ -117,9 +120,9 @@ class AccumulatedGradients(Criterion):
         b2: float,
         candidate_ratio: float,
         parity: Parity = "corrected",
-        seeds: Seeds = "both",
+        seeds: Seeds | None = None,
     ) -> "AccumulatedGradients":
-        """The criterion of ``spiel_ag``.
+        """The criterion of ``spiel_ag``; without ``seeds`` the second moment, and both as the original.
 
         Raises:
             SpielError: If the original has no such criterion and ``parity`` asks for it.
@@ -128,6 +131,8 @@ class AccumulatedGradients(Criterion):
         require_static(candidate_ratio=candidate_ratio)
         if candidate_ratio <= 0:
             raise SpielError(f"candidate_ratio = {candidate_ratio}: expected more than 0")
+        if seeds is None:
+            seeds = "both" if is_reference(parity) else "second"
         if seeds not in get_args(Seeds):
             raise SpielError(f"seeds = {seeds!r}: expected one of {', '.join(get_args(Seeds))}")
         if not is_reference(parity):
@@ -248,7 +253,7 @@ class AccumulatedGradients(Criterion):
 
     def seed(self, stats: CandidateStats, source: jax.Array) -> dict[str, jax.Array]:
         """Moments and age as if the mean gradient had been seen for the phase's steps (algorithm 1)."""
-        if self.seeds == "none":
+        if self.seeds == "neither":
             return {}
         samples = jnp.maximum(stats.samples, 1).astype(stats.grad_sum.dtype)
         mean = stats.grad_sum.at[source].get(mode="fill", fill_value=0) / samples
@@ -263,7 +268,7 @@ class AccumulatedGradients(Criterion):
 
     def first_age(self, accumulation: int) -> int:
         """See ``Criterion``: that of the phase."""
-        return 0 if self.seeds == "none" else accumulation
+        return 0 if self.seeds == "neither" else accumulation
 
     def clear(
         self, stats: dict[str, CandidateStats], targets: Mapping[str, Target]

@@ -314,7 +314,7 @@ class Criterion:
             yield "spiel.candidates", "mean", expected
         if reference and settings.candidates != "first":
             yield "spiel.candidates", settings.candidates, f"first: {ORIGINAL}"
-        if reference and settings.seeds != "both":
+        if reference and settings.seeds not in (None, "both"):
             yield "spiel.seeds", settings.seeds, f"both: {ORIGINAL}"
         if reference and settings.keep_zeros:
             yield "spiel.keep_zeros", True, f"False: {ORIGINAL}"

@@ -74,7 +74,7 @@ class FirstGradients(AccumulatedGradients):
     Accumulated gradients that may stay where they are, and seed nothing.
     """
 
-    seeds: Seeds = "none"
+    seeds: Seeds = "neither"
     propose_active: bool = True
     in_original = False
     reselects_once = True

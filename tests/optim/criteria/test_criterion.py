@@ -75,7 +75,7 @@ def test_moment_approximation_fills_unused_slots_first(order, used, values, row,
 def by_gradients(indices, values, candidates, sums, n):
     count = jnp.ones((), jnp.int32)
     stats = CandidateStats(candidates, sums, sums**2, count, count)
-    growth = AccumulatedGradients()
+    growth = AccumulatedGradients(seeds="both")
     *result, seeds = reselect(indices, values, stats, n=n, growth=growth)
     return *result, seeds["mu"]
 
