@@ -7,12 +7,14 @@ Recipe (arXiv 2401.16405, section 4): batches of 128 sequences of up to 2048 tok
 decay after 3% of warm-up, base in bfloat16, deltas in float32, as many tunable weights as LoRA of rank 64
 (2,498,560 a rank), reselection every 20 steps after 5 of estimation, initial rate 0.2. Learning rates
 tried there: SpIEL-AG 1e-4, 3e-5, 1e-5, 3e-6; SpIEL-MA 2e-3, 1e-3, 7e-4, 4e-4; weight decay 1, 3, 10, 30.
+Grown entries begin with Adam's second moment; in the paper with both (``spiel.seeds``).
 
     python -m experiments.mixtures.prepare --mixture=flan_v2 --published=... --out=data/flan_v2.jsonl
     python -m spiel_jax.train --config=configs/llama2_7b.py:flan_v2 --workdir=runs/flan_v2
 
 are the paper's experiments on one of its mixtures (flan_v2, gpt4_alpaca, tulu_v2): besides, examples are not
-packed, Adam's eps is 1e-6, and 256 examples are held out, where the paper held none. The conversations are
+packed, Adam's eps is 1e-6, grown entries begin with both of its moments, and 256 examples are held out, where
+the paper held none. The conversations are
 written as Tülu's, since the base model has no template. Which rate and decay the paper took of those it tried
 is not published, but for a run's name that has 1e-5 and 30 (13B, Tülu v2, SpIEL-AG).
 
@@ -47,5 +49,5 @@ def get_config(mixture: str | None = None) -> Config:
         config.data.sources = (f"data/{mixture}.jsonl",)
         config.data.heldout = 256
         config.data.packing = False
-        config.optimizer.eps = 1e-6
+        config.optimizer.eps, config.spiel.seeds = 1e-6, "both"
     return config

@@ -14,16 +14,18 @@ Reproduction record, 2 CPU cores (AMD EPYC, AVX-512), float32, seed 0, 2.5 milli
     random     5e-3             3.3595    3.3076    3.2832       1.8 GiB
     random     1e-2             3.4319    3.3381    3.2933       1.8 GiB
     evolving   5e-3             3.3603    3.3125    3.2839
-    spiel_ag   1e-3             3.4597    3.3712    3.3343       2.3 GiB
-    spiel_ag   5e-4             3.4781    3.3869    3.3349       2.0 GiB
+    spiel_ag   1e-3             3.4461    3.3370    3.3053       2.1 GiB
+    paper's    1e-3             3.4597    3.3712    3.3343       2.3 GiB
+    paper's    5e-4             3.4781    3.3869    3.3349       2.0 GiB
     spiel_ma   3e-3             3.3758    3.3367    3.3193       2.5 GiB
 
-`evolving` is `random` with spiel.rate=0.2, spiel.every=10 and spiel.accumulation=3. So a fixed random set is
+`evolving` is `random` with spiel.rate=0.2, spiel.every=10 and spiel.accumulation=3, `paper's` is `spiel_ag`
+with spiel.seeds=both. So a fixed random set is
 the default. In a study of several seeds one that evolves came 0.004 lower, half random entries
-and half LoRA (`rosa`), and LoRA alone, lower still (docs, "Which method?"). There 5e-4 was the better rate of
-SpIEL-AG, by 0.009 on conversations and 0.014 on instructions (one seed), and it is that of the variant.
-`random` took 3 m 55 s of training here, 2.4 to 3.2 s a step, `spiel_ag` at 5e-4 4 m 14 s; at 1e-3 it and
-`spiel_ma` were run on an EPYC that is twice as fast, in 1 m 53 s and 1 m 47 s.
+and half LoRA (`rosa`), and LoRA alone, lower still (docs, "Which method?"). There 5e-4 was the better rate
+of SpIEL-AG on instructions. `random` took 3 m 55 s of training here, 2.4 to 3.2 s a step, the paper's at 5e-4
+4 m 14 s; at 1e-3 it and `spiel_ma` were run on an EPYC that is twice as fast, in 1 m 53 s and 1 m 47 s, and
+`spiel_ag` beside two other programs.
 
 Asked "Hi! What did you do at the weekend?", the base model apologises that "as a chatbot" it has no personal
 data; tuned with `random` it says "I went to the store and bought some groceries. I also went to the movies."
@@ -31,7 +33,7 @@ data; tuned with `random` it says "I went to the store and bought some groceries
 
 from spiel_jax.config import Config, ConfigError, default_config
 
-RATES = {"random": 5e-3, "spiel_ag": 5e-4, "spiel_ma": 3e-3, "rosa": 2.5e-3, "lora": 3e-3, "full": 1.5e-4}
+RATES = {"random": 5e-3, "spiel_ag": 1e-3, "spiel_ma": 3e-3, "rosa": 2.5e-3, "lora": 3e-3, "full": 1.5e-4}
 
 
 def get_config(method: str = "random") -> Config:

@@ -56,10 +56,7 @@ def main(options: flags.FlagValues) -> None:
     """Does the runs that are not done, and prints the table."""
     study, out = read(options.study), Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    told: dict[str, Any] = {
-        "command": f"python -m experiments.quality --study={options.study} --out={options.out}",
-        "against": study.against,
-    }
+    told: dict[str, Any] = {"command": command(options), "against": study.against}
     places = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in options.gpus] or [{}] * options.jobs
     results: list[Result] = []
 
@@ -81,6 +78,13 @@ def main(options: flags.FlagValues) -> None:
     (out / "table.md").write_text(text + "\n")
     plots(results, out)
     print(text)
+
+
+def command(options: flags.FlagValues) -> str:
+    """What does the study again: what tells which runs it has, not where they ran."""
+    keys = ("study", "out", "known", "beyond", "close", "elsewhere")
+    given = [f"--{key}={options[key].value}" for key in keys if options[key].value]
+    return " ".join(["python -m experiments.quality", *given])
 
 
 def known(path: str | None) -> dict[str, Result]:

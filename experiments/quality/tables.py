@@ -37,6 +37,8 @@ def contenders(runs: Sequence[Result], close: float = 0.0) -> list[float]:
     """Rates whose validation is so close to the lowest, the best one first; runs of one seed."""
     losses = {run["rate"]: validation(run) for run in runs}
     lowest = min(losses.values())
+    if math.isinf(lowest) or not close:
+        return [min(losses, key=losses.__getitem__)]
     return sorted((rate for rate in losses if losses[rate] <= lowest + close), key=losses.__getitem__)
 
 

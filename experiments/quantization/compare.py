@@ -26,7 +26,7 @@ RANK = 8
 ENTRIES = 30 * RANK * 10_176  # of that LoRA: 30 layers, rows and columns of a layer's linears
 EVOLVING = {"targets.num_tunable": ENTRIES, "spiel.every": 8, "spiel.accumulation": 3}
 METHODS = {
-    "spiel_ag": {**EVOLVING, "optimizer.learning_rate": 1e-3},
+    "spiel_ag": {**EVOLVING, "spiel.seeds": "both", "optimizer.learning_rate": 1e-3},
     "spiel_ma": {**EVOLVING, "optimizer.learning_rate": 3e-3},
     "lora": {"targets.num_tunable": None, "lora.rank": RANK, "optimizer.learning_rate": 3e-3},
 }

@@ -29,13 +29,13 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> Config:
-    """The config that ``flatten`` made flat; keys that are not there have their defaults.
+    """The config that ``flatten`` made flat; keys that are not there have their defaults, or are in ``WAS``.
 
     Args:
         flat: As any version may have stored it: keys that are not known here are kept.
     """
     config = default_config()
-    for key, value in flat.items():
+    for key, value in (WAS | dict(flat)).items():
         set_key(config, key, value)
     return config
 

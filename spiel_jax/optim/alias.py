@@ -32,6 +32,8 @@ def spiel_ag(
 ) -> optax.GradientTransformationExtraArgs:
     """SpIEL-AG: Adam with an age per entry, growth by accumulated gradients (SpIEL, algorithm 1).
 
+    But for the seeds: algorithm 1 has ``seeds="both"``.
+
     A reselection drops the n entries of smallest ``|value|`` of each matrix and grows the n candidates whose
     gradients, summed over the estimation phase, are largest: see ``AccumulatedGradients``, and
     ``scale_by_aged_adam`` for the step.

@@ -88,6 +88,9 @@ class AccumulatedGradients(Criterion):
         >>> growth.incoming(stats, jnp.array([0, 5]), jnp.array([True, False]), 1, target).tolist()
         [6, 4]
 
+    Raises:
+        SpielError: If ``seeds`` is none of ``Seeds``.
+
     References:
         SpIEL, section 3.2 and algorithm 1.
     """
@@ -105,6 +108,10 @@ class AccumulatedGradients(Criterion):
     propose_active: bool = False
     low_precision: bool = False
     keep_zeros: bool = False
+
+    def __post_init__(self):
+        if self.seeds not in get_args(Seeds):
+            raise SpielError(f"seeds = {self.seeds!r}: expected one of {', '.join(get_args(Seeds))}")
 
     @classmethod
     def reference(cls, b1: float = 0.9, b2: float = 0.999) -> "AccumulatedGradients":
@@ -133,8 +140,6 @@ class AccumulatedGradients(Criterion):
             raise SpielError(f"candidate_ratio = {candidate_ratio}: expected more than 0")
         if seeds is None:
             seeds = "both" if is_reference(parity) else "second"
-        if seeds not in get_args(Seeds):
-            raise SpielError(f"seeds = {seeds!r}: expected one of {', '.join(get_args(Seeds))}")
         if not is_reference(parity):
             return cls(b1, b2, candidate_ratio, seeds)
         if seeds != "both":
@@ -252,7 +257,7 @@ class AccumulatedGradients(Criterion):
         return stats.indices, jnp.where(valid, jnp.abs(stats.grad_sum), jnp.nan)
 
     def seed(self, stats: CandidateStats, source: jax.Array) -> dict[str, jax.Array]:
-        """Moments and age as if the mean gradient had been seen for the phase's steps (algorithm 1)."""
+        """Age, and what ``seeds`` says of the moments that the mean gradient leaves in the phase's steps."""
         if self.seeds == "neither":
             return {}
         samples = jnp.maximum(stats.samples, 1).astype(stats.grad_sum.dtype)
