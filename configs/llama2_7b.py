@@ -14,9 +14,9 @@ Grown entries begin with Adam's second moment; in the paper with both (``spiel.s
 
 are the paper's experiments on one of its mixtures (flan_v2, gpt4_alpaca, tulu_v2): besides, examples are not
 packed, Adam's eps is 1e-6, grown entries begin with both of its moments, and 256 examples are held out, where
-the paper held none. The conversations are
-written as Tülu's, since the base model has no template. Which rate and decay the paper took of those it tried
-is not published, but for a run's name that has 1e-5 and 30 (13B, Tülu v2, SpIEL-AG).
+the paper held none. The conversations are written as Tülu's, since the base model has no template. Which
+rate and decay the paper took of those it tried is not published, but for a run's name that has 1e-5 and 30
+(13B, Tülu v2, SpIEL-AG).
 
 Memory: 12.6 GiB of base weights; 24 bytes a tunable weight of trainer state and 12 a candidate for
 SpIEL-AG (5.4 GiB), 12 bytes for SpIEL-MA (1.8 GiB); activations of `micro_batch_size` sequences.

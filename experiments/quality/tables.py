@@ -46,7 +46,7 @@ def at_best(runs: Sequence[Result]) -> list[Result]:
     """Those at the best rate, seed by seed.
 
     The rate of lowest validation with the first seed; of those that were run with as many seeds, the one of
-    lowest mean.
+    lowest mean. Seeds that it has beyond these do not count. The first seed is that of the first run.
     """
     rates: dict[float, dict[int, float]] = {}
     for run in runs:

@@ -34,9 +34,7 @@ class Rules:
     eps: float = 1e-6
     weight_decay: float = 0.0
     ratio: float = 1.0  # candidates per active entry
-    seeds: str = (
-        "both"  # moments of the candidates' gradients that grown entries begin with: "second", "neither"
-    )
+    seeds: str = "both"  # or "second", "neither": moments that grown entries begin with
     score: str = "product"  # of a row's and a column's accumulator: "product", "minimum"
     clip_norm: float | None = None
     dtype: type = np.float64  # of the arithmetic

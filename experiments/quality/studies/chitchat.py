@@ -47,9 +47,6 @@ def get_study() -> Study:
             "spiel_ag, second moment seeded": Candidate(
                 {"method": "spiel_ag", "spiel.seeds": "second", **EVOLVING}, (5e-4, 1e-3, 2e-3)
             ),
-            "spiel_ag, nothing seeded": Candidate(
-                {"method": "spiel_ag", "spiel.seeds": "neither", **EVOLVING}, (2.5e-4, 5e-4, 1e-3)
-            ),
             "spiel_ma": Candidate({"method": "spiel_ma", **EVOLVING}, (1.25e-3, 2.5e-3, 5e-3, 1e-2)),
             "random + lora": Candidate(HALVES, (1.25e-3, 2.5e-3, 5e-3), {"rosa.learning_rate": 0.8}),
             "random, evolving + lora": Candidate(

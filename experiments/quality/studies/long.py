@@ -18,20 +18,20 @@ def get_study() -> Study:
         known,
         settings={**known.settings, "steps": 300, "eval_every": 100, "checkpoint_every": 0},
         candidates={
-            "lora": Candidate(chitchat.LORA, (7.5e-4, 1.5e-3, 3e-3)),
-            "random, fixed": Candidate({"method": "random", "spiel.rate": 0.0}, (2.5e-3, 5e-3, 1e-2)),
+            "lora": Candidate(chitchat.LORA, (1.5e-3, 3e-3, 6e-3)),
+            "random, fixed": Candidate({"method": "random", "spiel.rate": 0.0}, (2.5e-3, 5e-3, 1e-2, 2e-2)),
             "random, evolving": Candidate(
                 {"method": "random", "spiel.rate": 0.2, **EVOLVING}, (2.5e-3, 5e-3, 1e-2)
             ),
-            "full": Candidate({"method": "full"}, (3.75e-5, 7.5e-5, 1.5e-4)),
+            "full": Candidate({"method": "full"}, (7.5e-5, 1.5e-4, 3e-4)),
             "gradient, fixed": Candidate(
-                {"method": "gradient", "spiel.accumulation": 5}, (2.5e-4, 5e-4, 1e-3)
+                {"method": "gradient", "spiel.accumulation": 5}, (2.5e-4, 5e-4, 1e-3, 2e-3)
             ),
-            "spiel_ag": Candidate({**chitchat.SPIEL_AG, **EVOLVING}, (2.5e-4, 5e-4, 1e-3)),
+            "spiel_ag": Candidate({**chitchat.SPIEL_AG, **EVOLVING}, (5e-4, 1e-3, 2e-3)),
             "spiel_ag, second moment seeded": Candidate(
                 {"method": "spiel_ag", "spiel.seeds": "second", **EVOLVING}, (5e-4, 1e-3, 2e-3)
             ),
-            "spiel_ma": Candidate({"method": "spiel_ma", **EVOLVING}, (1.25e-3, 2.5e-3, 5e-3)),
+            "spiel_ma": Candidate({"method": "spiel_ma", **EVOLVING}, (1.25e-3, 2.5e-3, 5e-3, 1e-2)),
             "random + lora": Candidate(chitchat.HALVES, (1.25e-3, 2.5e-3, 5e-3), {"rosa.learning_rate": 0.8}),
         },
     )
