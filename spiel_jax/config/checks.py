@@ -14,8 +14,8 @@ from spiel_jax.data import DataConfig, SourceSpec
 from spiel_jax.data.templates import read_template
 from spiel_jax.errors import SpielError
 from spiel_jax.methods.registry import method_class
+from spiel_jax.optim.criteria.accumulated_gradients import default_seeds
 from spiel_jax.optim.criteria.criterion import CRITERIA, Complaint
-from spiel_jax.optim.parity import is_reference
 
 
 class ConfigError(SpielError):
@@ -159,8 +159,8 @@ def with_defaults(config: Config, mesh: Mapping[str, int], known: Mapping[str, A
         growth = CRITERIA.get(config.rosa.entries if config.method == "rosa" else config.method)
         config.spiel.rate = known.get("spiel.rate", None if growth is None else growth.default_rate)
     if config.spiel.seeds is None:
-        new = "both" if is_reference(config.spiel.parity) else "second"
-        config.spiel.seeds = known.get("spiel.seeds", WAS["spiel.seeds"]) if known else new
+        was = (WAS | dict(known))["spiel.seeds"]
+        config.spiel.seeds = was if known else default_seeds(config.spiel.parity)
     sparse = method_class(config.method).has_deltas
     for axis, blocks in config.targets.grid.items():
         if blocks is None:

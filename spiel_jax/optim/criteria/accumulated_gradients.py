@@ -28,6 +28,19 @@ Seeds = Literal["second", "both", "neither"]
 first steps are small; both moments, as in the paper; or nothing, as at the start of a run."""
 
 
+def default_seeds(parity: Parity) -> Seeds:
+    """What grown entries begin with where it is not said: both moments as in the original, or the second.
+
+    Example:
+        >>> default_seeds("corrected"), default_seeds("reference")
+        ('second', 'both')
+
+    Raises:
+        SpielError: If ``parity`` is none of ``Parity``.
+    """
+    return "both" if is_reference(parity) else "second"
+
+
 class CandidateStats(NamedTuple):
     """Statistics of ``AccumulatedGradients`` for one target; c candidates per matrix."""
 
@@ -139,7 +152,7 @@ class AccumulatedGradients(Criterion):
         if candidate_ratio <= 0:
             raise SpielError(f"candidate_ratio = {candidate_ratio}: expected more than 0")
         if seeds is None:
-            seeds = "both" if is_reference(parity) else "second"
+            seeds = default_seeds(parity)
         if not is_reference(parity):
             return cls(b1, b2, candidate_ratio, seeds)
         if seeds != "both":
