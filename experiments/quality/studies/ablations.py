@@ -22,9 +22,6 @@ GRADIENTS = {
     "rate 0.4": {"spiel.rate": 0.4},
     "the second moment seeded": {"spiel.seeds": "second"},
     "nothing seeded": {"spiel.seeds": "neither"},
-    "the second moment seeded, every 5": {"spiel.seeds": "second", "spiel.every": 5},
-    "the second moment seeded, balanced by rows": {"spiel.seeds": "second", "targets.balance.rows": 1},
-    "the second moment seeded, rate 0": {"spiel.seeds": "second", "spiel.rate": 0.0},
     "first rate as the others": {"spiel.first": -1.0},
     "candidates of the first of two": {"micro_batch_size": 1},
     "candidates of the mean of two": {"micro_batch_size": 1, "spiel.candidates": "mean"},
@@ -38,6 +35,10 @@ GRADIENTS = {
     "balanced by rows": {"targets.balance.rows": 1},
     "one budget": {"targets.spare": 1.0},
 }
+SECOND = (  # of GRADIENTS, those that are asked again of the default, which seeds the second moment alone
+    *("every 5", "every 20", "accumulation 1", "accumulation 6", "rate 0", "rate 0.4", "balanced by rows"),
+    *("candidates of the first of two", "candidates of the mean of two"),
+)
 MOMENTS = {
     "as it is": {},
     "every 20": {"spiel.every": 20},
@@ -63,6 +64,12 @@ def get_study() -> Study:
         f"spiel_ag, {what}": Candidate({**chitchat.SPIEL_AG, **evolving, **setting}, (5e-4, 1e-3))
         for what, setting in GRADIENTS.items()
     }
+    seeded = {
+        f"spiel_ag, the second moment seeded, {what}": Candidate(
+            {"method": "spiel_ag", "spiel.seeds": "second", **evolving, **GRADIENTS[what]}, (5e-4, 1e-3)
+        )
+        for what in SECOND
+    }
     moments = {
         f"spiel_ma, {what}": Candidate({"method": "spiel_ma", **evolving, **setting}, (1.25e-3, 2.5e-3))
         for what, setting in MOMENTS.items()
@@ -78,7 +85,7 @@ def get_study() -> Study:
     return replace(
         known,
         settings={**known.settings, **instructions.HALF},
-        candidates={**gradients, **moments, **random, **adam},
+        candidates={**gradients, **seeded, **moments, **random, **adam},
         seeds=(0, 1),
         against=None,
     )
