@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.quality.elsewhere import elsewhere
+from experiments.quality.elsewhere import PLACES, elsewhere
 from experiments.quality.study import done, read, trial
 from experiments.quality.tables import Result, at_best, grouped, label, markdown, plots, validation
 from spiel_jax import cli
@@ -44,10 +44,10 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_list("gpus", [], "Numbers of NVIDIA GPUs: on each one run at a time.", flag_values=values)
-    flags.DEFINE_string(
+    flags.DEFINE_list(
         "elsewhere",
-        None,
-        "Folder of benchmarks: what the runs at the best rates cost on texts that they were not about.",
+        [],
+        f"What the runs at the best rates cost on texts that they were not about. {PLACES}",
         flag_values=values,
     )
 
@@ -56,23 +56,24 @@ def main(options: flags.FlagValues) -> None:
     """Does the runs that are not done, and prints the table."""
     study, out = read(options.study), Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    told: dict[str, Any] = {"command": command(options), "against": study.against}
+    about: dict[str, Any] = {"command": command(options), "against": study.against}
     places = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in options.gpus] or [{}] * options.jobs
     results: list[Result] = []
 
     def write() -> None:
-        (out / "results.json").write_text(json.dumps(told | {"runs": results}, indent=1) + "\n")
+        (out / "results.json").write_text(json.dumps(about | {"runs": results}, indent=1) + "\n")
 
     for result in done(study, out, places, known(options.known), options.beyond, options.close):
         results.append(result)
         print(f"{label(result)}: validation {validation(result):.4f}", flush=True)
         write()
-    if options.elsewhere is not None:
+    if options.elsewhere:
         for result in (run for runs in grouped(results).values() for run in at_best(runs)):
             one = trial(study, *(result[key] for key in ("method", "budget", "rate", "seed")))
-            if found := elsewhere(out / one.name, Path(options.elsewhere)):
+            if found := elsewhere(out / one.name, options.elsewhere):
                 result["elsewhere"] = found
-                print(f"{label(result)}: elsewhere {found['tuned'] - found['base']:+.4f}", flush=True)
+                told = ", ".join(f"{name} {it['tuned'] - it['base']:+.4f}" for name, it in found.items())
+                print(f"{label(result)}: {told}", flush=True)
                 write()
     text = markdown(results, study.against)
     (out / "table.md").write_text(text + "\n")
@@ -83,7 +84,8 @@ def main(options: flags.FlagValues) -> None:
 def command(options: flags.FlagValues) -> str:
     """What does the study again: what tells which runs it has, not where they ran."""
     keys = ("study", "out", "known", "beyond", "close", "elsewhere")
-    given = [f"--{key}={options[key].value}" for key in keys if options[key].value]
+    values = [(key, options[key].value) for key in keys if options[key].value]
+    given = [f"--{key}={','.join(value) if isinstance(value, list) else value}" for key, value in values]
     return " ".join(["python -m experiments.quality", *given])
 
 

@@ -1,14 +1,15 @@
 """What a run of a study costs on texts that it was not about, beside its base.
 
-    python -m experiments.quality.elsewhere --workdir=runs/chitchat/lora-0.003-0 --data_dir=data
+    python -m experiments.quality.elsewhere --workdir=runs/chitchat/lora-0.003-0 --texts=data,wikipedia.jsonl
 
 Leaves ``elsewhere.json`` in the run's folder: losses of both, divergence and agreement, see
-``spiel_jax.evaluation.forgetting``.
+``spiel_jax.evaluation.forgetting``, on the texts of each place.
 """
 
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +19,58 @@ from experiments.trials import ROOT
 from spiel_jax import cli
 from spiel_jax.adapters.load import load_run
 from spiel_jax.errors import SpielError
-from spiel_jax.evaluation.forgetting import default_texts, forgetting
+from spiel_jax.evaluation.forgetting import default_texts, forgetting, texts_of
 from spiel_jax.inference.served import Served
 
 FILE = "elsewhere.json"
+PLACES = (
+    "Texts: files with text in each row, or of paragraphs; folders of benchmarks, of which HumanEval's "
+    "problems and GSM8K's questions are taken."
+)
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
     flags.DEFINE_string("workdir", None, "Folder of the run.", required=True, flag_values=values)
-    flags.DEFINE_string("data_dir", None, "Folder of the benchmarks.", required=True, flag_values=values)
+    flags.DEFINE_list("texts", None, PLACES, required=True, flag_values=values)
 
 
 def main(options: flags.FlagValues) -> None:
-    """Compares a run with its base."""
+    """Compares a run with its base, on the texts of the places that are not known."""
+    found = known(Path(options.workdir))
+    texts = {
+        place.stem: default_texts(place) if place.is_dir() else texts_of(place)
+        for place in map(Path, options.texts)
+        if place.stem not in found
+    }
     run = load_run(options.workdir, keep_base=True)
     assert run.base is not None
-    texts = [run.tokenizer.encode(text) for text in default_texts(options.data_dir)]
-    found = forgetting(Served(run.config, run.base), Served(run.config, run.tuned), texts)
-    Path(options.workdir, FILE).write_text(json.dumps(found._asdict()) + "\n")
+    models = Served(run.config, run.base), Served(run.config, run.tuned)
+    for name, those in texts.items():
+        found[name] = forgetting(*models, [run.tokenizer.encode(text) for text in those])._asdict()
+        Path(options.workdir, FILE).write_text(json.dumps(found) + "\n")
 
 
-def elsewhere(folder: Path, data_dir: Path) -> dict[str, Any] | None:
-    """What a run in a folder costs elsewhere: read if it is known, else found now; None without the run.
+def known(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name of a place, without its suffix, to what a run in a folder is known to cost there."""
+    return json.loads((folder / FILE).read_text()) if (folder / FILE).is_file() else {}
+
+
+def elsewhere(folder: Path, places: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What a run in a folder costs on the texts of places; what is not known is found now, if it is there.
 
     Raises:
         SpielError: If it cannot be found.
     """
-    if not (folder / "checkpoints").is_dir():  # done elsewhere
-        return None
-    known = folder / FILE
-    if not known.is_file():
-        places = [f"--workdir={folder.absolute()}", f"--data_dir={data_dir.absolute()}"]
-        words = ["-m", "experiments.quality.elsewhere", *places]
+    missing = {Path(place).stem for place in places} - set(known(folder))
+    if missing and (folder / "checkpoints").is_dir():  # else it was done elsewhere
+        absolute = ",".join(str(Path(place).absolute()) for place in places)
+        words = [
+            "-m",
+            "experiments.quality.elsewhere",
+            f"--workdir={folder.absolute()}",
+            f"--texts={absolute}",
+        ]
         ended = subprocess.run(
             [sys.executable, *words],
             cwd=ROOT,
@@ -60,7 +80,7 @@ def elsewhere(folder: Path, data_dir: Path) -> dict[str, Any] | None:
         )
         if ended.returncode:
             raise SpielError(f"{folder.name}: {ended.stderr[-3000:]}")
-    return json.loads(known.read_text())
+    return known(folder)
 
 
 if __name__ == "__main__":

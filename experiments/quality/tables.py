@@ -61,7 +61,8 @@ def at_best(runs: Sequence[Result]) -> list[Result]:
 def markdown(results: Sequence[Result], against: str | None = None) -> str:
     """The table: mean ± standard error over seeds. Of other texts what the loss there has risen by."""
     beside = [] if against is None else [f"beside {against}"]
-    other = ["other texts", "KL there"] if any("elsewhere" in result for result in results) else []
+    places = list(dict.fromkeys(place for result in results for place in result.get("elsewhere", ())))
+    other = [head for place in places for head in (place, "KL there")]
     head = ["method", "rates tried", "best", "seeds", "validation", "test", *beside, *other]
     head += ["s a step", "GiB"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
@@ -83,8 +84,8 @@ def markdown(results: Sequence[Result], against: str | None = None) -> str:
             reference = at_best(groups[against, budget]) if (against, budget) in groups else []
             theirs = {run["seed"]: run["test"] for run in reference if "test" in run}
             cells.append(_spread([r["test"] - theirs[r["seed"]] for r in whole if r["seed"] in theirs], "+"))
-        if other:
-            found = [run["elsewhere"] for run in chosen if "elsewhere" in run]
+        for place in places:
+            found = [run["elsewhere"][place] for run in chosen if place in run.get("elsewhere", ())]
             cells.append(_spread([one["tuned"] - one["base"] for one in found], "+"))
             cells.append(_spread([one["divergence"] for one in found]))
         cells += [_seconds(whole, results), _peak(whole)]

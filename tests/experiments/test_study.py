@@ -152,15 +152,18 @@ def test_no_times_of_runs_that_were_not_alone(results):
 
 
 def test_what_it_costs_on_other_texts(results):
+    def cost(seed):
+        data = {"base": 2.0, "tuned": 2.1 + seed / 100, "divergence": 0.5}
+        return {"data": data} if seed else {"data": data, "wikipedia": data | {"tuned": 1.9}}
+
     told = [
-        {**run, "elsewhere": {"base": 2.0, "tuned": 2.1 + run["seed"] / 100, "divergence": 0.5}}
-        if run["method"] == "lora" and run["rate"] == 2e-3
-        else run
+        {**run, "elsewhere": cost(run["seed"])} if run["method"] == "lora" and run["rate"] == 2e-3 else run
         for run in results
     ]
-    fixed, lora = ([cell.strip() for cell in row.split("|")] for row in markdown(told).split("\n")[2:])
-    assert fixed[-5:-3] == ["-", "-"]
-    assert lora[-5:-3] == ["+0.1100 ± 0.0058", "0.5000 ± 0.0000"]
+    head, _, fixed, lora = ([cell.strip() for cell in row.split("|")] for row in markdown(told).split("\n"))
+    assert head[-7:-3] == ["data", "KL there", "wikipedia", "KL there"]
+    assert fixed[-7:-3] == ["-"] * 4
+    assert lora[-7:-3] == ["+0.1100 ± 0.0058", "0.5000 ± 0.0000", "-0.1000", "0.5000"]
 
 
 def test_what_was_done_elsewhere_is_not_done_again(results, monkeypatch, tmp_path):
@@ -298,12 +301,15 @@ def test_a_run_that_diverged_has_no_more(process, tmp_path):
 
 
 def test_a_run_that_is_not_there_costs_nothing_that_is_known(tmp_path):
-    assert elsewhere(tmp_path / "none", tmp_path) is None
+    assert elsewhere(tmp_path / "none", ["data"]) == {}
     (tmp_path / "one" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "texts").write_text("It rains.")
     with pytest.raises(SpielError, match=r"one: .*checkpoint"):
-        elsewhere(tmp_path / "one", tmp_path)
-    (tmp_path / "one" / "elsewhere.json").write_text('{"base": 2.0}')
-    assert elsewhere(tmp_path / "one", tmp_path) == {"base": 2.0}
+        elsewhere(tmp_path / "one", [str(tmp_path / "texts")])
+    with pytest.raises(SpielError, match=r"no humaneval"):
+        elsewhere(tmp_path / "one", [str(tmp_path)])
+    (tmp_path / "one" / "elsewhere.json").write_text('{"data": {"base": 2.0}}')
+    assert elsewhere(tmp_path / "one", ["some/data"]) == {"data": {"base": 2.0}}
 
 
 @pytest.mark.slow
@@ -317,10 +323,15 @@ def test_the_test_is_what_the_run_did_not_evaluate(tmp_path, llama_folder):
     assert found == pytest.approx(summary, rel=0.1)
     (tmp_path / "data" / "gsm8k").mkdir(parents=True)
     (tmp_path / "data" / "gsm8k" / "test.jsonl").write_text('{"question": "say tea", "answer": "tea"}\n')
-    other = elsewhere(tmp_path / "run", tmp_path / "data")
-    assert other is not None
-    assert other.keys() == {"base", "tuned", "divergence", "agreement", "tokens"}
-    assert other["divergence"] > 0
+    (tmp_path / "more.jsonl").write_text('{"text": "Tea is a drink."}\n')
+    data, more = str(tmp_path / "data"), str(tmp_path / "more.jsonl")
+    first = elsewhere(tmp_path / "run", [data])
+    both = elsewhere(tmp_path / "run", [data, more])
+    assert both.keys() == {"data", "more"}
+    assert both["data"] == first["data"] != both["more"]
+    for found in both.values():
+        assert found.keys() == {"base", "tuned", "divergence", "agreement", "tokens"}
+        assert found["divergence"] > 0
 
 
 def trials_run(config, workdir):
