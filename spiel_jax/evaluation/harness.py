@@ -25,6 +25,7 @@ LOCAL = ("mmlu", "gsm8k", "bbh", "tydiqa", "humaneval")
 logging.getLogger("lm_eval.api.task").addFilter(lambda record: "Custom kwargs" not in record.getMessage())
 
 _ONE_DRAW, _DRAWS = "local_humaneval", "local_humaneval_20"
+_SHOWN, _ZERO_SHOT = "local_gsm8k", "local_gsm8k_0"  # examples show answers of one line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,8 @@ class Wanted:
                 name = f"local_{name}"
             if name == _ONE_DRAW and self.paper_subsets:
                 name = _DRAWS
+            if name == _SHOWN and self.num_fewshot == 0:
+                name = _ZERO_SHOT
             if "humaneval" in name and not self.allow_code:
                 raise SpielError(
                     f"{name} runs programs that the model writes: that takes --allow_code_execution (they "
@@ -89,7 +92,7 @@ class Wanted:
         return {name: value for name, value in told.items() if value is not None}
 
 
-def _manager(wanted: Wanted) -> TaskManager:
+def task_manager(wanted: Wanted) -> TaskManager:
     """Knows the tasks: ours, and where others are wanted lm-eval's, which take seconds to look through."""
     names = wanted.names()
 
@@ -113,7 +116,7 @@ def check(wanted: Wanted) -> None:
     Raises:
         SpielError: If not.
     """
-    _manager(wanted).load(wanted.names())
+    task_manager(wanted).load(wanted.names())
 
 
 def scores(lm: SpielLM, wanted: Wanted, *, cache: Path | None = None) -> dict[str, Any]:
@@ -127,7 +130,7 @@ def scores(lm: SpielLM, wanted: Wanted, *, cache: Path | None = None) -> dict[st
     Raises:
         SpielError: If a task is not known, or its data are not there.
     """
-    names, manager = wanted.names(), _manager(wanted)
+    names, manager = wanted.names(), task_manager(wanted)
     own = all(name.startswith("local_") for name in names)
     evaluate: Any = lm_eval.simple_evaluate  # its decorator hides what it takes
     found = evaluate(

@@ -17,7 +17,7 @@ from spiel_jax.adapters import write_adapter
 from spiel_jax.errors import SpielError
 from spiel_jax.evaluate import define_flags, main
 from spiel_jax.evaluation import lm
-from spiel_jax.evaluation.harness import TASKS
+from spiel_jax.evaluation.harness import TASKS, Wanted, task_manager
 from spiel_jax.models import open_model
 
 pytestmark = [  # lm-eval's
@@ -68,6 +68,15 @@ def evaluate(data, out, *arguments, tasks="gsm8k", limit=3):
     return table, said
 
 
+@pytest.mark.parametrize(("shots", "stop"), [(None, "\n"), (3, "\n"), (0, "Question:")])
+def test_without_examples_an_answer_may_have_several_lines(data, shots, stop):
+    wanted = Wanted(tasks=["gsm8k"], data_dir=str(data), num_fewshot=shots)
+    (task,) = task_manager(wanted).load(wanted.names())["tasks"].values()
+    assert task.config.generation_kwargs["until"] == [stop]
+    prompt = task.doc_to_text(next(iter(task.test_docs())))
+    assert prompt.count("Answer:") == 1 + (8 if shots is None else shots)
+
+
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory, llama_folder):
     return save_run(tmp_path_factory.mktemp("nf4"), llama_folder, quantization="nf4")
@@ -84,8 +93,8 @@ class TestRuns:
         run = save_run(tmp_path / "run", llama_folder)
         texts = f"--texts={data / 'texts.txt'}"
         table, said = evaluate(data, tmp_path, f"--checkpoint={run}", "--base", "--forgetting", texts)
-        assert list(table["gsm8k", "exact_match"]) == ["n", "base", "step 3", "difference"]
-        assert table["gsm8k", "exact_match"]["n"] == "3"
+        assert list(table["gsm8k_0", "exact_match"]) == ["n", "base", "step 3", "difference"]
+        assert table["gsm8k_0", "exact_match"]["n"] == "3"
         loss, divergence = (table["other texts", what] for what in ("loss", "KL from the base"))
         assert float(loss["difference"]) == pytest.approx(
             float(loss["step 3"]) - float(loss["base"]), abs=2e-4
@@ -96,7 +105,7 @@ class TestRuns:
         assert any(said["base", n] != said["step-3", n] for n in range(3))
         plain, alone = evaluate(data, tmp_path / "model", f"--model={llama_folder}", "--dtype=float32")
         assert [*alone.values()] == [said["base", n] for n in range(3)]
-        assert "difference" not in plain["gsm8k", "exact_match"]
+        assert "difference" not in plain["gsm8k_0", "exact_match"]
 
     @pytest.mark.slow
     def test_quantized_and_not_merged(self, quantized, quantized_scores, data, tmp_path):
