@@ -9,6 +9,7 @@ from dataclasses import replace
 from experiments.quality.studies import chitchat, instructions
 from experiments.quality.study import Candidate, Study
 
+TWO = {"micro_batch_size": 1, "eval_batches": 2 * instructions.HALF["eval_batches"]}  # the same texts
 GRADIENTS = {
     "as it is": {},
     "every 5": {"spiel.every": 5},
@@ -23,8 +24,8 @@ GRADIENTS = {
     "the second moment seeded": {"spiel.seeds": "second"},
     "nothing seeded": {"spiel.seeds": "neither"},
     "first rate as the others": {"spiel.first": -1.0},
-    "candidates of the first of two": {"micro_batch_size": 1},
-    "candidates of the mean of two": {"micro_batch_size": 1, "spiel.candidates": "mean"},
+    "candidates of the first of two": TWO,
+    "candidates of the mean of two": {**TWO, "spiel.candidates": "mean"},
     "four times the candidates": {"spiel.candidate_ratio": 4.0},
     "dropped by value over age": {"spiel.drop_by": "age"},
     "dropped by value over weight": {"spiel.drop_by": "weight"},
