@@ -71,7 +71,7 @@ def main(options: flags.FlagValues) -> None:
         for result in (run for runs in grouped(results).values() for run in at_best(runs)):
             one = trial(study, *(result[key] for key in ("method", "budget", "rate", "seed")))
             if found := elsewhere(out / one.name, options.elsewhere):
-                result["elsewhere"] = found
+                result["elsewhere"] = result.get("elsewhere", {}) | found
                 told = ", ".join(f"{name} {it['tuned'] - it['base']:+.4f}" for name, it in found.items())
                 print(f"{label(result)}: {told}", flush=True)
                 write()

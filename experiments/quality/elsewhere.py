@@ -39,9 +39,9 @@ def main(options: flags.FlagValues) -> None:
     """Compares a run with its base, on the texts of the places that are not known."""
     found = known(Path(options.workdir))
     texts = {
-        place.stem: default_texts(place) if place.is_dir() else texts_of(place)
-        for place in map(Path, options.texts)
-        if place.stem not in found
+        name: default_texts(place) if place.is_dir() else texts_of(place)
+        for name, place in named(options.texts).items()
+        if name not in found
     }
     run = load_run(options.workdir, keep_base=True)
     assert run.base is not None
@@ -51,8 +51,22 @@ def main(options: flags.FlagValues) -> None:
         Path(options.workdir, FILE).write_text(json.dumps(found) + "\n")
 
 
+def named(places: Sequence[str]) -> dict[str, Path]:
+    """Name of each place, without its suffix, to where it is.
+
+    Raises:
+        SpielError: If two have the same name.
+    """
+    found: dict[str, Path] = {}
+    for place in (Path(place).absolute() for place in places):
+        if place.stem in found:
+            raise SpielError(f"{found[place.stem]} and {place} have the same name: give one of them another")
+        found[place.stem] = place
+    return found
+
+
 def known(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name of a place, without its suffix, to what a run in a folder is known to cost there."""
+    """Name of a place to what a run in a folder is known to cost there."""
     return json.loads((folder / FILE).read_text()) if (folder / FILE).is_file() else {}
 
 
@@ -62,15 +76,11 @@ def elsewhere(folder: Path, places: Sequence[str]) -> dict[str, dict[str, Any]]:
     Raises:
         SpielError: If it cannot be found.
     """
-    missing = {Path(place).stem for place in places} - set(known(folder))
+    wanted = named(places)
+    missing = wanted.keys() - known(folder).keys()
     if missing and (folder / "checkpoints").is_dir():  # else it was done elsewhere
-        absolute = ",".join(str(Path(place).absolute()) for place in places)
-        words = [
-            "-m",
-            "experiments.quality.elsewhere",
-            f"--workdir={folder.absolute()}",
-            f"--texts={absolute}",
-        ]
+        texts = ",".join(map(str, wanted.values()))
+        words = ["-m", "experiments.quality.elsewhere", f"--workdir={folder.absolute()}", f"--texts={texts}"]
         ended = subprocess.run(
             [sys.executable, *words],
             cwd=ROOT,

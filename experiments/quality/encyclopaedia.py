@@ -2,7 +2,7 @@ r"""Openings of encyclopaedia articles, by which to see what a fine-tune forgets
 
     pip download --no-deps gensim==4.4.0
     pip install mwparserfromhell
-    python -m experiments.quality.encyclopaedia --wheel=gensim-4.4.0-*.whl --out=data/wikipedia.jsonl
+    python -m experiments.quality.encyclopaedia --wheel=$(ls gensim-4.4.0-*.whl) --out=data/wikipedia.jsonl
 
 Reads the piece of English Wikipedia (a hundred articles, CC BY-SA) that gensim's wheel has for its tests,
 and runs nothing of it. Writes a row for each article: ``title``, and ``text`` without markup.

@@ -62,6 +62,8 @@ def translations(wheel: Path, language: str, shortest: int) -> dict[str, str]:
                     if archive.getinfo(path).file_size > LARGEST:
                         raise SpielError(f"{wheel}: {path} has over {LARGEST:,} bytes")
                     found |= dict(_pairs(archive.read(path), shortest))
+    except SpielError:  # which is a ValueError
+        raise
     except (OSError, zipfile.BadZipFile, struct.error, ValueError, LookupError) as error:
         raise SpielError(f"{wheel}: {error}") from error
     if not found:

@@ -310,6 +310,8 @@ def test_a_run_that_is_not_there_costs_nothing_that_is_known(tmp_path):
         elsewhere(tmp_path / "one", [str(tmp_path)])
     (tmp_path / "one" / "elsewhere.json").write_text('{"data": {"base": 2.0}}')
     assert elsewhere(tmp_path / "one", ["some/data"]) == {"data": {"base": 2.0}}
+    with pytest.raises(SpielError, match=r"some/data and .*/data\.jsonl have the same name"):
+        elsewhere(tmp_path / "one", ["some/data", "data.jsonl"])
 
 
 @pytest.mark.slow

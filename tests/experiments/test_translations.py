@@ -72,6 +72,12 @@ def test_what_is_not_there_is_named(wheel, language, told):
         translations(wheel, language, 1)
 
 
+def test_what_is_too_large_is_not_read(wheel, monkeypatch):
+    monkeypatch.setattr("experiments.quality.translations.LARGEST", 10)
+    with pytest.raises(SpielError, match=r"^\S+some-1\.0\S+: some/locale/fi\S+ has over 10 bytes"):
+        translations(wheel, "fi", 1)
+
+
 def test_a_file_that_is_no_wheel_is_named(tmp_path):
     (tmp_path / "some.whl").write_text("text")
     with pytest.raises(SpielError, match=r"some\.whl: File is not a zip file"):
