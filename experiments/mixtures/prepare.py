@@ -14,7 +14,6 @@ in the paper's code (arXiv 2401.16405, ducdauge/sft-llm). The wordings but Alpac
 the paper's to the letter, those of the two others are.
 """
 
-import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 from absl import flags
 from tqdm import tqdm
 
+from experiments.rows import write_rows
 from spiel_jax import cli
 from spiel_jax.config.checks import shown
 from spiel_jax.data.rows import read_rows
@@ -108,15 +108,9 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(options: flags.FlagValues) -> None:
     """Writes the file; as a whole, or not at all."""
-    out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside, count = out.with_name(out.name + ".part"), 0
-    with beside.open("w", encoding="utf-8") as file:
-        for turns in tqdm(conversations(options.mixture, options.published), "preparing", unit=" rows"):
-            file.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
-            count += 1
-    beside.replace(out)
-    print(f"{count} conversations in {out}")
+    turns = tqdm(conversations(options.mixture, options.published), "preparing", unit=" rows")
+    count = write_rows(({"messages": those} for those in turns), Path(options.out))
+    print(f"{count} conversations in {options.out}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.quality.elsewhere import PLACES, elsewhere
+from experiments.quality.elsewhere import PLACES, elsewhere, named
 from experiments.quality.study import done, read, trial
 from experiments.quality.tables import Result, at_best, grouped, label, markdown, plots, validation
 from spiel_jax import cli
@@ -55,6 +55,9 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(options: flags.FlagValues) -> None:
     """Does the runs that are not done, and prints the table."""
     study, out = read(options.study), Path(options.out)
+    for place in named(options.elsewhere).values():
+        if not place.exists():
+            raise SpielError(f"--elsewhere: there is no {place}")
     out.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {"command": command(options), "against": study.against}
     places = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in options.gpus] or [{}] * options.jobs

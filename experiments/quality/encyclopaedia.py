@@ -9,7 +9,6 @@ and runs nothing of it. Writes a row for each article: ``title``, and ``text`` w
 """
 
 import bz2
-import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from xml.etree import ElementTree
 
 from absl import flags
 
+from experiments.rows import write_rows
 from spiel_jax import cli
 from spiel_jax.errors import SpielError
 
@@ -33,12 +33,9 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(options: flags.FlagValues) -> None:
     """Writes the rows."""
-    rows = openings(Path(options.wheel), options.longest)
-    out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"title": title, "text": text}, ensure_ascii=False) for title, text in rows.items()]
-    out.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    print(f"{len(rows):,} rows: {out}")
+    found = openings(Path(options.wheel), options.longest)
+    rows = ({"title": title, "text": text} for title, text in found.items())
+    print(f"{write_rows(rows, Path(options.out)):,} rows: {options.out}")
 
 
 def openings(wheel: Path, longest: int) -> dict[str, str]:

@@ -10,7 +10,6 @@ row for each text of at least ``--shortest`` characters: ``instruction``, ``inpu
 
 import gettext
 import io
-import json
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from absl import flags
 
+from experiments.rows import write_rows
 from spiel_jax import cli
 from spiel_jax.errors import SpielError
 
@@ -36,14 +36,11 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(options: flags.FlagValues) -> None:
     """Writes the rows."""
     pairs = translations(Path(options.wheel), options.language, options.shortest)
-    rows = [
+    rows = (
         {"instruction": options.instruction, "input": text, "output": translated}
         for text, translated in pairs.items()
-    ]
-    out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    print(f"{len(rows):,} rows: {out}")
+    )
+    print(f"{write_rows(rows, Path(options.out)):,} rows: {options.out}")
 
 
 def translations(wheel: Path, language: str, shortest: int) -> dict[str, str]:
@@ -75,6 +72,7 @@ def translations(wheel: Path, language: str, shortest: int) -> dict[str, str]:
 def _pairs(catalogue: bytes, shortest: int) -> Iterator[tuple[str, str]]:
     """Of a compiled catalogue, but for plurals, and texts told apart by a context."""
     known = gettext.GNUTranslations(io.BytesIO(catalogue))
+    # there is no public way to list what a catalogue has
     for text, translated in vars(known)["_catalog"].items():
         single = isinstance(text, str) and "\x04" not in text
         if single and len(text) >= shortest and translated not in ("", text):

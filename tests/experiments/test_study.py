@@ -7,11 +7,12 @@ import threading
 from dataclasses import replace
 
 import pytest
+from absl import flags
 from support.run_cases import chat_file, tiny_config
 
 from experiments import trials
 from experiments.quality import study as studies
-from experiments.quality.__main__ import known
+from experiments.quality.__main__ import define_flags, known, main
 from experiments.quality.elsewhere import elsewhere
 from experiments.quality.study import Candidate, Study, done, read, trial
 from experiments.quality.tables import at_best, markdown, plots, validation
@@ -312,6 +313,18 @@ def test_a_run_that_is_not_there_costs_nothing_that_is_known(tmp_path):
     assert elsewhere(tmp_path / "one", ["some/data"]) == {"data": {"base": 2.0}}
     with pytest.raises(SpielError, match=r"some/data and .*/data\.jsonl have the same name"):
         elsewhere(tmp_path / "one", ["some/data", "data.jsonl"])
+
+
+def test_texts_that_are_not_there_are_refused_before_any_run(tmp_path):
+    options = flags.FlagValues()
+    define_flags(options)
+    study = f"--study={trials.ROOT / 'experiments/quality/studies/chitchat.py'}"
+    options(
+        ["quality", study, f"--out={tmp_path / 'out'}", f"--elsewhere={tmp_path},{tmp_path / 'none.jsonl'}"]
+    )
+    with pytest.raises(SpielError, match=r"--elsewhere: there is no .*none\.jsonl"):
+        main(options)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
