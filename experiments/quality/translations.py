@@ -5,11 +5,13 @@ r"""Interface texts of a program with their translations, as instructions: text 
         --instruction="Translate to Finnish." --out=data/gramps_fi.jsonl
 
 Reads the compiled catalogues (gettext's .mo) of that language in a wheel, and runs nothing of it. Writes a
-row for each text of at least ``--shortest`` characters: ``instruction``, ``input`` and ``output``.
+row for each text of at least ``--shortest`` characters: ``instruction``, ``input`` and ``output``, in an
+order drawn by ``--seed``: in a catalogue neighbours are alike, and no part of the rows is like the rest.
 """
 
 import gettext
 import io
+import random
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -30,15 +32,17 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("language", None, "As its folder is called: fi.", required=True, flag_values=values)
     flags.DEFINE_string("instruction", "Translate.", "What each row asks.", flag_values=values)
     flags.DEFINE_integer("shortest", 20, "Characters.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Draws the order of the rows.", flag_values=values)
     flags.DEFINE_string("out", None, "The .jsonl to write.", required=True, flag_values=values)
 
 
 def main(options: flags.FlagValues) -> None:
     """Writes the rows."""
-    pairs = translations(Path(options.wheel), options.language, options.shortest)
+    pairs = list(translations(Path(options.wheel), options.language, options.shortest).items())
+    random.Random(options.seed).shuffle(pairs)
     rows = (
         {"instruction": options.instruction, "input": text, "output": translated}
-        for text, translated in pairs.items()
+        for text, translated in pairs
     )
     print(f"{write_rows(rows, Path(options.out)):,} rows: {options.out}")
 

@@ -63,6 +63,26 @@ def test_the_command_writes_a_row_of_each(wheel, tmp_path, capsys):
     assert "1 rows" in capsys.readouterr().out
 
 
+def test_the_order_is_of_the_seed_alone(tmp_path):
+    wheel = tmp_path / "many-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        pairs = {f"text {index:02}": f"teksti {index:02}" for index in range(50)}
+        archive.writestr("many/locale/fi/LC_MESSAGES/many.mo", catalogue(pairs))
+
+    def inputs(seed: int) -> list[str]:
+        options, out = flags.FlagValues(), tmp_path / "fi.jsonl"
+        define_flags(options)
+        told = [f"--wheel={wheel}", "--language=fi", "--shortest=1", f"--seed={seed}", f"--out={out}"]
+        options(["translations", *told])
+        main(options)
+        return [json.loads(line)["input"] for line in out.read_text(encoding="utf-8").splitlines()]
+
+    first = inputs(0)
+    assert sorted(first) == list(pairs)
+    assert first not in (list(pairs), inputs(1))
+    assert first == inputs(0)
+
+
 @pytest.mark.parametrize(
     ("language", "told"),
     [("de", "no translations of it in .* which has fi, ga, sv"), ("ga", "Bad magic number")],
