@@ -58,12 +58,22 @@ def at_best(runs: Sequence[Result]) -> list[Result]:
     return [run for run in runs if run["rate"] == best]
 
 
+def beside(runs: Sequence[Result], reference: Sequence[Result]) -> list[float]:
+    """What tests of runs are above those of others with the same seed, seed by seed.
+
+    >>> beside([{"seed": 0, "test": 3.5}, {"seed": 1, "test": 3.0}], [{"seed": 0, "test": 3.25}])
+    [0.25]
+    """
+    theirs = {run["seed"]: run["test"] for run in reference if "test" in run}
+    return [run["test"] - theirs[run["seed"]] for run in runs if "test" in run and run["seed"] in theirs]
+
+
 def markdown(results: Sequence[Result], against: str | None = None) -> str:
     """The table: mean ± standard error over seeds. Of other texts what the loss there has risen by."""
-    beside = [] if against is None else [f"beside {against}"]
+    compared = [] if against is None else [f"beside {against}"]
     places = list(dict.fromkeys(place for result in results for place in result.get("elsewhere", ())))
     other = [head for place in places for head in (place, "KL there")]
-    head = ["method", "rates tried", "best", "seeds", "validation", "test", *beside, *other]
+    head = ["method", "rates tried", "best", "seeds", "validation", "test", *compared, *other]
     head += ["s a step", "GiB"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     groups = grouped(results)
@@ -82,8 +92,7 @@ def markdown(results: Sequence[Result], against: str | None = None) -> str:
         ]
         if against is not None:
             reference = at_best(groups[against, budget]) if (against, budget) in groups else []
-            theirs = {run["seed"]: run["test"] for run in reference if "test" in run}
-            cells.append(_spread([r["test"] - theirs[r["seed"]] for r in whole if r["seed"] in theirs], "+"))
+            cells.append(_spread(beside(whole, reference), "+"))
         for place in places:
             found = [run["elsewhere"][place] for run in chosen if place in run.get("elsewhere", ())]
             cells.append(_spread([one["tuned"] - one["base"] for one in found], "+"))
