@@ -18,9 +18,8 @@ SETTINGS = {
 def get_study() -> Study:
     """The study."""
     known = chitchat.get_study()
-    names = (*instructions.FINALISTS, "gradient, fixed")
     return replace(
         known,
         settings={**known.settings, **instructions.HALF, **SETTINGS},
-        candidates={name: known.candidates[name] for name in names},
+        candidates={name: known.candidates[name] for name in instructions.FINALISTS},
     )
