@@ -27,6 +27,7 @@ def get_study() -> Study:
     for name, rates, changes in (
         ("random, evolving", (1e-2, 2e-2, 4e-2), FASTER | SLOWER),
         ("lora", (6e-3, 1.2e-2), SLOWER),
+        ("spiel_ag, second moment seeded", (2e-3, 4e-3), {"rate 0": {"spiel.rate": 0.0}}),
     ):
         for what, settings in changes.items():
             candidates[f"{name}, {what}"] = Candidate({**candidates[name].settings, **settings}, rates)
