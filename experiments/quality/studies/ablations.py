@@ -54,6 +54,9 @@ RANDOM = {  # SET
     "every 20": {"spiel.every": 20},
     "rate 0.1": {"spiel.rate": 0.1},
     "rate 0.4": {"spiel.rate": 0.4},
+    "every 5, rate 0.4": {"spiel.every": 5, "spiel.rate": 0.4},
+    "every 2, rate 0.4": {"spiel.every": 2, "spiel.accumulation": 1, "spiel.rate": 0.4},
+    "every 5, rate 0.4, by age": {"spiel.every": 5, "spiel.rate": 0.4, "spiel.drop_by": "age"},
     "one budget": {"targets.spare": 1.0},
 }
 
