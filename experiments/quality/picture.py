@@ -40,9 +40,9 @@ STUDIES = {
     "finnish": ("into Finnish", "60 steps"),
 }
 RESULTS = Path(__file__).parent / "results"
-LOWEST, HIGHEST = -0.03, 0.09  # nats a token beside LoRA; beyond it a number stands at the edge
-TICKS, LABELS = (LOWEST, 0.0, 0.03, 0.06, HIGHEST), (LOWEST, 0.0, 0.06)
-LEFT, TOP, WIDTH, GAP, LINE = 262, 66, 138, 20, 26
+LOWEST, HIGHEST = -0.09, 0.09  # nats a token beside LoRA; beyond it a number stands at the edge
+TICKS, LABELS = (LOWEST, -0.06, -0.03, 0.0, 0.03, 0.06, HIGHEST), (-0.06, 0.0, 0.06)
+LEFT, TOP, WIDTH, GAP, LINE = 262, 66, 144, 16, 26
 GREY, BLUE, ORANGE = "#858b94", "#4a86d8", "#e07b2e"
 SPARSE = ("random, ", "lift", "magnitude", "spiel", "gradient")
 

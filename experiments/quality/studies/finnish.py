@@ -9,6 +9,16 @@ from dataclasses import replace
 from experiments.quality.studies import chitchat, instructions
 from experiments.quality.study import Candidate, Study
 
+RATES = {  # twice to four times those of conversations; LoRA bears few
+    "lora": (3e-3, 4e-3, 6e-3, 8e-3, 1.2e-2),
+    "random, fixed": (5e-3, 1e-2, 2e-2, 4e-2),
+    "random, evolving": (1e-2, 2e-2, 4e-2),
+    "full": (1.5e-4, 3e-4, 6e-4),
+    "spiel_ag": (1e-3, 2e-3, 4e-3),
+    "spiel_ag, second moment seeded": (2e-3, 4e-3, 8e-3),
+    "gradient, fixed": (5e-4, 1e-3, 2e-3, 4e-3),
+    "random + lora": (2.5e-3, 5e-3, 1e-2),
+}
 FASTER = {  # random entries that evolve; as a finalist it is every 10 steps, a fifth
     "every 5": {"spiel.every": 5},
     "rate 0.4": {"spiel.rate": 0.4},
@@ -23,9 +33,9 @@ SETTINGS = {
 def get_study() -> Study:
     """The study."""
     known = chitchat.get_study()
-    candidates = {name: known.candidates[name] for name in instructions.FINALISTS}
+    candidates = {name: replace(known.candidates[name], rates=RATES[name]) for name in instructions.FINALISTS}
     for name, rates, changes in (
-        ("random, evolving", (1e-2, 2e-2, 4e-2), FASTER | SLOWER),
+        ("random, evolving", RATES["random, evolving"], FASTER | SLOWER),
         ("lora", (6e-3, 1.2e-2), SLOWER),
         ("spiel_ag, second moment seeded", (2e-3, 4e-3), {"rate 0": {"spiel.rate": 0.0}}),
     ):
