@@ -56,7 +56,12 @@ RANDOM = {  # SET
     "rate 0.4": {"spiel.rate": 0.4},
     "every 5, rate 0.4": {"spiel.every": 5, "spiel.rate": 0.4},
     "every 2, rate 0.4": {"spiel.every": 2, "spiel.accumulation": 1, "spiel.rate": 0.4},
+    "by age": {"spiel.drop_by": "age"},
     "every 5, rate 0.4, by age": {"spiel.every": 5, "spiel.rate": 0.4, "spiel.drop_by": "age"},
+    "every 5, rate 0.8, by age": {"spiel.every": 5, "spiel.rate": 0.8, "spiel.drop_by": "age"},
+    "every 2, rate 0.4, by age": {
+        **{"spiel.every": 2, "spiel.accumulation": 1, "spiel.rate": 0.4, "spiel.drop_by": "age"}
+    },
     "one budget": {"targets.spare": 1.0},
 }
 
@@ -80,7 +85,7 @@ def get_study() -> Study:
     }
     random = {
         f"random, {what}": Candidate(
-            {"method": "random", "spiel.rate": 0.2, **evolving, **setting}, (2.5e-3, 5e-3)
+            {"method": "random", "spiel.rate": 0.2, **evolving, **setting}, (2.5e-3, 5e-3, 1e-2)
         )
         for what, setting in RANDOM.items()
     }

@@ -13,6 +13,7 @@ RATES = {  # twice to four times those of conversations; LoRA bears few
     "lora": (3e-3, 4e-3, 6e-3, 8e-3, 1.2e-2),
     "random, fixed": (5e-3, 1e-2, 2e-2, 4e-2),
     "random, evolving": (1e-2, 2e-2, 4e-2),
+    "random, evolving by age": (1e-2, 2e-2, 4e-2),
     "full": (1.5e-4, 3e-4, 6e-4),
     "spiel_ag": (1e-3, 2e-3, 4e-3),
     "spiel_ag, second moment seeded": (2e-3, 4e-3, 8e-3),
