@@ -48,6 +48,7 @@ MOMENTS = {
     "warm-up of 6 steps": {"optimizer.warmup": 0.1},
     "one budget": {"targets.spare": 1.0},
 }
+OFTEN = {"spiel.every": 2, "spiel.accumulation": 1, "spiel.rate": 0.4}
 RANDOM = {  # SET
     "as it is": {},
     "every 5": {"spiel.every": 5},
@@ -55,13 +56,11 @@ RANDOM = {  # SET
     "rate 0.1": {"spiel.rate": 0.1},
     "rate 0.4": {"spiel.rate": 0.4},
     "every 5, rate 0.4": {"spiel.every": 5, "spiel.rate": 0.4},
-    "every 2, rate 0.4": {"spiel.every": 2, "spiel.accumulation": 1, "spiel.rate": 0.4},
+    "every 2, rate 0.4": OFTEN,
     "by age": {"spiel.drop_by": "age"},
     "every 5, rate 0.4, by age": {"spiel.every": 5, "spiel.rate": 0.4, "spiel.drop_by": "age"},
     "every 5, rate 0.8, by age": {"spiel.every": 5, "spiel.rate": 0.8, "spiel.drop_by": "age"},
-    "every 2, rate 0.4, by age": {
-        **{"spiel.every": 2, "spiel.accumulation": 1, "spiel.rate": 0.4, "spiel.drop_by": "age"}
-    },
+    "every 2, rate 0.4, by age": {**OFTEN, "spiel.drop_by": "age"},
     "one budget": {"targets.spare": 1.0},
 }
 

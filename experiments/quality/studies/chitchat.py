@@ -15,6 +15,13 @@ SETTINGS = {
     "sample.prompt": None,
 }
 EVOLVING = {"spiel.every": 10, "spiel.accumulation": 3}
+BY_AGE = {  # what moved least of what it had time for is dropped, early and often
+    "method": "random",
+    "spiel.rate": 0.4,
+    "spiel.every": 5,
+    "spiel.accumulation": 3,
+    "spiel.drop_by": "age",
+}
 SPIEL_AG = {"method": "spiel_ag", "spiel.seeds": "both"}  # as in the paper
 LORA = {"method": "lora", "lora.alpha": 16.0, "lora.dropout": 0.0}
 HALVES = {  # of the budget: random entries, and LoRA on the same weights from the first step on
@@ -41,13 +48,7 @@ def get_study() -> Study:
             "random, evolving": Candidate(
                 {"method": "random", "spiel.rate": 0.2, **EVOLVING}, (2.5e-3, 5e-3, 1e-2)
             ),
-            "random, evolving by age": Candidate(
-                {
-                    **{"method": "random", "spiel.rate": 0.4, "spiel.every": 5, "spiel.accumulation": 3},
-                    "spiel.drop_by": "age",
-                },
-                (2.5e-3, 5e-3, 1e-2),
-            ),
+            "random, evolving by age": Candidate(BY_AGE, (2.5e-3, 5e-3, 1e-2)),
             "full": Candidate({"method": "full"}, (7.5e-5, 1.5e-4, 3e-4)),
             "gradient, fixed": Candidate({"method": "gradient", "spiel.accumulation": 3}, (5e-4, 1e-3, 2e-3)),
             "spiel_ag": Candidate({**SPIEL_AG, **EVOLVING}, (2.5e-4, 5e-4, 1e-3)),
