@@ -34,7 +34,8 @@ SETTINGS = {
 def get_study() -> Study:
     """The study."""
     known = chitchat.get_study()
-    candidates = {name: replace(known.candidates[name], rates=RATES[name]) for name in instructions.FINALISTS}
+    names = (*instructions.FINALISTS, "random, evolving by age")
+    candidates = {name: replace(known.candidates[name], rates=RATES[name]) for name in names}
     for name, rates, changes in (
         ("random, evolving", RATES["random, evolving"], FASTER | SLOWER),
         ("lora", (6e-3, 1.2e-2), SLOWER),
