@@ -21,6 +21,7 @@ METHODS = {  # as the study calls it, to what it is called here
     "full": "all weights",
     "rslora": "rank-stabilised LoRA",
     "random + lora": "half random entries, half LoRA",
+    "random, evolving by age": "random entries, evolving by age",
     "random, evolving": "random entries, evolving",
     "random, fixed": "random entries, fixed",
     "lift, fixed": "largest of low rank (LIFT), fixed",
