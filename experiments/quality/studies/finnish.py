@@ -34,8 +34,7 @@ SETTINGS = {
 def get_study() -> Study:
     """The study."""
     known = chitchat.get_study()
-    names = (*instructions.FINALISTS, "random, evolving by age")
-    candidates = {name: replace(known.candidates[name], rates=RATES[name]) for name in names}
+    candidates = {name: replace(known.candidates[name], rates=RATES[name]) for name in instructions.FINALISTS}
     for name, rates, changes in (
         ("random, evolving", RATES["random, evolving"], FASTER | SLOWER),
         ("lora", (6e-3, 1.2e-2), SLOWER),
