@@ -21,7 +21,8 @@ Reproduction record, 2 CPU cores (AMD EPYC, AVX-512), float32, seed 0, 2.5 milli
 
 `evolving` is `random` with spiel.rate=0.2, spiel.every=10 and spiel.accumulation=3, `paper's` is `spiel_ag`
 with spiel.seeds=both. So a fixed random set is the default. In a study of several seeds one that evolves came
-0.004 lower, half random entries and half LoRA (`rosa`), and LoRA alone, lower still (docs, "Which method?").
+0.004 lower, half random entries and half LoRA (`rosa`) 0.010, one that evolves often and drops by value over
+age 0.014, LoRA alone 0.016 (docs, "Which method?"); the last but one has not been run as configured here.
 There 5e-4 was the better rate of SpIEL-AG on instructions. `random` took 3 m 55 s of training here, 2.4 to
 3.2 s a step, the paper's at 5e-4 4 m 14 s; at 1e-3 it and `spiel_ma` were run on an EPYC that is twice as
 fast, in 1 m 53 s and 1 m 47 s, and `spiel_ag` beside two other programs.

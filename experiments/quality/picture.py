@@ -7,14 +7,13 @@ black.
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from absl import flags
 
-from experiments.quality.tables import Result, at_best, beside, grouped
+from experiments.quality.tables import Result, at_best, beside, grouped, standard_error
 from spiel_jax import cli
 
 METHODS = {  # as the study calls it, to what it is called here
@@ -107,7 +106,7 @@ def _mark(left: float, y: float, differences: Sequence[float], colour: str) -> l
         return [_text(x, y, words, size=12, colour=colour, anchor="end" if right else "start")]
     parts, filled = [], len(differences) > 1
     if filled:
-        error = stdev(differences) / math.sqrt(len(differences))
+        error = standard_error(differences)
         ends = (_x(left, min(max(end, LOWEST), HIGHEST)) for end in (middle - error, middle + error))
         parts.append(
             f'<path d="M{next(ends):.4g} {y:g}H{next(ends):.4g}" stroke="{colour}" stroke-width="2"/>'

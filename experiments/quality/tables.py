@@ -119,11 +119,16 @@ def _peak(runs: Sequence[Result]) -> str:
     return f"{median(found):.1f}" if found else "-"
 
 
+def standard_error(numbers: Sequence[float]) -> float:
+    """Of the mean of two or more."""
+    return stdev(numbers) / math.sqrt(len(numbers))
+
+
 def _spread(numbers: Sequence[float], sign: str = "") -> str:
     """Mean ± standard error."""
     if not numbers:
         return "-"
-    error = f" ± {stdev(numbers) / math.sqrt(len(numbers)):.4f}" if len(numbers) > 1 else ""
+    error = f" ± {standard_error(numbers):.4f}" if len(numbers) > 1 else ""
     return f"{mean(numbers):{sign}.4f}{error}"
 
 
