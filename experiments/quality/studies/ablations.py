@@ -10,6 +10,7 @@ from experiments.quality.studies import chitchat, instructions
 from experiments.quality.study import Candidate, Study
 
 TWO = {"micro_batch_size": 1, "eval_batches": 2 * instructions.HALF["eval_batches"]}  # the same texts
+AGE = {"spiel.every": 5, "spiel.rate": 0.4, "spiel.drop_by": "age"}
 GRADIENTS = {
     "as it is": {},
     "every 5": {"spiel.every": 5},
@@ -33,11 +34,13 @@ GRADIENTS = {
     "deltas in bfloat16": {"spiel.delta_dtype": "bfloat16"},
     "no warm-up": {"optimizer.warmup": 0.0},
     "warm-up of 6 steps": {"optimizer.warmup": 0.1},
+    "every 5, rate 0.4, by age": AGE,
     "balanced by rows": {"targets.balance.rows": 1},
     "one budget": {"targets.spare": 1.0},
 }
 SECOND = (  # of GRADIENTS, those that are asked again of the default, which seeds the second moment alone
     *("every 5", "every 20", "accumulation 1", "accumulation 6", "rate 0", "rate 0.4", "balanced by rows"),
+    "every 5, rate 0.4, by age",
     *("candidates of the first of two", "candidates of the mean of two"),
 )
 MOMENTS = {
@@ -58,9 +61,11 @@ RANDOM = {  # SET
     "every 5, rate 0.4": {"spiel.every": 5, "spiel.rate": 0.4},
     "every 2, rate 0.4": OFTEN,
     "by age": {"spiel.drop_by": "age"},
-    "every 5, rate 0.4, by age": {"spiel.every": 5, "spiel.rate": 0.4, "spiel.drop_by": "age"},
+    "every 5, rate 0.4, by age": AGE,
     "every 5, rate 0.8, by age": {"spiel.every": 5, "spiel.rate": 0.8, "spiel.drop_by": "age"},
     "every 2, rate 0.4, by age": {**OFTEN, "spiel.drop_by": "age"},
+    "every 5, rate 0.4, by age, to the end": {**AGE, "spiel.schedule": "constant"},
+    "every 5, rate 0.4, by age, warm-up of 6 steps": {**AGE, "optimizer.warmup": 0.1},
     "one budget": {"targets.spare": 1.0},
 }
 
@@ -88,12 +93,20 @@ def get_study() -> Study:
         )
         for what, setting in RANDOM.items()
     }
+    halves = {
+        f"random, evolving + lora, {what}": Candidate(
+            {**chitchat.HALVES, "spiel.rate": 0.2, **evolving, **setting},
+            (1.25e-3, 2.5e-3, 5e-3),
+            {"rosa.learning_rate": 0.8},
+        )
+        for what, setting in {"as it is": {}, "every 5, rate 0.4, by age": AGE}.items()
+    }
     adam = {"spiel_ma_adam": Candidate({"method": "spiel_ma_adam", **evolving}, (5e-4, 1e-3, 2e-3))}
     known = chitchat.get_study()
     return replace(
         known,
         settings={**known.settings, **instructions.HALF},
-        candidates={**gradients, **seeded, **moments, **random, **adam},
+        candidates={**gradients, **seeded, **moments, **random, **halves, **adam},
         seeds=(0, 1),
         against=None,
     )
