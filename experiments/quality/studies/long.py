@@ -23,7 +23,8 @@ def get_study() -> Study:
             "random, evolving": Candidate(
                 {"method": "random", "spiel.rate": 0.2, **EVOLVING}, (2.5e-3, 5e-3, 1e-2)
             ),
-            "random, evolving by age": Candidate(chitchat.BY_AGE, (2.5e-3, 5e-3, 1e-2)),
+            "random, evolving by age": Candidate({**chitchat.BY_AGE, **EVOLVING}, (2.5e-3, 5e-3, 1e-2)),
+            "random, evolving by age, every 5": Candidate(chitchat.BY_AGE, (2.5e-3, 5e-3, 1e-2)),
             "full": Candidate({"method": "full"}, (7.5e-5, 1.5e-4, 3e-4)),
             "gradient, fixed": Candidate(
                 {"method": "gradient", "spiel.accumulation": 5}, (2.5e-4, 5e-4, 1e-3, 2e-3)
