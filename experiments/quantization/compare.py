@@ -30,7 +30,7 @@ METHODS = {
     "spiel_ma": {**EVOLVING, "optimizer.learning_rate": 3e-3},
     "lora": {"targets.num_tunable": None, "lora.rank": RANK, "optimizer.learning_rate": 3e-3},
 }
-CONFIG = "configs/smollm2_135m.py"
+CONFIG = "configs/smollm2_135m.py:random"
 
 
 def define_flags(values: flags.FlagValues) -> None:

@@ -39,7 +39,7 @@ HALVES = {  # of the budget: random entries, and LoRA on the same weights from t
 def get_study() -> Study:
     """The study."""
     return Study(
-        config="configs/smollm2_135m.py",
+        config="configs/smollm2_135m.py:random",  # nothing of it evolves but where it is said
         settings=SETTINGS,
         budgets={"": {"targets.num_tunable": ENTRIES, "lora.rank": 8}},
         candidates={
