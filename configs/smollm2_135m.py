@@ -31,10 +31,10 @@ with spiel.seeds=both. With seeds 1 and 2, which are other entries and other tex
     lora       3.5211    3.4703
 
 So `evolving` is the default: 0.0068 +- 0.0032 below the fixed set, in each of three seeds (0.0137 +- 0.0004
-in a study with twice the tokens and a larger test), and level with LoRA, which was run at one rate (-0.0032 +-
-0.0063). Instructions are better learnt with SpIEL-AG, at 5e-4 (docs, "Which method?").
+in a study with twice the tokens and a larger test), and level with LoRA, which was run at one rate (-0.0032
++- 0.0063). Instructions are better learnt with SpIEL-AG, at 5e-4 (docs, "Which method?").
 
-`evolving`, `lora` and seeds 1 and 2 ran on one core, the first two in 3 m 46 s and 3 m 10 s from start to end;
+`evolving`, `lora` and seeds 1 and 2 ran on one core, those two in 3 m 46 s and 3 m 10 s from end to end;
 `random` took 3 m 55 s of training on two, the paper's at 5e-4 4 m 14 s; at 1e-3 it and `spiel_ma` were run on
 an EPYC that is twice as fast, in 1 m 53 s and 1 m 47 s, and `spiel_ag` beside two other programs.
 
