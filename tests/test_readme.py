@@ -29,7 +29,7 @@ def test_it_is_short():
 def test_keys_of_the_table_exist():
     from spiel_jax.config import default_config, flatten
 
-    table = TUTORIAL[TUTORIAL.index("| key | what |") : TUTORIAL.index("Let the entries evolve")]
+    table = TUTORIAL[TUTORIAL.index("| key | what |") : TUTORIAL.index("Let gradients say")]
     named = re.findall(
         r"`([a-z_.]+)`", "\n".join(line.split("|")[1] for line in table.splitlines() if "|" in line)
     )
