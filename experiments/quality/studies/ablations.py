@@ -10,7 +10,6 @@ from experiments.quality.studies import chitchat, instructions
 from experiments.quality.study import Candidate, Study
 
 TWO = {"micro_batch_size": 1, "eval_batches": 2 * instructions.HALF["eval_batches"]}  # the same texts
-AGE = {"spiel.every": 5, "spiel.rate": 0.4, "spiel.drop_by": "age"}
 GRADIENTS = {
     "as it is": {},
     "every 5": {"spiel.every": 5},
@@ -34,7 +33,7 @@ GRADIENTS = {
     "deltas in bfloat16": {"spiel.delta_dtype": "bfloat16"},
     "no warm-up": {"optimizer.warmup": 0.0},
     "warm-up of 6 steps": {"optimizer.warmup": 0.1},
-    "every 5, rate 0.4, by age": AGE,
+    "every 5, rate 0.4, by age": chitchat.OFTEN_BY_AGE,
     "balanced by rows": {"targets.balance.rows": 1},
     "one budget": {"targets.spare": 1.0},
 }
@@ -61,11 +60,11 @@ RANDOM = {  # SET
     "every 5, rate 0.4": {"spiel.every": 5, "spiel.rate": 0.4},
     "every 2, rate 0.4": OFTEN,
     "by age": {"spiel.drop_by": "age"},
-    "every 5, rate 0.4, by age": AGE,
+    "every 5, rate 0.4, by age": chitchat.OFTEN_BY_AGE,
     "every 5, rate 0.8, by age": {"spiel.every": 5, "spiel.rate": 0.8, "spiel.drop_by": "age"},
     "every 2, rate 0.4, by age": {**OFTEN, "spiel.drop_by": "age"},
-    "every 5, rate 0.4, by age, to the end": {**AGE, "spiel.schedule": "constant"},
-    "every 5, rate 0.4, by age, warm-up of 6 steps": {**AGE, "optimizer.warmup": 0.1},
+    "every 5, rate 0.4, by age, to the end": {**chitchat.OFTEN_BY_AGE, "spiel.schedule": "constant"},
+    "every 5, rate 0.4, by age, warm-up of 6 steps": {**chitchat.OFTEN_BY_AGE, "optimizer.warmup": 0.1},
     "one budget": {"targets.spare": 1.0},
 }
 
@@ -93,16 +92,15 @@ def get_study() -> Study:
         )
         for what, setting in RANDOM.items()
     }
+    known = chitchat.get_study()
+    mixed = "random, evolving + lora"
     halves = {
-        f"random, evolving + lora, {what}": Candidate(
-            {**chitchat.HALVES, "spiel.rate": 0.2, **evolving, **setting},
-            (1.25e-3, 2.5e-3, 5e-3),
-            {"rosa.learning_rate": 0.8},
+        f"{mixed}, {what}": replace(
+            known.candidates[mixed], settings={**known.candidates[mixed].settings, **RANDOM[what]}
         )
-        for what, setting in {"as it is": {}, "every 5, rate 0.4, by age": AGE}.items()
+        for what in ("as it is", "every 5, rate 0.4, by age")
     }
     adam = {"spiel_ma_adam": Candidate({"method": "spiel_ma_adam", **evolving}, (5e-4, 1e-3, 2e-3))}
-    known = chitchat.get_study()
     return replace(
         known,
         settings={**known.settings, **instructions.HALF},

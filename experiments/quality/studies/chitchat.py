@@ -15,13 +15,13 @@ SETTINGS = {
     "sample.prompt": None,
 }
 EVOLVING = {"spiel.every": 10, "spiel.accumulation": 3}
-BY_AGE = {  # what moved least of what it had time for is dropped, early and often
-    "method": "random",
+OFTEN_BY_AGE = {  # what moved least of what it had time for is dropped, early and often
     "spiel.rate": 0.4,
     "spiel.every": 5,
     "spiel.accumulation": 3,
     "spiel.drop_by": "age",
 }
+BY_AGE = {"method": "random", **OFTEN_BY_AGE}
 SPIEL_AG = {"method": "spiel_ag", "spiel.seeds": "both"}  # as in the paper
 LORA = {"method": "lora", "lora.alpha": 16.0, "lora.dropout": 0.0}
 HALVES = {  # of the budget: random entries, and LoRA on the same weights from the first step on
