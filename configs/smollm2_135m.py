@@ -34,9 +34,10 @@ So `evolving` is the default: 0.0068 +- 0.0032 below the fixed set, in each of t
 in a study with twice the tokens and a larger test), and level with LoRA, which was run at one rate (-0.0032
 +- 0.0063). Instructions are better learnt with SpIEL-AG, at 5e-4 (docs, "Which method?").
 
-`evolving`, `lora` and seeds 1 and 2 ran on one core, those two in 3 m 46 s and 3 m 10 s from end to end;
-`random` took 3 m 55 s of training on two, the paper's at 5e-4 4 m 14 s; at 1e-3 it and `spiel_ma` were run on
-an EPYC that is twice as fast, in 1 m 53 s and 1 m 47 s, and `spiel_ag` beside two other programs.
+`evolving` took 2 m 10 s of training on 2 cores of an EPYC of family 26, and 3 m 46 s from end to end on one,
+to the same losses; `lora` 3 m 10 s there, where seeds 1 and 2 ran too. On older ones `random` took 3 m 55 s,
+the paper's at 5e-4 4 m 14 s, at 1e-3 it and `spiel_ma` 1 m 53 s and 1 m 47 s on one that is twice as fast, and
+`spiel_ag` ran beside two other programs.
 
 Asked "Hi! What did you do at the weekend?", the base model apologises that "as a chatbot" it has no personal
 data. Tuned, it answers for itself, if often in a loop: with seed 0 "I did a lot of things I don't remember."
