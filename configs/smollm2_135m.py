@@ -36,7 +36,7 @@ in a study with twice the tokens and a larger test), and level with LoRA, which 
 
 `evolving` took 2 m 10 s of training on 2 cores of an EPYC of family 26, and 3 m 46 s from end to end on one,
 to the same losses; `lora` 3 m 10 s there, where seeds 1 and 2 ran too. On older ones `random` took 3 m 55 s,
-the paper's at 5e-4 4 m 14 s, at 1e-3 it and `spiel_ma` 1 m 53 s and 1 m 47 s on one that is twice as fast, and
+the paper's at 5e-4 4 m 14 s, at 1e-3 it and `spiel_ma` 1 m 53 s and 1 m 47 s on one twice as fast, and
 `spiel_ag` ran beside two other programs.
 
 Asked "Hi! What did you do at the weekend?", the base model apologises that "as a chatbot" it has no personal
