@@ -10,6 +10,7 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from spiel_jax.errors import SpielError
 from spiel_jax.losses.next_token import Objective, Params, TokenBatch
 from spiel_jax.methods.configured import configured_adamw
 from spiel_jax.methods.lora import Lora, LowRankLinear, LowRankParams, low_rank_term
@@ -92,15 +93,17 @@ class RosaMethod(Method):
     @classmethod
     def complaints(cls, config: Any) -> Iterator[Complaint]:
         """See ``Method``: those of the sparse part, and of the warm-up."""
-        for key, value, expected in SparseMethod.complaints(_sparse_config(config)):
+        warmup = config.rosa.warmup
+        if config.steps is not None and warmup >= config.steps:
+            yield "rosa.warmup", warmup, _before_the_end(config.steps)
+            return
+        sparse = _sparse_config(config)
+        if config.steps is not None:
+            sparse.steps = config.steps - warmup
+        for key, value, expected in SparseMethod.complaints(sparse):
             yield ("rosa.entries" if key == "method" else key), value, expected
         if config.spiel.keep_zeros:
             yield "spiel.keep_zeros", True, "False: matrices of low rank fill the zeros of a weight"
-        after = config.rosa.warmup + config.spiel.accumulation
-        if config.steps is not None and after > config.steps:
-            room = config.steps - config.spiel.accumulation
-            expected = f"at most {room}: entries are chosen after it, in {config.steps} steps"
-            yield "rosa.warmup", config.rosa.warmup, expected
 
     @classmethod
     def unused(cls, config: Any) -> Iterable[str]:
@@ -114,7 +117,9 @@ class RosaMethod(Method):
     ) -> "RosaMethod":
         """See ``Method``."""
         settings = config.rosa
-        after = max(steps - settings.warmup, 1)
+        after = steps - settings.warmup
+        if after < 1:
+            raise SpielError(f"rosa.warmup = {settings.warmup}: expected {_before_the_end(steps)}")
         sparse = SparseMethod.from_config(_sparse_config(config), model, after, targets or None)
         own = config.copy_and_resolve_references()
         if settings.learning_rate is not None:
@@ -274,3 +279,7 @@ def _sparse_config(config: Any) -> Any:
     own = config.copy_and_resolve_references()
     own.method = config.rosa.entries
     return own
+
+
+def _before_the_end(steps: int) -> str:
+    return f"at most {steps - 1}: the deltas train after it, in {steps} steps"

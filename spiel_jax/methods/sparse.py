@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from spiel_jax.errors import SpielError
 from spiel_jax.losses.next_token import Objective, Params, TokenBatch
 from spiel_jax.methods.configured import configured_targets, learning_rate, with_axes
 from spiel_jax.methods.entry_gradients import EntryGradients, ProposeFrom, Seen, alone
@@ -82,7 +83,10 @@ class SparseMethod(Method):
         if config.init_from.adapter is not None and (balance.rows or balance.columns):
             expected = "unset: the entries of an adapter are where they are (targets.balance)"
             yield "init_from.adapter", config.init_from.adapter, expected
-        yield from CRITERIA[config.method].complaints(config)
+        found = list(CRITERIA[config.method].complaints(config))
+        yield from found
+        if not found and config.steps is not None:
+            yield from never_chosen(config, config.steps)
 
     @classmethod
     def unused(cls, config: Any) -> Iterable[str]:
@@ -97,6 +101,8 @@ class SparseMethod(Method):
         criterion = CRITERIA[config.method]
         targets = with_axes(configured_targets(config, model) if targets is None else targets)
         growth, schedule = criterion.from_config(config), criterion.schedule(config, steps)
+        for key, value, expected in never_chosen(config, steps):
+            raise SpielError(f"{key} = {value}: expected {expected}")
         start = criterion.start(config)
         if config.spiel.keep_zeros:
             growth = replace(growth, keep_zeros=True)  # pyright: ignore[reportArgumentType]
@@ -329,3 +335,11 @@ class SparseMethod(Method):
                 base[name] = jnp.where(replaced, gather(weight, delta), base[name])
             params[parameter_name(name)] = weight
         return replace(new, params=params, base=base)
+
+
+def never_chosen(config: Any, steps: int) -> Iterator[Complaint]:
+    """That a run of so many steps ends before its entries are chosen, which are random until then."""
+    schedule = CRITERIA[config.method].schedule(config, steps)
+    if schedule.first and schedule.accumulation > steps:
+        expected = f"at most {steps}, the steps there are: {config.method} chooses its entries after so many"
+        yield "spiel.accumulation", schedule.accumulation, expected

@@ -30,7 +30,8 @@ from spiel_jax.sparse.targets import Target, by_target, like_values
 
 DropBy = Literal["value", "age", "weight"]
 """Which entries a reselection drops: those of smallest ``|value|`` (SpIEL, section 3.1), or of the smallest
-relative to the steps that the inner optimizer has trained them (its ``age``), or to the tuned weight."""
+relative to the steps that the inner optimizer has trained them (its ``age``, without what a grown entry's was
+seeded with), or to the tuned weight."""
 
 
 class SpielState(NamedTuple):
@@ -337,6 +338,9 @@ class _Evolution:
     ) -> tuple[Any, SpielState]:
         """Drops and grows: updates and state after reselection ``number``, from 0."""
         stats = state.growth
+        if weights is None and self.growth.uses_weights:
+            kind = type(self.growth).__name__
+            raise ValueError(f"{kind} looks at the weights: give update(weights=) where it reselects")
         if weights is not None:
             stats = self.growth.survey(stats, weights, self.targets)
         targets = self.targets
@@ -382,7 +386,8 @@ class _Evolution:
             ages = optax.tree.get(state.inner, "age")
             if ages is None:
                 raise ValueError('drop_by = "age": the inner optimizer keeps none; use aged_adamw')
-            return {name: jnp.maximum(age, 1) for name, age in by_target(ages, self.targets).items()}
+            seeded = self.growth.first_age(self.schedule.accumulation)  # of gradients that trained nothing
+            return {name: jnp.maximum(age - seeded, 1) for name, age in by_target(ages, self.targets).items()}
         if weights is None:
             raise ValueError('drop_by = "weight" looks at the weights: give update(weights=)')
         entries = base_entries(weights, state.active)

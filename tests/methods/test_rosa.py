@@ -121,7 +121,8 @@ def test_the_tuned_model_is_the_one_that_is_evaluated_and_restored(trained):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("rosa.warmup", 5, "rosa.warmup = 5: expected at most 4: entries are chosen after it, in 6 steps"),
+        ("rosa.warmup", 6, "rosa.warmup = 6: expected at most 5: the deltas train after it, in 6 steps"),
+        ("rosa.warmup", 5, "spiel.accumulation = 2: expected at most 1, the steps there are: gradient"),
         ("rosa.entries", "lora", "rosa.entries = 'lora': expected one of"),
         ("targets.num_tunable", None, "density or num_tunable, one of them"),
         ("spiel.parity", "reference", "rosa.entries = 'gradient': expected a method of SpIEL"),

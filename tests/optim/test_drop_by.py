@@ -1,5 +1,7 @@
 """Which entries a reselection drops, by hand."""
 
+import functools
+
 import jax.numpy as jnp
 import optax
 import pytest
@@ -30,6 +32,19 @@ def test_the_smallest_value_goes_or_the_smallest_relative_to_age_or_weight():
     assert dropped("value", ages) == 0
     assert dropped("age", ages) == 1
     assert dropped("weight", ages) == 2  # 0.3 / 0.1, 0.4 / 1, 0.5 / 4
+
+
+def test_the_gradients_that_seeded_an_entry_did_not_train_it():
+    plan = sj.Reselection(4, 2, 2, sj.constant(0.34), first=None)
+    tx = sj.spiel(sj.aged_adamw(0.0), TARGETS, growth=sj.AccumulatedGradients(), schedule=plan, drop_by="age")
+    values = {"w": jnp.array([0.3, -0.9, 2.0])}
+    state = sj.place(tx.init(values), {"w": TARGETS["w"].delta(jnp.array([0, 1, 2]))})
+    candidates = {"w": TARGETS["w"].delta(jnp.array([4, 5, 6]), jnp.ones(3))}
+    update = functools.partial(tx.update, {"w": jnp.zeros(3)}, params=values, candidates=candidates)
+    _, state = update(state=state)
+    state = optax.tree.set(state, age={"w": jnp.array([2, 6, 6])})  # of which two are the phase's
+    _, state = update(state=state)
+    assert set(state.active["w"].indices.tolist()) >= {0, 2}  # 0.3 / 1, 0.9 / 5, 2 / 5: not by 3, 7 and 7
 
 
 def test_without_ages_it_says_what_is_missing():

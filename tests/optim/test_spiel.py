@@ -9,7 +9,10 @@ from support.programs import AS_USERS
 
 import spiel_jax as sj
 from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients
+from spiel_jax.optim.criteria.activations import LargestOutputs, WeightTimesInput
+from spiel_jax.optim.criteria.lift import LowRankMagnitude
 from spiel_jax.optim.criteria.moment_approximation import MomentApproximation
+from spiel_jax.optim.criteria.salience import GradientOverWeight
 from spiel_jax.optim.inner_optimizers import descend, scale_by_aged_adam
 from spiel_jax.optim.positions import initial_positions, random_indices
 
@@ -381,3 +384,24 @@ def test_init_is_pure():
     assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(
         lambda a: (a.shape, a.dtype), eager
     )
+
+
+@pytest.mark.parametrize(
+    "growth",
+    [
+        LowRankMagnitude(),
+        GradientOverWeight(),
+        WeightTimesInput(),
+        LargestOutputs(),
+        sj.MomentApproximation(keep_zeros=True),
+        sj.RandomGrowth(keep_zeros=True),
+    ],
+    ids=lambda growth: type(growth).__name__,
+)
+def test_a_criterion_that_looks_at_weights_says_that_there_are_none(growth):
+    plan = sj.Reselection(1, 1, 1, sj.constant(1.0), first=None)
+    target = {"w": sj.Target((3, 3), 3)}
+    tx = sj.spiel(sj.aged_adamw(0.1), target, growth=growth, schedule=plan)
+    values, candidates = sj.zeros(target), {"w": target["w"].delta(jnp.arange(3), jnp.ones(3))}
+    with pytest.raises(ValueError, match=rf"{type(growth).__name__} looks .*give update\(weights=\)"):
+        tx.update({"w": jnp.zeros(3)}, tx.init(values), values, candidates=candidates)

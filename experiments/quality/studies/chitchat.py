@@ -23,6 +23,7 @@ OFTEN_BY_AGE = {  # what moved least of what it had time for is dropped, early a
 }
 BY_AGE = {"method": "random", **OFTEN_BY_AGE}
 SPIEL_AG = {"method": "spiel_ag", "spiel.seeds": "both"}  # as in the paper
+THREE_BATCHES = {"spiel.accumulation": 3, "spiel.candidate_ratio": 4.0}  # all three decide, not the first
 LORA = {"method": "lora", "lora.alpha": 16.0, "lora.dropout": 0.0}
 HALVES = {  # of the budget: random entries, and LoRA on the same weights from the first step on
     "method": "rosa",
@@ -51,6 +52,9 @@ def get_study() -> Study:
             "random, evolving by age": Candidate(BY_AGE, (2.5e-3, 5e-3, 1e-2)),
             "full": Candidate({"method": "full"}, (7.5e-5, 1.5e-4, 3e-4)),
             "gradient, fixed": Candidate({"method": "gradient", "spiel.accumulation": 3}, (5e-4, 1e-3, 2e-3)),
+            "gradient of three batches, fixed": Candidate(
+                {"method": "gradient", **THREE_BATCHES}, (5e-4, 1e-3, 2e-3)
+            ),
             "spiel_ag": Candidate({**SPIEL_AG, **EVOLVING}, (2.5e-4, 5e-4, 1e-3)),
             "spiel_ag, second moment seeded": Candidate(
                 {"method": "spiel_ag", "spiel.seeds": "second", **EVOLVING}, (5e-4, 1e-3, 2e-3)
@@ -64,6 +68,19 @@ def get_study() -> Study:
             ),
             "lift, fixed": Candidate(  # not looked for again within the run
                 {"method": "lift", "spiel.every": 1000, "spiel.filter_rank": 32}, (2.5e-3, 5e-3, 1e-2)
+            ),
+            "lift, every 10": Candidate(
+                {"method": "lift", "spiel.every": 10, "spiel.filter_rank": 32}, (2.5e-3, 5e-3, 1e-2)
+            ),
+            "rosa": Candidate(  # as its paper: a warm-up of LoRA, then its gradients choose the entries
+                {**HALVES, "rosa.entries": "gradient", "rosa.warmup": 6, **THREE_BATCHES},
+                (5e-4, 1e-3, 2e-3),
+                {"rosa.learning_rate": 3.0},
+            ),
+            "supra": Candidate(  # largest weights and LoRA
+                {**HALVES, "rosa.entries": "magnitude"},
+                (1.25e-3, 2.5e-3, 5e-3),
+                {"rosa.learning_rate": 0.8},
             ),
             "magnitude, fixed": Candidate({"method": "magnitude"}, (2.5e-3, 5e-3, 1e-2)),
             "gradient, balanced by rows": Candidate(

@@ -267,7 +267,11 @@ class AccumulatedGradients(Criterion):
         size = target.block_size
         kept = isin(stats.indices, jnp.where(dropped, size, indices), size)
         valid = self._usable(stats, target) & ~kept
-        return stats.indices, jnp.where(valid, jnp.abs(stats.grad_sum), jnp.nan)
+        return stats.indices, jnp.where(valid, self.rank(stats), jnp.nan)
+
+    def rank(self, stats: CandidateStats) -> Any:
+        """What candidates are compared by, [..., c]; arrays of the device or of the host."""
+        return abs(stats.grad_sum)
 
     def seed(self, stats: CandidateStats, source: jax.Array) -> dict[str, jax.Array]:
         """Age, and what ``seeds`` says of the moments that the mean gradient leaves in the phase's steps."""
@@ -300,10 +304,10 @@ class AccumulatedGradients(Criterion):
         }
 
     def regrid(self, stats: CandidateStats, move: Regridding) -> CandidateStats:
-        """Moves the candidates; where a block cannot hold all, it keeps those of largest summed gradient."""
+        """Moves the candidates; where a block cannot hold all, it keeps those that come first."""
         sums = np.asarray(stats.grad_sum)
         # one that is not finite is not grown, and comes last
-        scores = np.nan_to_num(np.abs(sums), nan=-1, posinf=-1)
+        scores = np.where(np.isfinite(sums), np.asarray(self.rank(stats)), -1)
         moved = move.positions(stats.indices, scores, self.count(move.new))
         # the counts are the same for all matrices
         counts = [np.full(move.new.lead, np.max(n), n.dtype) for n in (stats.samples, stats.steps)]

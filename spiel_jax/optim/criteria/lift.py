@@ -89,8 +89,6 @@ class LowRankMagnitude(Criterion):
 
     def available(self, stats: Any, indices: jax.Array, target: Target) -> jax.Array:
         """As many as were found: those among them that are active stay."""
-        if isinstance(stats, tuple):
-            raise ValueError("LIFT looks at the weights: give update(weights=) where it reselects")
         return jnp.sum(stats < target.block_size, dtype=jnp.int32)
 
     def incoming(

@@ -89,17 +89,6 @@ class LowSensitivity(FirstGradients):
         del weight
         return 1 / jnp.maximum(jnp.abs(gradient), _TINY)
 
-    @property
-    def uses_weights(self) -> bool:
-        """See ``Criterion``: to be surveyed; the weights themselves are not read."""
-        return True
-
-    def survey(
-        self, stats: dict[str, CandidateStats], weights: Any, targets: Mapping[str, Target]
-    ) -> dict[str, CandidateStats]:
-        """The statistics with the inverse of the root of the squares in the place of the sums."""
-        del weights, targets
-        return {
-            name: old._replace(grad_sum=self.salience(jnp.sqrt(old.grad_sq_sum), None))
-            for name, old in stats.items()
-        }
+    def rank(self, stats: CandidateStats) -> Any:
+        """See ``AccumulatedGradients``: the root of the inverse of the squares."""
+        return self.salience(stats.grad_sq_sum**0.5, None)

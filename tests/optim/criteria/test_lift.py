@@ -55,12 +55,3 @@ def test_a_refresh_by_hand():
     np.testing.assert_allclose(adam, [0.19, -0.38, 0.0], rtol=1e-6)  # 0.1 * (1 + 0.9) of each gradient
     np.testing.assert_allclose(values["w"], [-0.2, 0.2, 0.0], rtol=1e-4)  # a kept value, a new one
     assert float(state.replaced) == pytest.approx(1 / 3)
-
-
-def test_without_weights_it_says_what_is_missing():
-    plan = sj.Reselection(1, 1, 1, sj.constant(1.0), first=None)
-    target = {"w": sj.Target((3, 3), 3)}
-    tx = sj.spiel(sj.aged_adamw(0.1), target, growth=LowRankMagnitude(), schedule=plan)
-    values = sj.zeros(target)
-    with pytest.raises(ValueError, match=r"give update\(weights=\)"):
-        tx.update(values, tx.init(values), values)

@@ -35,7 +35,7 @@ def test_by_hand():
     assert chosen(LowSensitivity(), stats, weights, 2, target) == [2, 3]  # sums of squares 1 and 4
 
 
-@pytest.mark.parametrize("growth", [GradientOverWeight(), LowSensitivity(ratio=2.0)])
+@pytest.mark.parametrize("growth", [GradientOverWeight(ratio=2.0), LowSensitivity(ratio=2.0)])
 def test_in_a_step_they_choose_by_the_dense_scores(growth):
     """A phase of two steps at a learning rate of 0, so that its gradients are those of one model."""
     targets = adapted({}, (r".*\.up_proj\.weight",), num_tunable=300)
@@ -64,7 +64,7 @@ def test_in_a_step_they_choose_by_the_dense_scores(growth):
             first, second = (np.asarray(g[name][layer], np.float64).ravel() for g in grads)
             weight = np.asarray(params[name][layer], np.float64).ravel()
             if isinstance(growth, GradientOverWeight):
-                proposed = np.argsort(-np.abs(first / weight))[:count]
+                proposed = np.argsort(-np.abs(first / weight))[: 2 * count]
                 score = np.abs((first + second) / weight)
             else:
                 proposed = np.argsort(np.abs(first))[: 2 * count]
