@@ -13,10 +13,13 @@ Grown entries begin with Adam's second moment; in the paper with both (``spiel.s
     python -m spiel_jax.train --config=configs/llama2_7b.py:flan_v2 --workdir=runs/flan_v2
 
 are the paper's experiments on one of its mixtures (flan_v2, gpt4_alpaca, tulu_v2): besides, examples are not
-packed, Adam's eps is 1e-6, grown entries begin with both of its moments, and 256 examples are held out, where
-the paper held none. The conversations are written as Tülu's, since the base model has no template. Which
-rate and decay the paper took of those it tried is not published, but for a run's name that has 1e-5 and 30
-(13B, Tülu v2, SpIEL-AG).
+packed, grown entries begin with both of Adam's moments, and 256 examples are held out, where the paper held
+none. (SpIEL-AG's eps is the paper's, 1e-6, by itself, as SpIEL-MA's is, 1e-8; LoRA has no decay there:
+--config.optimizer.weight_decay=0.) The conversations are written as Tülu's, since the base model has no
+template. Which rate and decay the paper took of those it tried is not published, but for a run's name that
+has 1e-5 and 30 (13B, Tülu v2, SpIEL-AG). All that it tried, of all methods:
+
+    python -m experiments.quality --study=experiments/quality/studies/llama2.py --out=runs/llama2
 
 Memory: 12.6 GiB of base weights; 24 bytes a tunable weight of trainer state and 12 a candidate for
 SpIEL-AG (5.4 GiB), 12 bytes for SpIEL-MA (1.8 GiB); activations of `micro_batch_size` sequences.
@@ -49,5 +52,5 @@ def get_config(mixture: str | None = None) -> Config:
         config.data.sources = (f"data/{mixture}.jsonl",)
         config.data.heldout = 256
         config.data.packing = False
-        config.optimizer.eps, config.spiel.seeds = 1e-6, "both"
+        config.spiel.seeds = "both"
     return config

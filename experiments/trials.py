@@ -57,7 +57,7 @@ def outcome(trial: Trial, out: Path, environment: Mapping[str, str] | None = Non
     Returns:
         ``command``; ``processor``; ``heldout``, [step, loss] of every evaluation; ``losses`` of the steps;
         ``seconds_per_step``; ``peak_gib``, of the process; and what the trial's module has left in the
-        folder's ``measured.json``, which is all of a run that failed after writing it.
+        folder's ``measured.json``, which is all of a run that says there that it diverged.
 
     Raises:
         SpielError: If the run failed, or was stopped, or what is done there is of another command.
@@ -94,7 +94,7 @@ def _run(trial: Trial, folder: Path, environment: Mapping[str, str]) -> dict[str
         raise SpielError(f"{trial.name} was stopped: the same command continues it")
     measured = folder / "measured.json"
     told |= json.loads(measured.read_text()) if measured.is_file() else {}
-    if ended.returncode and not measured.is_file():
+    if ended.returncode and not told.get("diverged"):  # one that was killed at its end is done again
         raise SpielError(f"{trial.name} failed:\n{ended.stderr[-3000:]}")
     return told if ended.returncode else told | _read(folder, ended.stdout)
 

@@ -71,7 +71,7 @@ def test_every_llama_takes_a_mixture(size, tmp_path, monkeypatch):
     config = load(f"{CONFIGS}/llama2_{size}.py:tulu_v2", {})
     check_config(config)
     assert config.data.sources == ("data/tulu_v2.jsonl",)
-    assert (config.optimizer.eps, config.data.packing, config.batch_size) == (1e-6, False, 128)
+    assert (config.optimizer.eps, config.data.packing, config.batch_size) == (None, False, 128)
     assert config.spiel.seeds == "both"
     assert config.model.source == f"meta-llama/Llama-2-{size.removesuffix('_nf4')}-hf"
 

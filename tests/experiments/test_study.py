@@ -301,6 +301,15 @@ def test_a_run_that_diverged_has_no_more(process, tmp_path):
     assert outcome(ONE, tmp_path).keys() == {"command", "processor", "diverged"}
 
 
+def test_a_run_that_was_killed_after_its_test_is_done_again(process, tmp_path):
+    process[0].extend([0, -9])
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "measured.json").write_text(json.dumps({"test": 3.0}))
+    with pytest.raises(SpielError, match="one failed"):
+        outcome(ONE, tmp_path)
+    assert outcome(ONE, tmp_path)["test"] == 3.0
+
+
 def test_a_run_that_is_not_there_costs_nothing_that_is_known(tmp_path):
     assert elsewhere(tmp_path / "none", ["data"]) == {}
     (tmp_path / "one" / "checkpoints").mkdir(parents=True)

@@ -35,6 +35,7 @@ HALVES = {  # of the budget: random entries, and LoRA on the same weights from t
     "lora.alpha": 16.0,
     "lora.dropout": 0.0,
 }
+HALF_LORA = {key: value for key, value in HALVES.items() if key != "spiel.rate"}  # with other entries
 
 
 def get_study() -> Study:
@@ -73,12 +74,12 @@ def get_study() -> Study:
                 {"method": "lift", "spiel.every": 10, "spiel.filter_rank": 32}, (2.5e-3, 5e-3, 1e-2)
             ),
             "rosa": Candidate(  # as its paper: a warm-up of LoRA, then its gradients choose the entries
-                {**HALVES, "rosa.entries": "gradient", "rosa.warmup": 6, **THREE_BATCHES},
+                {**HALF_LORA, "rosa.entries": "gradient", "rosa.warmup": 6, **THREE_BATCHES},
                 (5e-4, 1e-3, 2e-3),
                 {"rosa.learning_rate": 3.0},
             ),
             "supra": Candidate(  # largest weights and LoRA
-                {**HALVES, "rosa.entries": "magnitude"},
+                {**HALF_LORA, "rosa.entries": "magnitude"},
                 (1.25e-3, 2.5e-3, 5e-3),
                 {"rosa.learning_rate": 0.8},
             ),

@@ -53,7 +53,18 @@ class NoGrowth(Criterion):
 
 @register("magnitude")
 class LargestWeights(NoGrowth):
-    """The largest or smallest pretrained weights, a static mask (Super-Tuning)."""
+    """The largest or smallest pretrained weights, a static mask (Super-Tuning).
+
+    Example:
+        >>> from spiel_jax.config import default_config
+        >>> config, weights = default_config(), {"w": jnp.array([[3.0, -4.0], [1.0, 2.0]])}
+        >>> LargestWeights.start(config)(weights, {"w": Target((2, 2), 2)})["w"].indices.tolist()
+        [0, 1]
+
+    References:
+        Super-Tuning, `arXiv 2607.09287 <https://arxiv.org/abs/2607.09287>`_, which has 1% of the entries, the
+        largest or the smallest.
+    """
 
     can_keep_zeros = True
     own = ("spiel.magnitude",)

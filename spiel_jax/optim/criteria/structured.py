@@ -28,9 +28,18 @@ class Structured(NoGrowth):
     ``spiel.tile`` says what is taken whole: ``rows=1`` a row, ``columns=1`` a column, both a rectangle.
     Entries of the budget that make up no whole one are unused slots.
 
+    Example:
+        >>> from spiel_jax.config import default_config
+        >>> config = default_config()
+        >>> config.spiel.tile.rows, config.spiel.tile.by = 1, "weights"
+        >>> weights = {"w": jnp.array([[1.0, 1.0], [2.0, 2.0], [0.0, 3.0]])}
+        >>> Structured.start(config)(weights, {"w": Target((3, 2), 2)})["w"].indices.tolist()
+        [2, 3]
+
     References:
-        Yang et al., `S2FT <https://arxiv.org/abs/2412.06289>`_: channels at random, in the projections after
-        them rows, in those before columns; He et al., `Sparse Matrix Tuning
+        Yang et al., `S2FT <https://arxiv.org/abs/2412.06289>`_: heads and channels at random, the same in the
+        projections before them (here rows, of [out, in]) and after them (columns), where here every weight
+        draws its own and ``spiel.tile`` is one of all; He et al., `Sparse Matrix Tuning
         <https://arxiv.org/abs/2405.15525>`_: blocks of 256 x 256, by gradients; see ``LargestGradientTiles``.
     """
 
