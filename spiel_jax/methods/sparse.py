@@ -338,8 +338,8 @@ class SparseMethod(Method):
 
 
 def never_chosen(config: Any, steps: int) -> Iterator[Complaint]:
-    """That a run of so many steps ends before its entries are chosen, which are random until then."""
-    schedule = CRITERIA[config.method].schedule(config, steps)
-    if schedule.first and schedule.accumulation > steps:
+    """That a run of so many steps ends before a static mask is chosen: its entries would stay random."""
+    phase = config.spiel.accumulation
+    if CRITERIA[config.method].reselects_once and phase > steps:
         expected = f"at most {steps}, the steps there are: {config.method} chooses its entries after so many"
-        yield "spiel.accumulation", schedule.accumulation, expected
+        yield "spiel.accumulation", phase, expected

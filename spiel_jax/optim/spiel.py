@@ -338,7 +338,7 @@ class _Evolution:
     ) -> tuple[Any, SpielState]:
         """Drops and grows: updates and state after reselection ``number``, from 0."""
         stats = state.growth
-        if weights is None and self.growth.uses_weights:
+        if weights is None and getattr(self.growth, "uses_weights", False):
             kind = type(self.growth).__name__
             raise ValueError(f"{kind} looks at the weights: give update(weights=) where it reselects")
         if weights is not None:

@@ -71,7 +71,6 @@ def test_keys_that_were_added_or_taken_nevertheless_are_refused(config):
         ),
         ("micro_batch_size", 7, "config.micro_batch_size = 7: expected a divisor of batch_size = 128"),
         ("data.sequence_length", 2**25, "expected less, or a smaller micro-batch than 128"),
-        ("steps", 4, "config.spiel.accumulation = 5: expected at most 4, the steps there are: spiel_ag"),
         ("spiel.accumulation", 21, "config.spiel.accumulation = 21: expected 1 to spiel.every = 20"),
         ("data.sources", ({"path": "a", "wieght": 2},), "no 'wieght': expected some of path, weight,"),
         ("data.sources", ({"weight": 2},), "a source without a path: {'weight': 2}"),

@@ -1,4 +1,4 @@
-"""GEM and TaLoS: what they choose, in the step of a model, against dense gradients in NumPy."""
+"""Largest gradients, GEM, TaLoS: what they choose, in a model's step, against dense gradients in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from spiel_jax.losses.next_token import Objective
 from spiel_jax.methods.sparse import SparseMethod
 from spiel_jax.optim.criteria.accumulated_gradients import CandidateStats
 from spiel_jax.optim.criteria.salience import GradientOverWeight, LowSensitivity
+from spiel_jax.optim.criteria.static import FirstGradients
 
 OBJECTIVE = Objective(CONFIG, loss_chunk=16)
 ONE = jnp.ones((), jnp.int32)
@@ -35,9 +36,10 @@ def test_by_hand():
     assert chosen(LowSensitivity(), stats, weights, 2, target) == [2, 3]  # sums of squares 1 and 4
 
 
-@pytest.mark.parametrize("growth", [GradientOverWeight(ratio=2.0), LowSensitivity(ratio=2.0)])
-def test_in_a_step_they_choose_by_the_dense_scores(growth):
+@pytest.mark.parametrize("kind", [FirstGradients, GradientOverWeight, LowSensitivity])
+def test_in_a_step_they_choose_by_the_dense_scores(kind):
     """A phase of two steps at a learning rate of 0, so that its gradients are those of one model."""
+    growth = kind(ratio=2.0)
     targets = adapted({}, (r".*\.up_proj\.weight",), num_tunable=300)
     plan = sj.Reselection(2, 2, 2, sj.constant(0.0), first=1.0)
     tx = sj.spiel(sj.aged_adamw(0.0), targets, growth=growth, schedule=plan)
@@ -63,9 +65,13 @@ def test_in_a_step_they_choose_by_the_dense_scores(growth):
         for layer in range(CONFIG.num_layers):
             first, second = (np.asarray(g[name][layer], np.float64).ravel() for g in grads)
             weight = np.asarray(params[name][layer], np.float64).ravel()
-            if isinstance(growth, GradientOverWeight):
+            if kind is GradientOverWeight:
                 proposed = np.argsort(-np.abs(first / weight))[: 2 * count]
                 score = np.abs((first + second) / weight)
+            elif kind is FirstGradients:
+                proposed = np.argsort(-np.abs(first))[: 2 * count]
+                score = np.abs(first + second)
+                assert set(proposed[:count]) != set(proposed[np.argsort(-score[proposed])[:count]])
             else:
                 proposed = np.argsort(np.abs(first))[: 2 * count]
                 score = -(first**2 + second**2)
