@@ -78,10 +78,8 @@ def test_sparse_methods_differ_by_growth_and_schedule(config, method, growth, st
 @pytest.mark.parametrize("method", ["gradient", "gem", "wanda", "smt", "rosa"])
 def test_a_run_that_ends_before_its_entries_are_chosen_is_refused(config, method):
     config.method, config.spiel.tile.rows = method, 1
-    model, message = (
-        ModelConfig.llama2_7b(),
-        "spiel.accumulation = 5: expected at most 4, the steps there are",
-    )
+    message = "spiel.accumulation = 5: expected at most 4, the steps there are"
+    model = ModelConfig.llama2_7b()
     config.rosa.warmup, left = 60, 64 if method == "rosa" else 4
     with pytest.raises(SpielError, match=message):
         registry.build(config, model, left)
