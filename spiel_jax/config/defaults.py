@@ -68,7 +68,8 @@ def default_config() -> Config:
                 "density": optional(float),  # of sparse methods: tunable entries as a share of all parameters
                 "num_tunable": optional(int),  # or their number
                 # slots of each matrix beside its share of that, as a share of it. More than 0: the budget is
-                # one of all matrices, and moves to where scores are largest (spiel_ag, spiel_ma, gradient)
+                # one of all matrices, and moves to where scores are largest (spiel_ag, spiel_ma,
+                # spiel_ma_adam, gradient, gem, talos, and random where it evolves)
                 "spare": 0.0,
                 # blocks of each weight along the mesh axes, each with its own share of the entries; a run's
                 # mesh must divide them. Default: as the mesh at the start; 1 and 1 is the paper's algorithm
@@ -101,7 +102,9 @@ def default_config() -> Config:
                 # rate of the first reselection; negative: as the schedule says; default: 1 for SpIEL, whose
                 # entries start at random, and as the schedule says for random
                 "first": optional(float),
-                "candidate_ratio": 1.0,  # spiel_ag, gradient, gem, talos: candidates per active entry
+                # spiel_ag, gradient, gem, talos: candidates per active entry. Of a mask that is chosen once
+                # (gradient, gem, talos) a phase's first step decides with 1, and all of it with more, as 4
+                "candidate_ratio": 1.0,
                 # spiel_ag, gradient: what proposes them: first, a step's first micro-batch; mean, all,
                 # about the largest entries of their mean gradient, for a second pass of that step
                 "candidates": "first",

@@ -60,9 +60,10 @@ class RosaState(NamedTuple):
 class RosaMethod(Method):
     """RoSA: sparse deltas and LoRA on the same weights, each with its own budget, optimizer and clipping.
 
-    In a warm-up LoRA trains alone. Then gradients are accumulated, entries are chosen, and both train: as
-    the growth criterion ``config.rosa.entries`` has it, whose schedules begin after the warm-up. With
-    "gradient" that is RoSA; Supra (arXiv 2607.09287) is "magnitude" without a warm-up.
+    In a warm-up LoRA trains alone. Then entries are chosen, and both train: as the growth criterion
+    ``config.rosa.entries`` has it, whose schedules begin after the warm-up. With "gradient" that is RoSA,
+    where accumulated gradients choose: a ``spiel.candidate_ratio`` above 1 (see ``FirstGradients``); Supra
+    (arXiv 2607.09287) is "magnitude" without a warm-up.
 
     Attributes:
         sparse: The sparse part.
@@ -70,6 +71,14 @@ class RosaMethod(Method):
         tx: Optimizer of the other.
         warmup: Steps in which it trains alone.
         seed: Of the matrices and their dropout.
+
+    Example:
+        >>> from spiel_jax.config import default_config
+        >>> config = default_config()
+        >>> config.rosa.warmup, config.spiel.accumulation, config.targets.num_tunable = 3, 2, 1000
+        >>> method = RosaMethod.from_config(config, ModelConfig.llama2_7b(), steps=9)
+        >>> [method.step_kind(step)[0].value for step in (3, 4, 5, 6)]  # entries are chosen after step 5
+        ['plain', 'propose', 'estimate', 'plain']
 
     References:
         Nikdan et al., `RoSA: Accurate Parameter-Efficient Fine-Tuning via Robust Adaptation
