@@ -1,7 +1,6 @@
 """LoRA: a trained matrix of low rank beside each frozen weight (arXiv 2106.09685)."""
 
 import math
-import zlib
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +20,7 @@ from spiel_jax.models.config import ModelConfig
 from spiel_jax.models.layers import AdaptedLinear
 from spiel_jax.ops.matmul import dot, weight_gradient
 from spiel_jax.ops.stored import Stored, as_array
-from spiel_jax.ops.tree import parameter_name
+from spiel_jax.ops.tree import named_key, parameter_name
 from spiel_jax.sparse.targets import Target
 
 _static = partial(field, metadata={"static": True})
@@ -199,7 +198,7 @@ class Lora:
 
         def one(name: str, target: Target) -> dict[str, jax.Array]:
             rows, columns = target.shape
-            own, bound = jax.random.fold_in(key, zlib.crc32(name.encode())), 1 / math.sqrt(columns)
+            own, bound = named_key(key, name), 1 / math.sqrt(columns)
             a = jax.random.uniform(own, (*target.stack, self.rank, columns), jnp.float32, -bound, bound)
             return {"lora_A": a, "lora_B": jnp.zeros((*target.stack, rows, self.rank), jnp.float32)}
 
@@ -215,7 +214,7 @@ class Lora:
             layers = params[parameter].shape[0]
             keys = None
             if key is not None and self.dropout:
-                keys = jax.random.split(jax.random.fold_in(key, zlib.crc32(parameter.encode())), layers)
+                keys = jax.random.split(named_key(key, parameter), layers)
             a, b = (among_layers(trainable[name][f"lora_{part}"], target, layers, 0.0) for part in "AB")
             adapters[parameter] = LowRankLinear(a, b, keys, self.scale, self.dropout)
         return params, adapters

@@ -13,7 +13,6 @@ Example:
 """
 
 import functools
-import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -39,6 +38,7 @@ from spiel_jax.models.storage.weight import Weight, hold
 from spiel_jax.ops.matmul import linear
 from spiel_jax.ops.sharded import BATCH_AXES, constrain
 from spiel_jax.ops.stored import as_array, is_stored
+from spiel_jax.ops.tree import named_key
 
 Remat = Literal["none", "dots", "full"]
 EMBEDDING = "model.embed_tokens.weight"
@@ -391,7 +391,7 @@ def init_params(
             return jnp.ones(shape, dtype)
         if name.endswith(".bias"):
             return jnp.zeros(shape, dtype)
-        own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        own = named_key(key, name)
         if not name.startswith(LAYERS):
             return normal(own, shape)
         # layer by layer: the float32 draw of a whole stack can be larger than the model

@@ -1,6 +1,7 @@
 """Names of the leaves of pytrees, and edits of the named ones. A stored weight is a leaf."""
 
 import functools
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,16 @@ def parameter_name(target: str) -> str:
 def path_name(path: tuple) -> str:
     """Dotted name of a leaf of a pytree from its key path: ``("mlp", "kernel")`` is "mlp.kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def named_key(key: jax.Array, name: str) -> jax.Array:
+    """A PRNG key for each name, whatever other names there are.
+
+    >>> import jax
+    >>> bool((named_key(jax.random.key(0), "a") == named_key(jax.random.key(0), "b")).all())
+    False
+    """
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def named_leaves(params: Any) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Where the entries of sparse values are: at the start, and in the state of an optimizer."""
 
-import zlib
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from spiel_jax.ops.tree import named_key
 from spiel_jax.sparse.delta import SparseDelta
 from spiel_jax.sparse.targets import Target, by_target
 
@@ -42,10 +42,10 @@ def initial_positions(targets: Mapping[str, Target], seed: int | jax.Array) -> d
         Target name to a ``SparseDelta`` without values.
     """
     is_key = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
-    root = seed if is_key else jax.random.key(seed)
+    root: Any = seed if is_key else jax.random.key(seed)
     positions = {}
     for name, target in targets.items():
-        key = jax.random.fold_in(root, zlib.crc32(name.encode()))
+        key = named_key(root, name)
         drawn = _drawn(key, target.lead, target.block_size, target.block_share)
         positions[name] = target.delta(target.filled(drawn))
     return positions

@@ -6,7 +6,6 @@ pretrained one, so what is chosen beside the active ones is never a zero of the 
 
 import functools
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from jax import lax
 from spiel_jax.ops.selection import isin, top_in_blocks
 from spiel_jax.ops.sharded import on_blocks
 from spiel_jax.ops.stored import as_array
+from spiel_jax.ops.tree import named_key
 from spiel_jax.sparse.delta import SparseDelta
 from spiel_jax.sparse.targets import Target, adapted_matrices
 
@@ -118,7 +118,7 @@ def random_off_zeros(
     """
     positions = {}
     for name, target in targets.items():
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+        key = named_key(jax.random.key(seed), name)
         keys = jax.random.split(key, math.prod(target.stack))
         drawn = draw_off_zeros(params, name, target, target.block_share, keys)
         positions[name] = target.delta(target.filled(drawn))

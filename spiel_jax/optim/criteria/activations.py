@@ -12,21 +12,16 @@ from spiel_jax.ops.matmul import dot
 from spiel_jax.ops.selection import top_in_blocks
 from spiel_jax.ops.sharded import on_blocks
 from spiel_jax.ops.stored import as_array
-from spiel_jax.optim.criteria.criterion import Criterion, Observation, Regridding, register
-from spiel_jax.optim.criteria.static import chosen_once
-from spiel_jax.optim.schedules import Reselection
+from spiel_jax.optim.criteria.criterion import Regridding, register
+from spiel_jax.optim.criteria.static import BySums
 from spiel_jax.optim.zeros import off_zeros
 from spiel_jax.sparse.targets import Target, adapted_matrices
 
 
 @dataclass(frozen=True)
-class _Activations(Criterion):
-    """Entries by a score of the weight and of sums over the tokens of a phase; chosen once, at its end."""
+class _Activations(BySums):
+    """Entries by a score of the weight and of sums over the tokens of a phase."""
 
-    can_keep_zeros = True
-    own = ()
-    unused = ("spiel.every", "spiel.schedule", "spiel.rate", "spiel.first")
-    reselects_once = True
     side: ClassVar[int]  # axis of the matrix that the sums belong to
 
     keep_zeros: bool = False
@@ -35,11 +30,6 @@ class _Activations(Criterion):
     def score(matrix: jax.Array, sums: jax.Array) -> jax.Array:
         """Scores of the entries, [R, C]; the sums are [R, 1] or [1, C]."""
         raise NotImplementedError
-
-    @classmethod
-    def schedule(cls, config: Any, steps: int) -> Reselection:
-        """See ``Criterion``: everything is replaced at the end of step ``spiel.accumulation``."""
-        return chosen_once(config, steps)
 
     @property
     def uses_weights(self) -> bool:
@@ -50,12 +40,6 @@ class _Activations(Criterion):
         """Sums of 0: target name to [*stack, inputs or outputs]."""
         del values
         return {name: jnp.zeros((*t.stack, t.shape[self.side])) for name, t in targets.items()}
-
-    def observe(self, stats: dict[str, jax.Array], seen: Observation) -> dict[str, jax.Array]:
-        """Adds what the step's tokens gave."""
-        if seen.watched is None:
-            return stats
-        return {name: old + seen.watched[name].astype(old.dtype) for name, old in stats.items()}
 
     def survey(
         self, stats: dict[str, jax.Array], weights: Any, targets: Mapping[str, Target]
@@ -80,19 +64,11 @@ class _Activations(Criterion):
             found[name] = positions.reshape(*target.lead, target.block_count)
         return found
 
-    def available(self, stats: jax.Array, indices: jax.Array, target: Target) -> int:
-        """All are replaced; where fewer were found, for zeros that are kept, slots are unused."""
-        return indices.size
-
     def incoming(
         self, stats: jax.Array, indices: jax.Array, dropped: jax.Array, n: jax.Array, target: Target
     ) -> jax.Array:
         """All that were found: everything is replaced."""
         return stats
-
-    def clear(self, stats: dict[str, jax.Array], targets: Mapping[str, Target]) -> dict[str, jax.Array]:
-        """Sums of 0."""
-        return jax.tree.map(jnp.zeros_like, stats)
 
     def regrid(self, stats: Any, move: Regridding) -> Any:
         """The same sums: they belong to whole rows or columns."""

@@ -10,17 +10,16 @@ import numpy as np
 
 from spiel_jax.errors import SpielError
 from spiel_jax.ops.tree import named_leaves, parameter_name
-from spiel_jax.optim.criteria.criterion import Complaint, Criterion, Observation, Regridding, register
-from spiel_jax.optim.criteria.static import chosen_once
+from spiel_jax.optim.criteria.criterion import Complaint, Regridding, register
+from spiel_jax.optim.criteria.static import BySums
 from spiel_jax.optim.criteria.structured import Structured, Tiling
-from spiel_jax.optim.schedules import Reselection
 from spiel_jax.sparse.delta import gather
 from spiel_jax.sparse.targets import Target
 
 
 @register("smt")
 @dataclass(frozen=True)
-class LargestGradientTiles(Criterion):
+class LargestGradientTiles(BySums):
     r"""The rectangles of largest mean gradient, a static mask (SMT): chosen once, at the end of a phase.
 
     $$
@@ -49,10 +48,7 @@ class LargestGradientTiles(Criterion):
         He et al., `Sparse Matrix in Large Language Model Fine-tuning <https://arxiv.org/abs/2405.15525>`_.
     """
 
-    can_keep_zeros = True
     own = ("spiel.tile.rows", "spiel.tile.columns")
-    unused = ("spiel.every", "spiel.schedule", "spiel.rate", "spiel.first")
-    reselects_once = True
     measures = True
 
     rows: int | None = 256
@@ -69,11 +65,6 @@ class LargestGradientTiles(Criterion):
     def from_config(cls, config: Any) -> "LargestGradientTiles":
         """See ``Criterion``."""
         return cls(config.spiel.tile.rows, config.spiel.tile.columns)
-
-    @classmethod
-    def schedule(cls, config: Any, steps: int) -> Reselection:
-        """See ``Criterion``: everything is replaced at the end of step ``spiel.accumulation``."""
-        return chosen_once(config, steps)
 
     @property
     def uses_weights(self) -> bool:
@@ -96,12 +87,6 @@ class LargestGradientTiles(Criterion):
         del values
         return {name: jnp.zeros((*t.lead, self._tiling(t, name).parts)) for name, t in targets.items()}
 
-    def observe(self, stats: dict[str, jax.Array], seen: Observation) -> dict[str, jax.Array]:
-        """Adds what the step's gradients gave."""
-        if seen.watched is None:
-            return stats
-        return {name: old + seen.watched[name] for name, old in stats.items()}
-
     def survey(
         self, stats: dict[str, jax.Array], weights: Any, targets: Mapping[str, Target]
     ) -> dict[str, jax.Array]:
@@ -119,19 +104,11 @@ class LargestGradientTiles(Criterion):
     def _found(self, stats: jax.Array, target: Target) -> jax.Array:
         return stats if self.keep_zeros else self._tiling(target).best(stats)
 
-    def available(self, stats: jax.Array, indices: jax.Array, target: Target) -> int:
-        """All are replaced; what whole rectangles do not fill is unused."""
-        return indices.size
-
     def incoming(
         self, stats: jax.Array, indices: jax.Array, dropped: jax.Array, n: jax.Array, target: Target
     ) -> jax.Array:
         """All of them: everything is replaced."""
         return self._found(stats, target)
-
-    def clear(self, stats: dict[str, jax.Array], targets: Mapping[str, Target]) -> dict[str, jax.Array]:
-        """Sums of 0."""
-        return jax.tree.map(jnp.zeros_like, stats)
 
     def regrid(self, stats: Any, move: Regridding) -> Any:
         """The same rectangles, in other blocks.

@@ -1,7 +1,6 @@
 """Random growth: SET and static random masks."""
 
 import math
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spiel_jax.ops.selection import largest
+from spiel_jax.ops.tree import named_key
 from spiel_jax.optim.criteria.criterion import Complaint, Regridding, configured_schedule, register
 from spiel_jax.optim.criteria.non_zeros import NonZeros
 from spiel_jax.optim.schedules import Reselection
@@ -70,9 +70,7 @@ class RandomGrowth(NonZeros):
         """A key per matrix: target name to uint32 [..., words]."""
         root = jax.random.fold_in(jax.random.key(self.key), 1)  # not that of the initial positions
         return {
-            name: jax.random.key_data(
-                jax.random.split(jax.random.fold_in(root, zlib.crc32(name.encode())), target.lead)
-            )
+            name: jax.random.key_data(jax.random.split(named_key(root, name), target.lead))
             for name, target in targets.items()
         }
 

@@ -13,7 +13,7 @@ from spiel_jax.ops.selection import top_in_blocks
 from spiel_jax.ops.sharded import on_blocks
 from spiel_jax.ops.stored import Stored, as_array
 from spiel_jax.optim.criteria.accumulated_gradients import AccumulatedGradients, Seeds
-from spiel_jax.optim.criteria.criterion import Criterion, register
+from spiel_jax.optim.criteria.criterion import Criterion, Observation, register
 from spiel_jax.optim.schedules import Reselection, constant
 from spiel_jax.optim.zeros import off_zeros
 from spiel_jax.sparse.delta import SparseDelta
@@ -121,6 +121,37 @@ def chosen_once(config: Any, steps: int) -> Reselection:
     """The schedule of a static mask that is chosen at the end of step ``spiel.accumulation``."""
     phase = config.spiel.accumulation
     return Reselection(steps, max(steps, phase), phase, constant(0.0), first=1.0)
+
+
+class BySums(Criterion):
+    """A static mask by sums of what a phase's steps let it watch or measure; chosen once, at its end.
+
+    Its statistics are one array of sums per target; ``incoming`` is all that is to be chosen.
+    """
+
+    can_keep_zeros = True
+    own = ()
+    unused = ("spiel.every", "spiel.schedule", "spiel.rate", "spiel.first")
+    reselects_once = True
+
+    @classmethod
+    def schedule(cls, config: Any, steps: int) -> Reselection:
+        """See ``Criterion``: everything is replaced at the end of step ``spiel.accumulation``."""
+        return chosen_once(config, steps)
+
+    def observe(self, stats: dict[str, jax.Array], seen: Observation) -> dict[str, jax.Array]:
+        """Adds what the step gave."""
+        if seen.watched is None:
+            return stats
+        return {name: old + seen.watched[name].astype(old.dtype) for name, old in stats.items()}
+
+    def available(self, stats: jax.Array, indices: jax.Array, target: Target) -> int:
+        """All are replaced; where fewer were found, slots are unused."""
+        return indices.size
+
+    def clear(self, stats: dict[str, jax.Array], targets: Mapping[str, Target]) -> dict[str, jax.Array]:
+        """Sums of 0."""
+        return jax.tree.map(jnp.zeros_like, stats)
 
 
 def magnitude_positions(

@@ -1,6 +1,5 @@
 """Static masks of whole rows, columns or rectangles: S2FT, and SMT by weights."""
 
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from spiel_jax.errors import SpielError
 from spiel_jax.ops.selection import top_magnitudes
 from spiel_jax.ops.sharded import on_blocks
 from spiel_jax.ops.stored import as_array
-from spiel_jax.ops.tree import named_leaves, parameter_name
+from spiel_jax.ops.tree import named_key, named_leaves, parameter_name
 from spiel_jax.optim.criteria.criterion import Complaint, register
 from spiel_jax.optim.criteria.static import NoGrowth
 from spiel_jax.sparse.delta import SparseDelta, gather
@@ -177,7 +176,7 @@ def tile_positions(
         if seed is None:
             means = on_blocks(partial(_means, tiling), target.axes, 1, adapted_matrices(params, name, target))
         else:
-            key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+            key = named_key(jax.random.key(seed), name)
             means = jax.random.uniform(key, (*target.lead, tiling.parts))
         best = jax.vmap(tiling.best)(means.reshape(-1, tiling.parts))
         delta = target.delta(best.reshape(*target.lead, target.block_count))
