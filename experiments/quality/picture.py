@@ -20,6 +20,8 @@ METHODS = {  # as the study calls it, to what it is called here
     "full": "all weights",
     "rslora": "rank-stabilised LoRA",
     "random + lora": "half random entries, half LoRA",
+    "supra": "half largest weights, half LoRA",
+    "rosa": "half largest gradients, half LoRA",
     "random, evolving by age": "random entries, evolving by age",
     "random, evolving": "random entries, evolving",
     "random, fixed": "random entries, fixed",
@@ -128,7 +130,7 @@ def _middle(row: int) -> float:
 
 
 def _colour(method: str) -> str:
-    mixed = method == "random + lora"
+    mixed = method in ("random + lora", "supra", "rosa")
     return BLUE if method.startswith(SPARSE) else ORANGE if mixed else GREY
 
 
