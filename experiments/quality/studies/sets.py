@@ -11,6 +11,7 @@ from experiments.quality.studies import chitchat, instructions
 from experiments.quality.study import Candidate, Study
 
 LOW, HIGH = (5e-4, 1e-3, 2e-3), (2.5e-3, 5e-3, 1e-2)  # what gradients bear, and what random entries do
+WIDE = (6.25e-4, 1.25e-3, 2.5e-3, 5e-3)
 SQUARE = {"spiel.tile.rows": 32, "spiel.tile.columns": 32}
 
 
@@ -26,8 +27,8 @@ def get_study() -> Study:
         "gradient of three": Candidate({"method": "gradient", **phase}, LOW),
         "gradient over weight (GEM)": Candidate({"method": "gem", **phase}, (*LOW, 4e-3)),
         "low sensitivity (TaLoS)": Candidate({"method": "talos", **phase}, HIGH),
-        "weight times activation": Candidate({"method": "wanda", "spiel.accumulation": 3}, HIGH),
-        "output magnitude (MIGU)": Candidate({"method": "migu", "spiel.accumulation": 3}, (*LOW, *HIGH)),
+        "weight times activation": Candidate({"method": "wanda", "spiel.accumulation": 3}, WIDE),
+        "output magnitude (MIGU)": Candidate({"method": "migu", "spiel.accumulation": 3}, WIDE),
     }
     known = chitchat.get_study()
     settings = {**known.settings, **instructions.HALF}
