@@ -3,7 +3,8 @@ r"""Llama 2 13B with SpIEL-AG: the paper's recipe at the size of LoRA rank 64.
     python -m spiel_jax.train --config=configs/llama2_13b.py --workdir=runs/llama2_13b \
         --config.data.sources="('flan_v2.jsonl',)"
 
-A mixture of the paper is asked for as in ``llama2_7b.py``: ``--config=configs/llama2_13b.py:tulu_v2``.
+A mixture of the paper is asked for as in ``llama2_7b.py``: ``--config=configs/llama2_13b.py:tulu_v2``;
+all that the paper tried is ``experiments/quality/studies/llama2_13b.py``.
 
 Recipe (arXiv 2401.16405, section 4): batches of 128 sequences of up to 2048 tokens, 2 epochs, linear
 decay after 3% of warm-up, base in bfloat16, deltas in float32, as many tunable weights as LoRA of rank 64
