@@ -33,6 +33,7 @@ with spiel.seeds=both. With seeds 1 and 2, which are other entries and other tex
 So `evolving` is the default: 0.0068 +- 0.0032 below the fixed set, in each of three seeds (0.0137 +- 0.0004
 in a study with twice the tokens and a larger test), and level with LoRA, which was run at one rate (-0.0032
 +- 0.0063). Instructions are better learnt with SpIEL-AG, at 5e-4 (docs, "Which method?").
+The runs are in experiments/quality/results/default.json.
 
 `evolving` took 2 m 10 s of training on 2 cores of an EPYC of family 26, and 3 m 46 s from end to end on one,
 to the same losses; `lora` 3 m 10 s there, where seeds 1 and 2 ran too. On older ones `random` took 3 m 55 s,
