@@ -10,7 +10,6 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from spiel_jax.errors import SpielError
 from spiel_jax.losses.next_token import Objective, Params, TokenBatch
 from spiel_jax.methods.configured import configured_adamw
 from spiel_jax.methods.lora import Lora, LowRankLinear, LowRankParams, low_rank_term
@@ -104,7 +103,8 @@ class RosaMethod(Method):
         """See ``Method``: those of the sparse part, and of the warm-up."""
         warmup = config.rosa.warmup
         if config.steps is not None and warmup >= config.steps:
-            yield "rosa.warmup", warmup, _before_the_end(config.steps)
+            expected = f"at most {config.steps - 1}: the deltas train after it, in {config.steps} steps"
+            yield "rosa.warmup", warmup, expected
             return
         sparse = _sparse_config(config)
         if config.steps is not None:
@@ -126,9 +126,7 @@ class RosaMethod(Method):
     ) -> "RosaMethod":
         """See ``Method``."""
         settings = config.rosa
-        after = steps - settings.warmup
-        if after < 1:
-            raise SpielError(f"rosa.warmup = {settings.warmup}: expected {_before_the_end(steps)}")
+        after = max(steps - settings.warmup, 1)
         sparse = SparseMethod.from_config(_sparse_config(config), model, after, targets or None)
         own = config.copy_and_resolve_references()
         if settings.learning_rate is not None:
@@ -288,7 +286,3 @@ def _sparse_config(config: Any) -> Any:
     own = config.copy_and_resolve_references()
     own.method = config.rosa.entries
     return own
-
-
-def _before_the_end(steps: int) -> str:
-    return f"at most {steps - 1}: the deltas train after it, in {steps} steps"

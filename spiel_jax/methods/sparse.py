@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from spiel_jax.errors import SpielError
 from spiel_jax.losses.next_token import Objective, Params, TokenBatch
 from spiel_jax.methods.configured import configured_targets, learning_rate, with_axes
 from spiel_jax.methods.entry_gradients import EntryGradients, ProposeFrom, Seen, alone
@@ -101,8 +100,6 @@ class SparseMethod(Method):
         criterion = CRITERIA[config.method]
         targets = with_axes(configured_targets(config, model) if targets is None else targets)
         growth, schedule = criterion.from_config(config), criterion.schedule(config, steps)
-        for key, value, expected in never_chosen(config, steps):
-            raise SpielError(f"{key} = {value}: expected {expected}")
         start = criterion.start(config)
         if config.spiel.keep_zeros:
             growth = replace(growth, keep_zeros=True)  # pyright: ignore[reportArgumentType]

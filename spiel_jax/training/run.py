@@ -188,6 +188,10 @@ def _run(config: Config, claim: Claim, source: ModelSource, mesh: Mesh, progress
     if known is not None:  # not before it is known to be the same run
         processes.together(lambda: write_config(workdir, config) if first else None)
     steps = inputs.course.steps
+    if known is None and config.steps is None:  # how long the epochs are is known only now
+        told = config.copy_and_resolve_references()
+        told.steps = steps
+        check_config(told)
     method = _method(config, known, source, steps, begin)
     place = config.model.tokenizer or config.model.source
     watched = processes.together(lambda: watch(config, source.config, method, inputs.tokenizer, date, place))

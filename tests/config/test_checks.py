@@ -120,6 +120,18 @@ def test_a_key_without_effect(config, changes, key, beside):
     assert sentence.startswith(f"config.{key} = {flatten(config)[key]!r} has no effect beside {beside}")
 
 
+@pytest.mark.parametrize("method", ["gradient", "gem", "wanda", "smt", "rosa"])
+def test_a_run_that_ends_before_its_entries_are_chosen_is_refused(config, method):
+    config.method, config.spiel.tile.rows, config.rosa.warmup = method, 1, 60
+    config.steps = 65 if method == "rosa" else 5
+    check_config(config)
+    config.steps -= 1
+    with pytest.raises(
+        ConfigError, match=r"spiel\.accumulation = 5: expected at most 4, the steps there are"
+    ):
+        check_config(config)
+
+
 def test_keys_with_an_effect(config):
     config.sample.prompt = "hi"
     idle = {"lora": ["lora.rank", "targets.rules"], "magnitude": ["spiel.magnitude", "spiel.merge"]}

@@ -2,8 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spiel_jax.config import ConfigError, check_config, default_config
-from spiel_jax.errors import SpielError
+from spiel_jax.config import default_config
 from spiel_jax.methods import configured, registry
 from spiel_jax.methods.full import FullMethod
 from spiel_jax.methods.parametrization import ParametrizationMethod
@@ -73,20 +72,6 @@ def test_sparse_methods_differ_by_growth_and_schedule(config, method, growth, st
     assert schedule.steps == steps
     assert schedule.rates[:1] == [1.0][: len(steps)]
     assert (training.start is not None) == (method in ("magnitude", "lift"))
-
-
-@pytest.mark.parametrize("method", ["gradient", "gem", "wanda", "smt", "rosa"])
-def test_a_run_that_ends_before_its_entries_are_chosen_is_refused(config, method):
-    config.method, config.spiel.tile.rows = method, 1
-    message = "spiel.accumulation = 5: expected at most 4, the steps there are"
-    model = ModelConfig.llama2_7b()
-    config.rosa.warmup, left = 60, 64 if method == "rosa" else 4
-    with pytest.raises(SpielError, match=message):
-        registry.build(config, model, left)
-    assert registry.build(config, model, left + 1)
-    config.model.source, config.data.sources, config.steps = "here", ("a.jsonl",), left
-    with pytest.raises(ConfigError, match=message):  # where the configuration tells it, before anything
-        check_config(config)
 
 
 def test_options_of_growth(config):

@@ -336,3 +336,9 @@ class TestExtend:
         assert run(config, tmp_path).step == 4  # 72 rows
         config.epochs = 2
         assert run(config, tmp_path, extend=True).step == 9
+
+    def test_epochs_that_end_before_entries_are_chosen_are_refused(self, config, tmp_path):
+        config.steps, config.epochs, config.data.packing, config.batch_size = None, 1, False, 16
+        config.method, config.spiel.accumulation = "gradient", 5
+        with pytest.raises(ConfigError, match="accumulation = 5: expected at most 4, the steps there are"):
+            run(config, tmp_path)
