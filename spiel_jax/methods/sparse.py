@@ -82,10 +82,7 @@ class SparseMethod(Method):
         if config.init_from.adapter is not None and (balance.rows or balance.columns):
             expected = "unset: the entries of an adapter are where they are (targets.balance)"
             yield "init_from.adapter", config.init_from.adapter, expected
-        found = list(CRITERIA[config.method].complaints(config))
-        yield from found
-        if not found and config.steps is not None:
-            yield from never_chosen(config, config.steps)
+        yield from CRITERIA[config.method].complaints(config)
 
     @classmethod
     def unused(cls, config: Any) -> Iterable[str]:
@@ -332,11 +329,3 @@ class SparseMethod(Method):
                 base[name] = jnp.where(replaced, gather(weight, delta), base[name])
             params[parameter_name(name)] = weight
         return replace(new, params=params, base=base)
-
-
-def never_chosen(config: Any, steps: int) -> Iterator[Complaint]:
-    """That a run of so many steps ends before a static mask is chosen: its entries would stay random."""
-    phase = config.spiel.accumulation
-    if CRITERIA[config.method].reselects_once and phase > steps:
-        expected = f"at most {steps}, the steps there are: {config.method} chooses its entries after so many"
-        yield "spiel.accumulation", phase, expected

@@ -286,6 +286,11 @@ class Criterion:
         idle = cls.reselects_once or "spiel.accumulation" in cls.unused
         if not (accumulation <= every or reference or idle):
             yield "spiel.accumulation", accumulation, f"1 to spiel.every = {every}"
+        if cls.reselects_once and config.steps is not None and accumulation > config.steps:
+            # its entries would stay random
+            room = f"at most {config.steps}, the steps there are"
+            expected = f"{room}: {config.method} chooses its entries after so many"
+            yield "spiel.accumulation", accumulation, expected
         adapter = config.init_from.adapter
         if adapter is not None and (cls.reselects_once or cls.start(config) is not None):
             yield "init_from.adapter", adapter, f"unset: {config.method} chooses its own entries"
