@@ -60,6 +60,9 @@ def get_study() -> Study:
             "spiel_ag, second moment seeded": Candidate(
                 {"method": "spiel_ag", "spiel.seeds": "second", **EVOLVING}, (5e-4, 1e-3, 2e-3)
             ),
+            "spiel_ag, evolving often by age": Candidate(
+                {"method": "spiel_ag", "spiel.seeds": "second", **OFTEN_BY_AGE}, (2.5e-4, 5e-4, 1e-3)
+            ),
             "spiel_ma": Candidate({"method": "spiel_ma", **EVOLVING}, (1.25e-3, 2.5e-3, 5e-3, 1e-2)),
             "random + lora": Candidate(HALVES, (1.25e-3, 2.5e-3, 5e-3), {"rosa.learning_rate": 0.8}),
             "random, evolving + lora": Candidate(
@@ -75,7 +78,7 @@ def get_study() -> Study:
             ),
             "rosa": Candidate(  # as its paper: a warm-up of LoRA, then its gradients choose the entries
                 {**HALF_LORA, "rosa.entries": "gradient", "rosa.warmup": 6, **THREE_BATCHES},
-                (5e-4, 1e-3, 2e-3),
+                (2.5e-4, 5e-4, 1e-3, 2e-3),
                 {"rosa.learning_rate": 3.0},
             ),
             "supra": Candidate(  # largest weights and LoRA

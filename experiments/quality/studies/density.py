@@ -27,8 +27,10 @@ def get_study() -> Study:
         found[f"random, by age, {name}"] = Candidate({**chitchat.BY_AGE, **size}, random)
         grown = [float(f"{5e-4 * factor * share**-0.3:.2g}") for factor in (0.5, 1, 2)]
         found[f"spiel_ag, {name}"] = Candidate({**chitchat.SPIEL_AG, **chitchat.EVOLVING, **size}, grown)
-        fixed = {"method": "gradient", "spiel.accumulation": 3, **size}
-        found[f"gradient, {name}"] = Candidate(fixed, tuple(2 * rate for rate in grown))
+        twice = tuple(2 * rate for rate in grown)
+        second = {"method": "spiel_ag", "spiel.seeds": "second", **chitchat.EVOLVING, **size}
+        found[f"spiel_ag, second moment seeded, {name}"] = Candidate(second, twice)
+        found[f"gradient, {name}"] = Candidate({"method": "gradient", "spiel.accumulation": 3, **size}, twice)
     known = chitchat.get_study()
     settings = {**known.settings, **instructions.HALF}
     return replace(known, settings=settings, candidates=found, seeds=(0,), against=None)

@@ -17,6 +17,7 @@ RATES = {  # twice to four times those of conversations; LoRA bears few
     "full": (1.5e-4, 3e-4, 6e-4),
     "spiel_ag": (1e-3, 2e-3, 4e-3),
     "spiel_ag, second moment seeded": (2e-3, 4e-3, 8e-3),
+    "spiel_ag, evolving often by age": (2e-3, 4e-3, 8e-3),
     "gradient, fixed": (5e-4, 1e-3, 2e-3, 4e-3),
     "random + lora": (2.5e-3, 5e-3, 1e-2),
 }

@@ -11,7 +11,7 @@ from experiments.quality.study import Study
 
 FINALISTS = (
     *("lora", "random, fixed", "random, evolving", "full", "spiel_ag", "spiel_ag, second moment seeded"),
-    *("random, evolving by age", "gradient, fixed", "random + lora"),
+    *("random, evolving by age", "spiel_ag, evolving often by age", "gradient, fixed", "random + lora"),
 )
 HALF = {
     "batch_size": 2,
