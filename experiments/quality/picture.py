@@ -1,9 +1,8 @@
-r"""Draws the studies' methods beside LoRA, one column of marks for each study, as SVG.
+"""Draws the studies' methods beside LoRA, one column of marks for each study, as SVG.
 
     python -m experiments.quality.picture --out=docs/pictures/which_method.svg
 
-Reads the results in this folder. Its colours are of middle brightness: they can be read on white and on
-black.
+Reads the results in this folder.
 """
 
 import json
@@ -13,27 +12,10 @@ from statistics import mean
 
 from absl import flags
 
+from experiments.quality.svg import GREY, METHODS, colour, signed, text, whole
 from experiments.quality.tables import Result, at_best, beside, grouped, standard_error
 from spiel_jax import cli
 
-METHODS = {  # as the study calls it, to what it is called here
-    "full": "all weights",
-    "rslora": "rank-stabilised LoRA",
-    "random + lora": "half random entries, half LoRA",
-    "supra": "half largest weights, half LoRA",
-    "rosa": "half largest gradients, half LoRA",
-    "random, evolving by age": "random entries, evolving by age",
-    "random, evolving": "random entries, evolving",
-    "random, fixed": "random entries, fixed",
-    "lift, fixed": "largest of low rank (LIFT), fixed",
-    "magnitude, fixed": "largest weights, fixed",
-    "spiel_ag, second moment seeded": "SpIEL-AG",
-    "gradient, balanced by rows": "largest gradients, by rows, fixed",
-    "gradient, fixed": "largest gradients, fixed",
-    "spiel_ag": "SpIEL-AG as in the paper",
-    "spiel_ma": "SpIEL-MA",
-    "ia3": "(IA)³",
-}
 STUDIES = {
     "chitchat": ("conversations", "60 steps"),
     "long": ("conversations", "300 steps"),
@@ -45,8 +27,6 @@ RESULTS = Path(__file__).parent / "results"
 LOWEST, HIGHEST = -0.09, 0.09  # nats a token beside LoRA; beyond it a number stands at the edge
 TICKS, LABELS = (LOWEST, -0.06, -0.03, 0.0, 0.03, 0.06, HIGHEST), (-0.06, 0.0, 0.06)
 LEFT, TOP, WIDTH, GAP, LINE = 262, 66, 144, 16, 26
-GREY, BLUE, ORANGE = "#858b94", "#4a86d8", "#e07b2e"
-SPARSE = ("random, ", "lift", "magnitude", "spiel", "gradient")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -64,7 +44,7 @@ def picture(studies: Mapping[str, Sequence[Result]]) -> str:
     """The whole, of a study's name to its runs, all without budgets and with ``lora`` among them."""
     height = TOP + LINE * len(METHODS)
     parts = [
-        _text(LEFT - 16, _middle(row), words, anchor="end", colour=_colour(name))
+        text(LEFT - 16, _middle(row), words, anchor="end", colour=colour(name))
         for row, (name, words) in enumerate(METHODS.items())
     ]
     for column, (name, runs) in enumerate(studies.items()):
@@ -74,51 +54,43 @@ def picture(studies: Mapping[str, Sequence[Result]]) -> str:
         lora = at_best(groups["lora"])
         for row, method in enumerate(METHODS):
             if method in groups:
-                parts += _mark(left, _middle(row), beside(at_best(groups[method]), lora), _colour(method))
-    width = LEFT + len(studies) * (WIDTH + GAP)
+                parts += _mark(left, _middle(row), beside(at_best(groups[method]), lora), colour(method))
     label = "Test loss of each method beside that of LoRA of the same size, each at its best learning rate"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height + 46}" role="img" '
-        f'font-family="system-ui, sans-serif">\n<title>{label}</title>\n' + "\n".join(parts) + "\n</svg>\n"
-    )
+    return whole(LEFT + len(studies) * (WIDTH + GAP), height + 46, label, parts)
 
 
 def _panel(left: float, bottom: float, title: str, what: str) -> list[str]:
     """Of one study: its name, LoRA's line, and the scale."""
-    lines = [_text(left + WIDTH / 2, 22, title, size=15), _text(left + WIDTH / 2, 42, what)]
+    lines = [text(left + WIDTH / 2, 22, title, size=15), text(left + WIDTH / 2, 42, what)]
     for loss in TICKS:
         x = _x(left, loss)
         style = 'stroke-width="1.6"' if loss == 0 else 'stroke-opacity=".3"'
         lines.append(f'<path d="M{x:g} {TOP - 8}V{bottom}" stroke="{GREY}" {style}/>')
         if loss in LABELS:
-            lines.append(_text(x, bottom + 18, _signed(loss, "g") if loss else "LoRA", size=11))
+            lines.append(text(x, bottom + 18, signed(loss, "g") if loss else "LoRA", size=11))
     return lines
 
 
-def _mark(left: float, y: float, differences: Sequence[float], colour: str) -> list[str]:
+def _mark(left: float, y: float, differences: Sequence[float], stroke: str) -> list[str]:
     """A mean with its standard error over seeds; hollow if there is one seed."""
     if not differences:
         return []
     middle = mean(differences)
     if not LOWEST <= middle <= HIGHEST:
         right = middle > HIGHEST
-        number = _signed(middle, ".2f")
+        number = signed(middle, ".2f")
         words = f"{number} →" if right else f"← {number}"
         x = left + WIDTH if right else left
-        return [_text(x, y, words, size=12, colour=colour, anchor="end" if right else "start")]
+        return [text(x, y, words, size=12, colour=stroke, anchor="end" if right else "start")]
     parts, filled = [], len(differences) > 1
     if filled:
         error = standard_error(differences)
         ends = (_x(left, min(max(end, LOWEST), HIGHEST)) for end in (middle - error, middle + error))
         parts.append(
-            f'<path d="M{next(ends):.4g} {y:g}H{next(ends):.4g}" stroke="{colour}" stroke-width="2"/>'
+            f'<path d="M{next(ends):.4g} {y:g}H{next(ends):.4g}" stroke="{stroke}" stroke-width="2"/>'
         )
-    style = f'fill="{colour if filled else "none"}" stroke="{colour}" stroke-width="1.6"'
+    style = f'fill="{stroke if filled else "none"}" stroke="{stroke}" stroke-width="1.6"'
     return [*parts, f'<circle cx="{_x(left, middle):.4g}" cy="{y:g}" r="4" {style}/>']
-
-
-def _signed(number: float, form: str) -> str:
-    return f"{number:+{form}}".replace("-", "\u2212")
 
 
 def _x(left: float, loss: float) -> float:
@@ -127,18 +99,6 @@ def _x(left: float, loss: float) -> float:
 
 def _middle(row: int) -> float:
     return TOP + (row + 0.5) * LINE
-
-
-def _colour(method: str) -> str:
-    mixed = method in ("random + lora", "supra", "rosa")
-    return BLUE if method.startswith(SPARSE) else ORANGE if mixed else GREY
-
-
-def _text(
-    x: float, y: float, words: str, *, size: int = 13, colour: str = GREY, anchor: str = "middle"
-) -> str:
-    place = f'x="{x:.4g}" y="{y:g}" dominant-baseline="middle"'
-    return f'<text {place} font-size="{size}" fill="{colour}" text-anchor="{anchor}">{words}</text>'
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 from absl import flags
 
-from experiments.quality import picture
+from experiments.quality import picture, svg
 from experiments.quality.tables import beside
 
 DRAWN = Path(__file__).parents[2] / "docs" / "pictures" / "which_method.svg"
@@ -35,7 +35,7 @@ def test_a_mark_stands_at_the_mean_difference_and_is_hollow_of_one_seed():
     zero = picture.LEFT - picture.LOWEST * per_loss
     assert full == pytest.approx(zero - 0.01 * per_loss, abs=0.06)  # four digits are written
     assert random == pytest.approx(zero + 0.04 * per_loss, abs=0.06)
-    assert (hollow, filled) == ("none", picture.BLUE)
+    assert (hollow, filled) == ("none", svg.BLUE)
 
 
 def test_what_lies_beyond_the_scale_is_a_number_at_the_edge():
