@@ -21,7 +21,7 @@ def get_study() -> Study:
         rank = entries // PER_RANK
         if rank:
             lora = {**chitchat.LORA, "lora.rank": rank, "lora.alpha": 2.0 * rank}
-            found[f"lora, {name}"] = Candidate(lora, (1.5e-3, 3e-3, 6e-3))
+            found[f"lora, {name}"] = Candidate(lora, (1.5e-3, 3e-3, 6e-3, 1.2e-2))
         random = [float(f"{5e-3 * factor * share**-0.6:.2g}") for factor in (0.5, 1, 2, 4)]
         found[f"random, {name}"] = Candidate({"method": "random", **size}, random)
         found[f"random, by age, {name}"] = Candidate({**chitchat.BY_AGE, **size}, random)
