@@ -66,11 +66,20 @@ def _marks(method: str, runs: Sequence[Result], best: float | None, lora: float)
     for run, (x, y) in zip(runs, places, strict=True):
         fill = stroke if run["rate"] == best else "none"
         yield f'<circle cx="{x:.4g}" cy="{y:.4g}" r="4" fill="{fill}" stroke="{stroke}" stroke-width="1.6"/>'
-        words = NAMES[method] if run["rate"] == best else f"{run['rate']:g}"
-        after = AFTER[0] < run["elsewhere"][PLACE]["divergence"] < AFTER[1]
-        above = 9 if abs(run["test"] - lora) < ON_THE_LINE else 0
-        side = (x + 8, "start") if after else (x - 8, "end")
-        yield text(side[0], y - above, words, colour=stroke, anchor=side[1], size=12)
+        yield _name(method, run, x, y, lora) if run["rate"] == best else _rate(run, x, y, stroke)
+
+
+def _name(method: str, run: Result, x: float, y: float, lora: float) -> str:
+    """What a method is called, beside its mark; above LoRA's line if it would lie on it."""
+    after = AFTER[0] < run["elsewhere"][PLACE]["divergence"] < AFTER[1]
+    above = 9 if abs(run["test"] - lora) < ON_THE_LINE else 0
+    side, anchor = (x + 8, "start") if after else (x - 8, "end")
+    return text(side, y - above, NAMES[method], colour=colour(method), anchor=anchor, size=12)
+
+
+def _rate(run: Result, x: float, y: float, stroke: str) -> str:
+    """A rate that is not a method's best, above its mark."""
+    return text(x, y - 13, f"at {run['rate']:g}", colour=stroke, size=11)
 
 
 def _axes() -> Iterator[str]:

@@ -44,7 +44,7 @@ def test_marks_stand_at_what_was_moved_and_learnt_beside_lora_of_that_seed():
         assert found[near] == colours
     assert len(found) == len(want)
     words = [one.text for one in drawn.iter(f"{SVG}text")]
-    assert {"LoRA, rank 8", "0.0005", "random entries, fixed"} <= set(words)
+    assert {"LoRA, rank 8", "at 0.0005", "random entries, fixed"} <= set(words)
     dashed = [one for one in drawn.iter(f"{SVG}path") if one.get("stroke-dasharray")]
     assert len(dashed) == 1  # LoRA's two rates
 
