@@ -16,6 +16,7 @@ METHODS = {  # as the study calls it, to what it is called here
     "random, fixed": "random entries, fixed",
     "lift, fixed": "largest of low rank (LIFT), fixed",
     "magnitude, fixed": "largest weights, fixed",
+    "spiel_ag, evolving often by age": "SpIEL-AG, often, by age",
     "spiel_ag, second moment seeded": "SpIEL-AG",
     "gradient, balanced by rows": "largest gradients, by rows, fixed",
     "gradient, fixed": "largest gradients, fixed",
