@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments.quality.picture import RESULTS
+from experiments.quality.picture import RESULTS, define_flags
 from experiments.quality.svg import BLUE, GREY, METHODS, colour, signed, text, whole
 from experiments.quality.tables import Result, at_best, grouped
 from spiel_jax import cli
@@ -26,13 +26,8 @@ NAMES = {
 }
 LEFT, TOP, WIDTH, HEIGHT = 74, 18, 660, 420
 MOVED, LEARNT = (0.0, 0.2), (-0.01, 0.09)  # nats a token: of divergence, of loss beside LoRA's
-AFTER = (0.075, 0.15)  # of what moved less or more, names stand before the mark
+NAME_AFTER = (0.075, 0.15)  # moved: names stand after marks between these, and before all others, for room
 ON_THE_LINE = 0.003  # of what is so near to LoRA, names stand above
-
-
-def define_flags(values: flags.FlagValues) -> None:
-    """Defines the flags of the command."""
-    flags.DEFINE_string("out", None, "The .svg to write.", required=True, flag_values=values)
 
 
 def main(options: flags.FlagValues) -> None:
@@ -71,7 +66,7 @@ def _marks(method: str, runs: Sequence[Result], best: float | None, lora: float)
 
 def _name(method: str, run: Result, x: float, y: float, lora: float) -> str:
     """What a method is called, beside its mark; above LoRA's line if it would lie on it."""
-    after = AFTER[0] < run["elsewhere"][PLACE]["divergence"] < AFTER[1]
+    after = NAME_AFTER[0] < run["elsewhere"][PLACE]["divergence"] < NAME_AFTER[1]
     above = 9 if abs(run["test"] - lora) < ON_THE_LINE else 0
     side, anchor = (x + 8, "start") if after else (x - 8, "end")
     return text(side, y - above, NAMES[method], colour=colour(method), anchor=anchor, size=12)

@@ -126,7 +126,7 @@ class RosaMethod(Method):
     ) -> "RosaMethod":
         """See ``Method``."""
         settings = config.rosa
-        after = max(steps - settings.warmup, 1)
+        after = max(steps - settings.warmup, 1)  # of a run that is only read again, steps is 1
         sparse = SparseMethod.from_config(_sparse_config(config), model, after, targets or None)
         own = config.copy_and_resolve_references()
         if settings.learning_rate is not None:

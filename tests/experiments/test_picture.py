@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 import pytest
 from absl import flags
 
-from experiments.quality import picture, svg
+from experiments.quality import picture, svg, tradeoff
 from experiments.quality.tables import beside
 
-DRAWN = Path(__file__).parents[2] / "docs" / "pictures" / "which_method.svg"
+DRAWN = Path(__file__).parents[2] / "docs" / "pictures"
 
 
 def run(method, seed, test, rate=1e-3):
@@ -50,12 +50,15 @@ def test_seeds_that_lora_has_not_run_do_not_count():
     assert beside([run("full", 0, 3.5), run("full", 1, 9.0)], lora) == [0.5]
 
 
-def test_that_of_the_documentation_is_the_one_drawn(tmp_path):
+@pytest.mark.parametrize(
+    ("module", "name"), [(picture, "which_method.svg"), (tradeoff, "learnt_and_moved.svg")]
+)
+def test_that_of_the_documentation_is_the_one_drawn(tmp_path, module, name):
     values = flags.FlagValues()
-    picture.define_flags(values)
-    values(["picture", f"--out={tmp_path / 'drawn.svg'}"])
-    picture.main(values)
-    assert (tmp_path / "drawn.svg").read_text(encoding="utf-8") == DRAWN.read_text(encoding="utf-8")
+    module.define_flags(values)
+    values(["command", f"--out={tmp_path / name}"])
+    module.main(values)
+    assert (tmp_path / name).read_text(encoding="utf-8") == (DRAWN / name).read_text(encoding="utf-8")
 
 
 def test_every_method_of_the_study_of_all_is_in_it_and_each_was_measured():

@@ -4,7 +4,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from absl import flags
 
 from experiments.quality import tradeoff
 from experiments.quality.svg import BLUE, GREY
@@ -54,11 +53,3 @@ def test_every_run_of_the_study_lies_within_the_axes():
     for one in drawn.iter(f"{SVG}circle"):
         assert tradeoff.LEFT < float(one.get("cx")) < tradeoff.LEFT + tradeoff.WIDTH
         assert tradeoff.TOP < float(one.get("cy")) < tradeoff.TOP + tradeoff.HEIGHT
-
-
-def test_that_of_the_documentation_is_the_one_drawn(tmp_path):
-    values = flags.FlagValues()
-    tradeoff.define_flags(values)
-    values(["tradeoff", f"--out={tmp_path / 'drawn.svg'}"])
-    tradeoff.main(values)
-    assert (tmp_path / "drawn.svg").read_text(encoding="utf-8") == DRAWN.read_text(encoding="utf-8")
